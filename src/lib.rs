@@ -1,0 +1,18 @@
+//! Transformer kernels split over many chips.
+
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+pub mod collective;
+mod cpu;
+pub mod dtype;
+pub mod error;
+pub mod mesh;
+pub mod placement;
+pub mod random;
+pub mod reference;
+pub mod trace;
+pub mod train;
+
+pub use dtype::DType;
+pub use error::{Error, ErrorKind, Result};
+pub use half::{bf16, f16};
