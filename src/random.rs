@@ -1,1 +1,152 @@
-//! random
+//! Random numbers that belong to the global element, not to the chip that asks.
+//!
+//! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns (key, counter) into four
+//! 32-bit words without state. The key is made of a seed and a tensor's name, the counter is the element's index in the
+//! global tensor: initial weights, dropout and batches are the same on every mesh.
+
+/// A sequence of random numbers with an address for each: element `i` depends on nothing but seed, name and `i`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stream {
+    key: [u32; 2],
+    name: u64,
+}
+
+impl Stream {
+    /// The stream of `name` under `seed`. Streams of different names or seeds are independent.
+    pub fn new(seed: u64, name: &str) -> Self {
+        Stream {
+            key: [seed as u32, (seed >> 32) as u32],
+            name: fnv1a(name),
+        }
+    }
+
+    /// The four words at counter `c`.
+    #[inline]
+    pub fn words(&self, c: u64) -> [u32; 4] {
+        philox(
+            [
+                c as u32,
+                (c >> 32) as u32,
+                self.name as u32,
+                (self.name >> 32) as u32,
+            ],
+            self.key,
+        )
+    }
+
+    /// The word of element `i`: word `i mod 4` at counter `i / 4`.
+    #[inline]
+    pub fn word(&self, i: u64) -> u32 {
+        self.words(i / 4)[(i % 4) as usize]
+    }
+
+    /// Element `i`, uniform on [0, 1) in steps of 2^-24.
+    #[inline]
+    pub fn uniform(&self, i: u64) -> f32 {
+        (self.word(i) >> 8) as f32 * (1.0 / (1 << 24) as f32)
+    }
+
+    /// Element `i`, uniform on the integers below `n`. Panics if `n` is 0.
+    ///
+    /// Uses 64 bits of the counter's words, so that the bias is below n / 2^64.
+    pub fn below(&self, i: u64, n: u64) -> u64 {
+        assert!(n > 0, "no integer lies below 0");
+        let w = self.words(i);
+        let wide = (w[0] as u64) << 32 | w[1] as u64;
+        ((wide as u128 * n as u128) >> 64) as u64
+    }
+
+    /// Elements `4c .. 4c + 4`, each normal with mean 0 and variance 1 (Box and Muller 1958, in f64).
+    #[inline]
+    pub fn normals(&self, c: u64) -> [f32; 4] {
+        let w = self.words(c);
+        let pair = |a: u32, b: u32| {
+            let u = (a as f64 + 1.0) / 4294967296.0;
+            let (sin, cos) = (b as f64 * (std::f64::consts::TAU / 4294967296.0)).sin_cos();
+            let r = (-2.0 * u.ln()).sqrt();
+            ((r * cos) as f32, (r * sin) as f32)
+        };
+        let ((a, b), (c, d)) = (pair(w[0], w[1]), pair(w[2], w[3]));
+        [a, b, c, d]
+    }
+
+    /// Element `i`, normal with mean 0 and variance 1.
+    pub fn normal(&self, i: u64) -> f32 {
+        self.normals(i / 4)[(i % 4) as usize]
+    }
+}
+
+/// The Fowler-Noll-Vo hash (1a, 64 bits): fixed for ever, unlike the standard library's hashers.
+fn fnv1a(text: &str) -> u64 {
+    text.bytes().fold(0xcbf29ce484222325, |h, b| {
+        (h ^ b as u64).wrapping_mul(0x100000001b3)
+    })
+}
+
+/// Ten rounds of Philox4x32.
+#[inline]
+fn philox(mut c: [u32; 4], mut k: [u32; 2]) -> [u32; 4] {
+    for _ in 0..10 {
+        let p0 = c[0] as u64 * 0xD2511F53;
+        let p1 = c[2] as u64 * 0xCD9E8D57;
+        c = [
+            (p1 >> 32) as u32 ^ c[1] ^ k[0],
+            p1 as u32,
+            (p0 >> 32) as u32 ^ c[3] ^ k[1],
+            p0 as u32,
+        ];
+        k = [k[0].wrapping_add(0x9E3779B9), k[1].wrapping_add(0xBB67AE85)];
+    }
+    c
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn philox_gives_the_papers_known_answers() {
+        assert_eq!(
+            philox([0; 4], [0; 2]),
+            [0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8]
+        );
+        assert_eq!(
+            philox([!0; 4], [!0; 2]),
+            [0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd]
+        );
+    }
+
+    #[test]
+    fn normals_have_the_moments_of_a_normal() {
+        let s = Stream::new(7, "w");
+        let n = 40_000u64;
+        let x: Vec<f64> = (0..n).map(|i| s.normal(i) as f64).collect();
+        let mean = x.iter().sum::<f64>() / n as f64;
+        let variance = x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n as f64;
+        // Five standard errors of each estimate.
+        assert!(mean.abs() <= 5.0 / (n as f64).sqrt(), "mean {mean}");
+        assert!(
+            (variance - 1.0).abs() <= 5.0 * (2.0 / n as f64).sqrt(),
+            "variance {variance}"
+        );
+    }
+
+    #[test]
+    fn names_and_seeds_separate_streams() {
+        let words = |seed, name: &str| {
+            (0..4)
+                .map(|i| Stream::new(seed, name).word(i))
+                .collect::<Vec<_>>()
+        };
+        assert_ne!(words(1, "a"), words(1, "b"));
+        assert_ne!(words(1, "a"), words(2, "a"));
+        assert_eq!(words(1, "a"), words(1, "a"));
+    }
+
+    #[test]
+    fn below_stays_below_and_reaches_both_ends() {
+        let s = Stream::new(3, "batch");
+        let hits: Vec<u64> = (0..200).map(|i| s.below(i, 7)).collect();
+        assert!(hits.iter().all(|&h| h < 7) && (0..7).all(|v| hits.contains(&v)));
+    }
+}
