@@ -7,9 +7,11 @@ mod cpu;
 pub mod dtype;
 pub mod error;
 pub mod mesh;
+pub mod ops;
 pub mod placement;
 pub mod random;
 pub mod reference;
+pub mod tensor;
 pub mod trace;
 pub mod train;
 

@@ -1,0 +1,361 @@
+//! Ops: what can be computed on one chip's share of tensors, one op per file.
+//!
+//! An op is a value that implements [`Op`]: shape rule, placement rule, cost, forward, backward. The built-in ones have
+//! no privileges: a user's own op is sharded, traced, differentiated and priced in the same way.
+//!
+//! # The placement rule
+//! Every op names the axes of its operands, as an Einstein sum does: a matrix product is `mk,kn->mn`. From these letters
+//! alone follows what happens when an operand is split over a mesh axis (see [`Axes`]), forward and backward, so no op
+//! invents its own communication.
+
+use crate::dtype::DType;
+use crate::tensor::{Tensor, TensorType};
+use std::fmt;
+
+pub use crate::cpu::{Accum, Activation};
+
+/// What an op costs on the shapes it is given; the price of it belongs to a machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Cost {
+    /// Floating-point operations; a fused multiply-add counts as two.
+    pub flops: u64,
+    /// Bytes read and written once each, assuming perfect reuse.
+    pub bytes: u64,
+    /// Bytes of working memory beside the tensors, freed when the op ends.
+    pub scratch: u64,
+}
+
+impl Cost {
+    /// The cost of an op that touches each operand once: `flops_per_element` for each element of `outputs`.
+    pub fn elementwise(
+        inputs: &[TensorType],
+        outputs: &[TensorType],
+        flops_per_element: u64,
+    ) -> Self {
+        let elements: u64 = outputs.iter().map(|t| t.elements() as u64).sum();
+        Cost {
+            flops: elements * flops_per_element,
+            bytes: traffic(inputs) + traffic(outputs),
+            scratch: 0,
+        }
+    }
+}
+
+/// Bytes of all `types` together: what a pass over them reads or writes.
+pub fn traffic(types: &[TensorType]) -> u64 {
+    types.iter().map(TensorType::bytes).sum()
+}
+
+/// The letters of an op's axes: which may be split over chips, and what comes out.
+///
+/// Written `bti,io->bto`: operands separated by commas, results behind the arrow, a letter per axis. For each mesh axis,
+/// and its letter `x` in the operands that are split over it:
+/// - every operand that has `x` must be split along it, every other one must be replicated;
+/// - a result that has `x` is split along it; a result without it is a partial sum (lower-case `x`);
+/// - an upper-case letter may not be split: the op needs that axis whole;
+/// - the gradient of an operand with `x` is split like it, of one without it a partial sum.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Axes {
+    /// Letters of each operand.
+    pub inputs: Vec<Vec<char>>,
+    /// Letters of each result.
+    pub outputs: Vec<Vec<char>>,
+    /// In which operands the op is linear: partial sums pass through it.
+    pub linear: Linear,
+}
+
+/// In which operands an op is linear, so that it may run on partial sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Linear {
+    /// In none: partial sums must be reduced first.
+    No,
+    /// In each operand alone, the others being whole: matmul.
+    Each,
+    /// In all of them together: add, concatenate, and every linear op of one operand.
+    Jointly,
+}
+
+impl Axes {
+    /// Reads `"mk,kn->mn"`.
+    ///
+    /// # Panics
+    /// Without an arrow.
+    pub fn new(letters: &str) -> Self {
+        let (inputs, outputs) = letters
+            .split_once("->")
+            .unwrap_or_else(|| panic!("axes '{letters}' have no '->'"));
+        let read = |side: &str| {
+            side.split(',')
+                .map(|o| o.trim().chars().collect())
+                .collect()
+        };
+        Axes {
+            inputs: read(inputs),
+            outputs: read(outputs),
+            linear: Linear::No,
+        }
+    }
+
+    /// The same letters, linear as said.
+    pub fn linear(mut self, linear: Linear) -> Self {
+        self.linear = linear;
+        self
+    }
+
+    /// Letters for `inputs` operands and one result that all have the shape of `ty`: an elementwise op.
+    pub fn elementwise(inputs: usize, ty: &TensorType) -> Self {
+        let letters: Vec<char> = letters(ty.rank()).collect();
+        Axes {
+            inputs: vec![letters.clone(); inputs],
+            outputs: vec![letters],
+            linear: Linear::No,
+        }
+    }
+}
+
+/// Lower-case letters for `rank` axes, the same for every op that asks.
+pub fn letters(rank: usize) -> impl Iterator<Item = char> {
+    assert!(
+        rank <= 26,
+        "a tensor of {rank} axes has more than there are letters"
+    );
+    ('a'..='z').take(rank)
+}
+
+/// One operand or result as the chip holds it: its share, and where that lies in the whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Local {
+    /// The share's shape and type.
+    pub ty: TensorType,
+    /// The whole tensor's shape.
+    pub global: Vec<usize>,
+    /// Index of the share's first element along each axis of the whole.
+    pub start: Vec<usize>,
+}
+
+impl Local {
+    /// A tensor that one chip holds whole.
+    pub fn whole(ty: TensorType) -> Self {
+        Local {
+            global: ty.shape.clone(),
+            start: vec![0; ty.rank()],
+            ty,
+        }
+    }
+
+    /// Splits the share into runs of elements that are consecutive in the whole: (length of a run, function from the
+    /// number of the run to the whole's row-major index of its first element).
+    pub fn runs(&self) -> (usize, impl Fn(usize) -> u64 + Sync + '_) {
+        let rank = self.ty.rank();
+        // Axes from the last on join a run while the share covers them whole.
+        let mut first = rank;
+        let mut run = 1;
+        while first > 0 {
+            first -= 1;
+            run *= self.ty.shape[first];
+            if self.ty.shape[first] != self.global[first] {
+                break;
+            }
+        }
+        let start = move |r: usize| {
+            let (mut rest, mut index, mut stride) = (r, 0u64, 1u64);
+            for axis in (0..rank).rev() {
+                let at = if axis >= first {
+                    0
+                } else {
+                    let at = rest % self.ty.shape[axis];
+                    rest /= self.ty.shape[axis];
+                    at
+                };
+                index += (self.start[axis] + at) as u64 * stride;
+                stride *= self.global[axis] as u64;
+            }
+            index
+        };
+        (run.max(1), start)
+    }
+}
+
+/// Where an op runs: what it may know beside the contents.
+#[derive(Debug)]
+pub struct Site<'a> {
+    /// The operands' shares.
+    pub inputs: &'a [Local],
+    /// The results' shares.
+    pub outputs: &'a [Local],
+    /// The run's seed.
+    pub seed: u64,
+}
+
+/// What the tape keeps of an op for its backward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Saved {
+    /// Operands, one bit each.
+    pub inputs: u32,
+    /// Results, one bit each.
+    pub outputs: u32,
+}
+
+impl Saved {
+    /// Keeps nothing.
+    pub const NOTHING: Saved = Saved {
+        inputs: 0,
+        outputs: 0,
+    };
+    /// Keeps every operand.
+    pub const INPUTS: Saved = Saved {
+        inputs: u32::MAX,
+        outputs: 0,
+    };
+    /// Keeps every result.
+    pub const OUTPUTS: Saved = Saved {
+        inputs: 0,
+        outputs: u32::MAX,
+    };
+    /// Keeps all.
+    pub const ALL: Saved = Saved {
+        inputs: u32::MAX,
+        outputs: u32::MAX,
+    };
+
+    /// Keeps the operands at these positions.
+    pub const fn some_inputs(positions: &[u32]) -> Saved {
+        let (mut bits, mut i) = (0, 0);
+        while i < positions.len() {
+            bits |= 1 << positions[i];
+            i += 1;
+        }
+        Saved {
+            inputs: bits,
+            outputs: 0,
+        }
+    }
+}
+
+/// The gradient of an operand, to be written by [`Op::backward`].
+#[derive(Debug)]
+pub struct Gradient {
+    /// Same shape as the operand; type of the operand, or f32 for a parameter's.
+    pub tensor: Tensor,
+    /// Whether to overwrite it, or to add to it (only if [`Op::accumulates`] says so).
+    pub accum: Accum,
+    /// True if `tensor` holds the saved operand itself, to be overwritten (only if [`Op::reuses`] says so).
+    pub reused: bool,
+}
+
+/// What [`Op::backward`] is given.
+#[derive(Debug)]
+pub struct Backward<'a> {
+    /// Saved operands.
+    pub inputs: &'a [Option<Tensor>],
+    /// Saved results.
+    pub outputs: &'a [Option<Tensor>],
+    /// Gradients of the results; none where a result was not used.
+    pub gradients: &'a [Option<Tensor>],
+    /// Gradients of the operands that are wanted.
+    pub wanted: &'a mut [Option<Gradient>],
+}
+
+impl<'a> Backward<'a> {
+    /// Saved operand `i`. Panics if it was not saved.
+    pub fn input(&self, i: usize) -> &'a Tensor {
+        self.inputs[i]
+            .as_ref()
+            .expect("Op::saves names the operands that backward reads")
+    }
+
+    /// Saved result `i`. Panics if it was not saved.
+    pub fn output(&self, i: usize) -> &'a Tensor {
+        self.outputs[i]
+            .as_ref()
+            .expect("Op::saves names the results that backward reads")
+    }
+
+    /// Gradient of result `i`. Panics if the result was not used.
+    pub fn gradient(&self, i: usize) -> &'a Tensor {
+        self.gradients[i]
+            .as_ref()
+            .expect("backward runs only if the first result was used")
+    }
+}
+
+/// Something to compute on one chip's shares.
+///
+/// `forward` and `backward` run only where tensors are real; a ghost asks for everything else.
+pub trait Op: fmt::Debug + 'static {
+    /// The name in traces and messages.
+    fn name(&self) -> &'static str;
+
+    /// The results' types from the operands', or a sentence that says which operand does not fit, with both sides.
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, String>;
+
+    /// Which axes may be split (see [`Axes`]).
+    fn axes(&self, inputs: &[TensorType]) -> Axes;
+
+    /// The cost of `forward`.
+    fn cost(&self, inputs: &[TensorType], outputs: &[TensorType]) -> Cost;
+
+    /// Computes the results. Their contents are unwritten before.
+    fn forward(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]);
+
+    /// What `backward` reads.
+    fn saves(&self) -> Saved {
+        Saved::NOTHING
+    }
+
+    /// True if operand `i` has a gradient (indices have none).
+    fn differentiable(&self, i: usize) -> bool {
+        let _ = i;
+        true
+    }
+
+    /// True if `backward` can add to an existing gradient of operand `i`; otherwise it is added afterwards.
+    fn accumulates(&self, i: usize) -> bool {
+        let _ = i;
+        false
+    }
+
+    /// The saved operand `i` whose storage the gradient of operand `i` may take over, if nothing else uses it.
+    fn reuses(&self) -> Option<usize> {
+        None
+    }
+
+    /// The cost of `backward` for the wanted operands.
+    fn backward_cost(
+        &self,
+        inputs: &[TensorType],
+        outputs: &[TensorType],
+        wanted: &[bool],
+    ) -> Cost {
+        let _ = wanted;
+        let forward = self.cost(inputs, outputs);
+        Cost {
+            flops: 2 * forward.flops,
+            bytes: 2 * forward.bytes,
+            scratch: forward.scratch,
+        }
+    }
+
+    /// Computes the wanted gradients.
+    ///
+    /// # Panics
+    /// By default: the op has no backward.
+    fn backward(&self, site: &Site, backward: &mut Backward) {
+        let _ = (site, backward);
+        panic!(
+            "op '{}' has no backward; implement Op::backward or use it outside of differentiation",
+            self.name()
+        );
+    }
+}
+
+/// The sentence for operands that do not fit: what the op is, what it wants and what it got.
+pub fn misfit(op: &str, wants: impl fmt::Display, inputs: &[TensorType]) -> String {
+    let got: Vec<String> = inputs.iter().map(ToString::to_string).collect();
+    format!("{op} wants {wants}, got {}", got.join(", "))
+}
+
+/// The type of `inputs[i]` with another element type.
+pub fn with_dtype(ty: &TensorType, dtype: DType) -> TensorType {
+    TensorType::new(ty.shape.clone(), dtype)
+}
