@@ -1,0 +1,55 @@
+//! Events in Chrome's trace format ("Trace Event Format"), which Perfetto opens too: a process per chip, a thread per
+//! stream. A ghost has no times; its events are a microsecond long, one after another, so that their order can be seen.
+
+use super::{ChipTrace, Stream, Trace};
+use serde_json::{Value as Json, json};
+
+/// A viewer gains nothing from thousands of equal chips.
+const MOST_CHIPS: usize = 64;
+
+impl Trace {
+    /// The kept events as entries of `traceEvents`, for up to 64 chips (a ghost: one chip per class).
+    pub fn chrome_events(&self) -> Vec<Json> {
+        let mut out = Vec::new();
+        for (number, class) in self.classes.iter().take(MOST_CHIPS).enumerate() {
+            let coordinate = |(axis, at): (&(String, usize), &Option<usize>)| match at {
+                Some(i) => format!("{}={i}", axis.0),
+                None => format!("{}=*", axis.0),
+            };
+            let axes = self.mesh.axes();
+            let name: Vec<String> = axes.iter().zip(&class.pattern).map(coordinate).collect();
+            let name = format!("chip {}", name.join(","));
+            out.push(json!({"ph": "M", "name": "process_name", "pid": number, "args": {"name": name}}));
+            chip_events(&class.chip, number, &mut out);
+        }
+        out
+    }
+}
+
+fn chip_events(chip: &ChipTrace, pid: usize, out: &mut Vec<Json>) {
+    for (order, event) in chip.events().enumerate() {
+        let (start, length) = match event.time {
+            Some(t) => (t.start_ns as f64 / 1e3, t.duration_ns as f64 / 1e3),
+            None => (order as f64, 1.0),
+        };
+        let shapes = |values: &[super::Value]| -> Vec<String> {
+            values.iter().map(|v| format!("{} {}", v.ty, v.placement)).collect()
+        };
+        let mut args = json!({
+            "scope": chip.scope(event), "site": chip.site(event), "inputs": shapes(&event.inputs),
+            "outputs": shapes(&event.outputs), "flops": event.flops, "bytes": event.bytes,
+        });
+        if let Some(t) = &event.traffic {
+            args["axis"] = json!(t.axis);
+            args["sent_bytes"] = json!(t.bytes);
+        }
+        let thread = match event.stream {
+            Stream::Compute => 0,
+            Stream::Communication => 1,
+        };
+        out.push(json!({
+            "ph": "X", "name": &*event.op, "cat": format!("{:?}", event.phase).to_lowercase(),
+            "pid": pid, "tid": thread, "ts": start, "dur": length, "args": args,
+        }));
+    }
+}

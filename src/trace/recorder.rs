@@ -1,0 +1,118 @@
+//! Writes one chip's trace while it runs.
+
+use super::{ChipTrace, Event, Step};
+use std::collections::HashMap;
+use std::panic::Location;
+use std::sync::Arc;
+
+/// Appends events to a [`ChipTrace`], interning the names that they share.
+#[derive(Debug, Default)]
+pub struct Recorder {
+    trace: ChipTrace,
+    scopes: HashMap<Arc<str>, u32>,
+    sites: HashMap<(&'static str, u32), u32>,
+    open_scopes: Vec<u32>,
+    in_step: bool,
+}
+
+impl Recorder {
+    /// A recorder with the outermost scope, which has an empty name.
+    pub fn new() -> Self {
+        let mut recorder = Recorder::default();
+        let root = recorder.intern_scope(String::new());
+        recorder.open_scopes.push(root);
+        recorder
+    }
+
+    fn intern_scope(&mut self, name: String) -> u32 {
+        if let Some(&id) = self.scopes.get(name.as_str()) {
+            return id;
+        }
+        let (id, name) = (self.trace.scopes.len() as u32, Arc::<str>::from(name));
+        self.trace.scopes.push(name.clone());
+        self.scopes.insert(name, id);
+        id
+    }
+
+    /// Enters the scope `name` inside the current one.
+    pub fn enter(&mut self, name: &str) {
+        let outer = self.scope_name();
+        let full = if outer.is_empty() { name.to_string() } else { format!("{outer}.{name}") };
+        let id = self.intern_scope(full);
+        self.open_scopes.push(id);
+    }
+
+    /// Enters a scope by its index, wherever the program is: gradients belong to the scope of their forward.
+    pub fn enter_scope(&mut self, id: u32) {
+        self.open_scopes.push(id);
+    }
+
+    /// Leaves the innermost scope.
+    pub fn leave(&mut self) {
+        assert!(self.open_scopes.len() > 1, "the outermost scope is never left");
+        self.open_scopes.pop();
+    }
+
+    /// Index of the current scope.
+    pub fn scope(&self) -> u32 {
+        *self.open_scopes.last().expect("the outermost scope is never left")
+    }
+
+    /// The current scope's full name.
+    pub fn scope_name(&self) -> Arc<str> {
+        self.trace.scopes[self.scope() as usize].clone()
+    }
+
+    /// Index of a place in the source.
+    pub fn site(&mut self, at: &'static Location<'static>) -> u32 {
+        let next = self.trace.sites.len() as u32;
+        let id = *self.sites.entry((at.file(), at.line())).or_insert(next);
+        if id == next {
+            self.trace.sites.push(format!("{}:{}", at.file(), at.line()).into());
+        }
+        id
+    }
+
+    /// The name of a place in the source.
+    pub fn site_name(&self, site: u32) -> Arc<str> {
+        self.trace.sites[site as usize].clone()
+    }
+
+    /// Starts step `number` of a loop; the step before it ends.
+    pub fn begin_step(&mut self, number: u64) {
+        let step = Step { number, events: Vec::new() };
+        self.trace.steps += 1;
+        if self.trace.first.is_none() {
+            self.trace.first = Some(step);
+        } else {
+            self.trace.latest = Some(step);
+        }
+        self.in_step = true;
+    }
+
+    /// Ends the step: what follows belongs to no step.
+    pub fn end_step(&mut self) {
+        self.in_step = false;
+    }
+
+    /// Appends an event.
+    pub fn push(&mut self, event: Event) {
+        self.trace.count(&event);
+        let trace = &mut self.trace;
+        // Between the steps of a long run (evaluations, samples) only counters grow.
+        const OUTSIDE: usize = 1 << 16;
+        let room = match (&mut trace.latest, &mut trace.first) {
+            (Some(step), _) | (None, Some(step)) if self.in_step => &mut step.events,
+            _ if trace.outside.len() < OUTSIDE => &mut trace.outside,
+            _ => return,
+        };
+        room.push(event);
+    }
+
+    /// What was recorded so far, with `peak_bytes` as the memory counted it.
+    pub fn finish(self, peak_bytes: u64) -> ChipTrace {
+        let mut trace = self.trace;
+        trace.peak_bytes = peak_bytes;
+        trace
+    }
+}
