@@ -5,76 +5,13 @@
 //! program order whether the storage is real or a ghost, so that the peak of a ghost run is the peak of a real one.
 
 use crate::cpu::memory::{Buffer, Pool};
-use crate::dtype::{DType, Element, Slice, SliceMut};
+use crate::dtype::{DType, Element, Slice, SliceMut, TensorType};
 use crate::error::{Error, ErrorKind, Result};
 use ndarray::{ArrayD, ArrayViewD, IxDyn};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-
-/// A tensor's shape and element type: all that a ghost has.
-#[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct TensorType {
-    /// Sizes, outermost first.
-    pub shape: Vec<usize>,
-    /// Element type.
-    pub dtype: DType,
-}
-
-impl TensorType {
-    /// A type from its parts.
-    pub fn new(shape: impl Into<Vec<usize>>, dtype: DType) -> Self {
-        TensorType {
-            shape: shape.into(),
-            dtype,
-        }
-    }
-
-    /// Number of elements.
-    pub fn elements(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Bytes of contents, before rounding.
-    pub fn bytes(&self) -> u64 {
-        (self.elements() * self.dtype.size()) as u64
-    }
-
-    /// Bytes that a tensor of this type takes in memory: the contents rounded up to 64.
-    pub fn allocated_bytes(&self) -> u64 {
-        self.bytes().next_multiple_of(64)
-    }
-
-    /// Number of axes.
-    pub fn rank(&self) -> usize {
-        self.shape.len()
-    }
-
-    /// Size of the last axis; 1 for a scalar.
-    pub fn last(&self) -> usize {
-        self.shape.last().copied().unwrap_or(1)
-    }
-
-    /// Product of all sizes but the last.
-    pub fn rows(&self) -> usize {
-        self.shape[..self.shape.len().saturating_sub(1)]
-            .iter()
-            .product()
-    }
-}
-
-impl fmt::Display for TensorType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{:?}", self.dtype, self.shape)
-    }
-}
-
-impl fmt::Debug for TensorType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{:?}", self.dtype, self.shape)
-    }
-}
 
 /// What one chip's tensors live in, with their count in bytes. Cloning shares it.
 #[derive(Clone)]

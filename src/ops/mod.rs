@@ -8,8 +8,8 @@
 //! alone follows what happens when an operand is split over a mesh axis (see [`Axes`]), forward and backward, so no op
 //! invents its own communication.
 
-use crate::dtype::DType;
-use crate::tensor::{Tensor, TensorType};
+use crate::dtype::{DType, TensorType};
+use crate::tensor::Tensor;
 use std::fmt;
 
 pub use crate::cpu::{Accum, Activation};

@@ -16,9 +16,9 @@ pub use recorder::Recorder;
 pub use summary::{CollectiveTotal, OpTotal};
 
 use crate::collective::{Algorithm, Kind, Reduce};
+use crate::dtype::TensorType;
 use crate::mesh::Mesh;
 use crate::placement::Placements;
-use crate::tensor::TensorType;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
