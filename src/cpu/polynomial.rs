@@ -1,0 +1,1 @@
+//! exp, ln, tanh, erf and sigmoid, generic over [`Simd`](super::simd::Simd).

@@ -1,0 +1,1 @@
+//! Every instruction set against the portable one, bit for bit.
