@@ -2,6 +2,7 @@
 
 use super::exchange::{Lane, Stopped};
 use super::parameter::{Parameter, Source};
+use super::redistribute::Beside;
 use super::{Sharded, exchange};
 use crate::cpu::memory::Pool;
 use crate::dtype::{DType, Element, TensorType};
@@ -9,7 +10,7 @@ use crate::error::{Error, ErrorKind};
 use crate::mesh::{Coordinates, Group, Mesh};
 use crate::ops::Local;
 use crate::placement::{Placement, Placements, local_range, local_shape, splits_evenly};
-use crate::tape::{Tape, ValueId};
+use crate::tape::{Gradients, Tape, ValueId};
 use crate::tensor::{Memory, Tensor};
 use crate::trace::{ChipTrace, Phase, Recorder};
 use std::cell::{Cell, Ref, RefCell, RefMut};
@@ -40,6 +41,8 @@ pub(super) struct Inner {
     pub(super) counted: Cell<(u64, u64)>,
     phase: Cell<Phase>,
     pub(super) tape: RefCell<Option<Tape<Chip>>>,
+    pub(super) gradients: RefCell<Gradients>,
+    pub(super) beside: RefCell<Option<Beside>>,
     next_value: Cell<ValueId>,
     parameters: RefCell<Vec<Parameter>>,
     source: RefCell<Option<Source>>,
@@ -81,6 +84,8 @@ impl Chip {
             counted: Cell::new((0, 0)),
             phase: Cell::new(Phase::Forward),
             tape: RefCell::new(None),
+            gradients: RefCell::default(),
+            beside: RefCell::new(None),
             next_value: Cell::new(0),
             parameters: RefCell::default(),
             source: RefCell::new(None),

@@ -112,7 +112,8 @@ struct Waiting {
 
 #[derive(Default)]
 struct LaneState {
-    busy: bool,
+    /// Things to do; a program is one, each started transfer another.
+    jobs: usize,
     waiting: Option<Waiting>,
 }
 
@@ -154,7 +155,7 @@ impl Exchange {
     pub(super) fn new(mesh: Arc<Mesh>, deadline: Duration) -> Arc<Self> {
         let chips = mesh.chips();
         let state = State {
-            lanes: (0..2 * chips).map(|n| LaneState { busy: n % 2 == 0, waiting: None }).collect(),
+            lanes: (0..2 * chips).map(|n| LaneState { jobs: (n + 1) % 2, waiting: None }).collect(),
             ended: vec![false; chips],
             last_seen: vec![None; chips],
             ..State::default()
@@ -211,7 +212,7 @@ impl Exchange {
     pub(super) fn end(&self, rank: usize) {
         let mut state = self.lock();
         state.ended[rank] = true;
-        state.lanes[2 * rank].busy = false;
+        state.lanes[2 * rank].jobs = 0;
         self.diagnose(&mut state);
     }
 
@@ -221,9 +222,9 @@ impl Exchange {
             return;
         }
         let stuck = |lane: &LaneState| {
-            !lane.busy || lane.waiting.as_ref().is_some_and(|w| !state.satisfied(&w.until))
+            lane.jobs == 0 || lane.waiting.as_ref().is_some_and(|w| !state.satisfied(&w.until))
         };
-        let waits = |lane: &LaneState| lane.busy && lane.waiting.is_some();
+        let waits = |lane: &LaneState| lane.jobs > 0 && lane.waiting.is_some();
         if state.lanes.iter().any(waits) && state.lanes.iter().all(stuck) {
             let report = self.report(state);
             self.poison(state, Error::new(ErrorKind::Deadlock, report));
@@ -260,7 +261,7 @@ impl Exchange {
     fn report(&self, state: &State) -> String {
         let mut lines = vec!["every chip waits for another one".to_string()];
         for (number, lane) in state.lanes.iter().enumerate() {
-            let Some(waiting) = lane.waiting.as_ref().filter(|_| lane.busy) else { continue };
+            let Some(waiting) = lane.waiting.as_ref().filter(|_| lane.jobs > 0) else { continue };
             let whom = match &waiting.until {
                 Until::Message(channel) => format!("for a message from {}", self.name(channel.from)),
                 Until::Received(_, to) => format!("for {} to receive", self.name(*to)),
@@ -290,13 +291,16 @@ impl Lane {
         Lane { number: 2 * self.rank + 1, ..self.clone() }
     }
 
-    /// Says whether this lane is at work; a lane that is not is no reason for others to hope.
-    pub(super) fn set_busy(&self, busy: bool) {
+    /// Notes that this lane got something to do; a lane without is no reason for others to hope.
+    pub(super) fn begin_job(&self) {
+        self.exchange.lock().lanes[self.number].jobs += 1;
+    }
+
+    /// Notes that one thing is done.
+    pub(super) fn end_job(&self) {
         let mut state = self.exchange.lock();
-        state.lanes[self.number].busy = busy;
-        if !busy {
-            self.exchange.diagnose(&mut state);
-        }
+        state.lanes[self.number].jobs -= 1;
+        self.exchange.diagnose(&mut state);
     }
 
     /// Notes where the program is.
