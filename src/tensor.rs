@@ -96,7 +96,7 @@ impl Memory {
     /// How many blocks the pool asked of the system so far; none for a ghost.
     pub fn fresh_allocations(&self) -> Option<u64> {
         match &self.0.place {
-            Place::Cpu(pool) => Some(pool.fresh_allocations()),
+            Place::Cpu(pool) => Some(pool.fresh()),
             Place::Ghost { .. } => None,
         }
     }

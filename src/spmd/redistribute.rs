@@ -58,7 +58,7 @@ pub struct Pending {
     ticket: u64,
     transition: Transition,
     input: Tensor,
-    running: Option<Running>,
+    running: Running,
 }
 
 struct Running {
@@ -159,7 +159,7 @@ impl Chip {
         let ty = self.local(global, x.dtype(), after, site).ty;
         let lengths = |whole: usize| -> Vec<usize> { (0..n).map(|i| split(whole, n, i).len()).collect() };
         let (kind, counts, cut) = match transition {
-            Transition::AllReduce => (Kind::AllReduce, Counts::Same(x.elements()), None),
+            Transition::AllReduce => (Kind::AllReduce, Counts::Len(x.elements()), None),
             Transition::ReduceScatter { dim } => {
                 let rest = Cut::of(x.ty(), dim).rest();
                 let each = lengths(x.shape()[dim]).iter().map(|l| l * rest).collect();
@@ -173,8 +173,8 @@ impl Chip {
             Transition::AllToAll { from, to } => {
                 let rest = x.elements() / (x.shape()[from] * x.shape()[to]).max(1);
                 let (rows, columns) = (lengths(ty.shape[from]), lengths(x.shape()[to]));
-                let row = |r: &usize| columns.iter().map(|c| r * c * rest).collect();
-                (Kind::AllToAll, Counts::Pairs(rows.iter().map(row).collect()), Some(to))
+                let rows = rows.iter().map(|r| r * rest).collect();
+                (Kind::AllToAll, Counts::Product { rows, columns }, Some(to))
             }
             Transition::Slice { .. } => unreachable!("a slice sends nothing"),
         };
@@ -262,9 +262,8 @@ impl Chip {
             sequence[request.axis] += 1;
             sequence[request.axis]
         };
-        let reduces = matches!(request.kind, Kind::AllReduce | Kind::ReduceScatter);
         assert!(
-            !reduces || input.dtype().is_float(),
+            !request.kind.reduces() || input.dtype().is_float(),
             "{} of {} at {}: indices cannot be added up",
             request.kind,
             input.ty(),
@@ -289,7 +288,7 @@ impl Chip {
         let axis = self.mesh().axes()[request.axis].name();
         Header {
             // Shares may differ from chip to chip; their counts, which all chips know, may not.
-            signature: format!("{} over {axis} of {} {}", request.kind, input.dtype(), request.counts),
+            signature: format!("{} over {axis} of {} {:?}", request.kind, input.dtype(), request.counts),
             scope: self.recorder().scope_name(),
             site: request.site,
         }
@@ -338,7 +337,7 @@ impl Chip {
             algorithm: Algorithm::Tree,
             reduce: Reduce::Max,
             axis: number,
-            counts: Counts::Same(x.tensor.elements()),
+            counts: Counts::Len(x.tensor.elements()),
             result: x.tensor.ty().clone(),
             before: x.placements.clone(),
             after: after.clone(),
@@ -377,7 +376,7 @@ impl Chip {
             algorithm: Algorithm::Tree,
             reduce: Reduce::Sum,
             axis: self.mesh().axis_index(axis),
-            counts: Counts::Same(x.elements()),
+            counts: Counts::Len(x.elements()),
             result: x.ty().clone(),
             before: p.clone(),
             after: p,
@@ -476,9 +475,11 @@ impl Chip {
         let ticket = self.inner().tickets.get();
         self.inner().tickets.set(ticket + 1);
         self.inner().open_tickets.borrow_mut().insert(ticket);
-        let running = self.call(&input, &request).map(|call| self.start(call, input.clone(), output.clone()));
-        // A ghost's result is allocated and waits for nothing.
-        let running = running.or_else(|| self.is_ghost().then(|| Running::finished(output)));
+        let running = match self.call(&input, &request) {
+            Some(call) => self.start(call, input.clone(), output),
+            // A ghost's result is allocated and waits for nothing.
+            None => Running::finished(output),
+        };
         self.tell_collective(&input, &request, Stream::Communication, Some(ticket), self.now());
         Pending { value: x.clone(), request, ticket, transition, input, running }
     }
@@ -550,7 +551,7 @@ impl Pending {
         let chip = self.value.chip.clone();
         chip.arrive("wait", site);
         let began = chip.now();
-        let running = self.running.expect("a started transfer is running or a ghost's");
+        let running = self.running;
         if let Some(lane) = &chip.inner().lane {
             lane.wait_done(&running.done, &running.header)
                 .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));

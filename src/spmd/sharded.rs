@@ -160,8 +160,8 @@ impl Sharded {
 
     /// An activation, elementwise.
     #[track_caller]
-    pub fn activate(&self, kind: Activation) -> Sharded {
-        self.chip.apply_one(ops::Activate { kind }, &[self])
+    pub fn activate(&self, activation: Activation) -> Sharded {
+        self.chip.apply_one(ops::Activate { activation }, &[self])
     }
 
     /// `silu(self) up`: the gated half of SwiGLU.
