@@ -152,14 +152,11 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load_first_ptr<T: Float>(self, p: *const T, n: usize) -> Self::V {
-        // SAFETY: the caller vouches for n elements.
-        std::array::from_fn(|i| {
-            if i < n {
-                unsafe { *p.add(i) }.to_f32()
-            } else {
-                0.0
-            }
-        })
+        let at = |i| {
+            // SAFETY: the caller vouches for n elements, and i < n here.
+            unsafe { *p.add(i) }
+        };
+        std::array::from_fn(|i| if i < n { at(i).to_f32() } else { 0.0 })
     }
     #[inline(always)]
     unsafe fn store_ptr<T: Float>(self, p: *mut T, v: Self::V) {
