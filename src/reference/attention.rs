@@ -1,7 +1,9 @@
 //! Attention: every mask, grouped queries, offset, soft cap, and the log-sum-exp.
 
-/// Sizes and rules of one attention. Queries q and output o are [b, h, t, d], keys k and values v [b, hk, s, d], the
-/// log-sum-exp [b, h, t].
+use super::matmul::dot;
+
+/// Sizes and rules of one attention. Queries q and output o are `[b, h, t, d]`, keys k and values v `[b, hk, s, d]`, the
+/// log-sum-exp `[b, h, t]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Attention<'a> {
     /// b.
@@ -26,7 +28,7 @@ pub struct Attention<'a> {
     pub window: Option<usize>,
     /// Query t stands at position `offset + t`; key s at position s.
     pub offset: usize,
-    /// Document numbers of queries [b, t] and keys [b, s]: only pairs within one document see each other.
+    /// Document numbers of queries `[b, t]` and keys `[b, s]`: only pairs within one document see each other.
     pub documents: Option<(&'a [u32], &'a [u32])>,
 }
 
@@ -60,9 +62,14 @@ impl<'a> Attention<'a> {
         past && near && together
     }
 
-    /// Where the row of query t begins in q and o; divided by d, its place in the log-sum-exp.
+    /// The place of query t in the log-sum-exp.
+    fn row(&self, b: usize, h: usize, t: usize) -> usize {
+        (b * self.heads + h) * self.queries + t
+    }
+
+    /// Where the row of query t begins in q and o.
     fn query(&self, b: usize, h: usize, t: usize) -> usize {
-        ((b * self.heads + h) * self.queries + t) * self.head_dim
+        self.row(b, h, t) * self.head_dim
     }
 
     /// Where the row of key s begins in k and v, as query head h reads them.
@@ -87,6 +94,7 @@ impl<'a> Attention<'a> {
         self.soft_cap.map_or(l, |cap| cap * (l / cap).tanh())
     }
 
+    /// Panics unless the lengths are what the sizes say.
     fn check(&self, q: &[f64], k: &[f64], v: &[f64]) {
         let &Attention {
             batch,
@@ -112,6 +120,14 @@ impl<'a> Attention<'a> {
             "attention: length of k"
         );
         assert_eq!(v.len(), k.len(), "attention: length of v");
+        if let Some((q, k)) = self.documents {
+            let lengths = [batch * queries, batch * keys];
+            assert_eq!(
+                [q.len(), k.len()],
+                lengths,
+                "attention: lengths of documents"
+            );
+        }
     }
 }
 
@@ -124,10 +140,13 @@ pub fn attention(g: &Attention, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, V
     let mut lse = Vec::new();
     for (b, h, t) in g.rows() {
         let logits: Vec<f64> = (0..g.keys).map(|s| g.logit(q, k, [b, h, t, s])).collect();
-        let z = log_sum_exp(&logits);
-        lse.push(z);
-        for s in (0..g.keys).filter(|&s| g.sees(b, t, s)) {
-            let p = (logits[s] - z).exp();
+        let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let visible = || (0..g.keys).filter(|&s| g.sees(b, t, s));
+        let sum: f64 = visible().map(|s| (logits[s] - max).exp()).sum();
+        // Nothing visible: max is minus infinity and the sum 0.
+        lse.push(max + sum.ln());
+        for s in visible() {
+            let p = (logits[s] - max).exp() / sum;
             for i in 0..d {
                 o[g.query(b, h, t) + i] += p * v[g.key(b, h, s) + i];
             }
@@ -147,6 +166,11 @@ pub fn attention_backward(
     d_o: &[f64],
 ) -> [Vec<f64>; 3] {
     g.check(q, k, v);
+    assert_eq!(
+        [o.len(), d_o.len()],
+        [q.len(); 2],
+        "attention: lengths of o and d_o"
+    );
     let d = g.head_dim;
     let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
     for (b, h, t) in g.rows() {
@@ -156,7 +180,7 @@ pub fn attention_backward(
             let y = g.key(b, h, s);
             let l = g.logit(q, k, [b, h, t, s]);
             // p = exp(l - lse), o = sum of p v
-            let p = (l - lse[x / d]).exp();
+            let p = (l - lse[g.row(b, h, t)]).exp();
             let dl = p * (dot(&d_o[x..][..d], &v[y..][..d]) - delta);
             // l = cap tanh(scale q . k / cap)
             let dl = g.soft_cap.map_or(dl, |cap| dl * (1.0 - (l / cap).powi(2)));
@@ -168,20 +192,6 @@ pub fn attention_backward(
         }
     }
     [dq, dk, dv]
-}
-
-/// `sum of a b`.
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
-}
-
-/// `ln(sum of exp(x))`, minus infinity of nothing.
-fn log_sum_exp(x: &[f64]) -> f64 {
-    let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    if max == f64::NEG_INFINITY && !x.iter().any(|x| x.is_nan()) {
-        return max;
-    }
-    max + x.iter().map(|x| (x - max).exp()).sum::<f64>().ln()
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Holds a backward to its forward by central differences.
 
+use super::matmul::dot;
 use super::tolerance::gamma;
 use crate::random::Stream;
 
@@ -79,11 +80,6 @@ fn direction(name: &str, n: usize) -> Vec<f64> {
         x.signum() * (1.0 + x.abs()) / 2.0
     };
     (0..n as u64).map(number).collect()
-}
-
-/// `sum of a b`.
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Softmax and the cross entropy.
 
-/// `y[j] = exp(x[j]) / sum over j of exp(x[j])` in each row: x, y [r, v].
+/// `y[j] = exp(x[j]) / sum over j of exp(x[j])` in each row: x, y `[r, v]`.
 pub fn softmax([r, v]: [usize; 2], x: &[f64]) -> Vec<f64> {
     assert_eq!(x.len(), r * v, "softmax: x is [{r}, {v}]");
     let mut y = Vec::with_capacity(r * v);
@@ -15,6 +15,11 @@ pub fn softmax([r, v]: [usize; 2], x: &[f64]) -> Vec<f64> {
 
 /// `dx` of [`softmax`] from its `y`: `dx = y (dy - sum over j of dy y)`.
 pub fn softmax_backward([r, v]: [usize; 2], y: &[f64], dy: &[f64]) -> Vec<f64> {
+    assert_eq!(
+        [y.len(), dy.len()],
+        [r * v; 2],
+        "softmax: y and dy are [{r}, {v}]"
+    );
     let mut dx = vec![0.0; r * v];
     for i in 0..r {
         let row = i * v..(i + 1) * v;
@@ -26,7 +31,7 @@ pub fn softmax_backward([r, v]: [usize; 2], y: &[f64], dy: &[f64]) -> Vec<f64> {
     dx
 }
 
-/// `loss = ln(sum over j < valid of exp(x[j])) - x[label]` of each row: logits x [r, v], labels and losses [r].
+/// `loss = ln(sum over j < valid of exp(x[j])) - x[label]` of each row: logits x `[r, v]`, labels and losses `[r]`.
 ///
 /// Columns from `valid` on pad the vocabulary and do not exist. The loss of an `ignored` label is 0.
 /// Panics on any other label from `valid` on.
@@ -52,7 +57,7 @@ pub fn cross_entropy(
     (0..r).map(row_loss).collect()
 }
 
-/// The derivative of [`cross_entropy`] by the logits, from `dloss` [r]: `dx = dloss (softmax(x) - 1 at the label)`; 0 in
+/// The derivative of [`cross_entropy`] by the logits, from `dloss` `[r]`: `dx = dloss (softmax(x) - 1 at the label)`; 0 in
 /// padded columns and in rows with the ignored label.
 pub fn cross_entropy_backward(
     [r, v]: [usize; 2],
@@ -62,6 +67,12 @@ pub fn cross_entropy_backward(
     ignored: u32,
     dloss: &[f64],
 ) -> Vec<f64> {
+    assert_eq!(x.len(), r * v, "cross_entropy: logits are [{r}, {v}]");
+    assert_eq!(
+        [labels.len(), dloss.len()],
+        [r; 2],
+        "cross_entropy: one label and dloss per row"
+    );
     let mut dx = vec![0.0; r * v];
     for i in (0..r).filter(|&i| labels[i] != ignored) {
         // loss = ln(sum over j of exp(x[j])) - x[label]

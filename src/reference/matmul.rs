@@ -2,7 +2,7 @@
 
 use super::activation::{Activation, activation, activation_backward};
 
-/// `c[i,j] = sum over p of a[i,p] b[p,j]`: a [m, k], b [k, n], c [m, n].
+/// `c[i,j] = sum over p of a[i,p] b[p,j]`: a `[m, k]`, b `[k, n]`, c `[m, n]`.
 pub fn matmul([m, n, k]: [usize; 3], a: &[f64], b: &[f64]) -> Vec<f64> {
     assert_eq!(a.len(), m * k, "matmul: a is [m, k] = [{m}, {k}]");
     assert_eq!(b.len(), k * n, "matmul: b is [k, n] = [{k}, {n}]");
@@ -25,7 +25,7 @@ pub fn matmul_backward([m, n, k]: [usize; 3], a: &[f64], b: &[f64], dc: &[f64]) 
     [da, db]
 }
 
-/// `y[j,i] = x[i,j]`: x [r, c], y [c, r].
+/// `y[j,i] = x[i,j]`: x `[r, c]`, y `[c, r]`.
 pub fn transposed([r, c]: [usize; 2], x: &[f64]) -> Vec<f64> {
     assert_eq!(x.len(), r * c, "transposed: x is [{r}, {c}]");
     let mut y = vec![0.0; r * c];
@@ -37,7 +37,8 @@ pub fn transposed([r, c]: [usize; 2], x: &[f64]) -> Vec<f64> {
     y
 }
 
-/// `z = a b + bias` and `y = f(z)`: a [m, k], b [k, n], bias [n]. Gives `(y, z)`; without an activation they are equal.
+/// `z = a b + bias` and `y = f(z)`: a `[m, k]`, b `[k, n]`, bias `[n]`. Gives `(y, z)`,
+/// which are equal without an activation.
 pub fn linear(
     [m, n, k]: [usize; 3],
     a: &[f64],
@@ -58,7 +59,7 @@ pub fn linear(
     (y, z)
 }
 
-/// `[da, db, dbias]` of [`linear`], from its `z` and `dy` [m, n].
+/// `[da, db, dbias]` of [`linear`], from its `z` and `dy` `[m, n]`.
 pub fn linear_backward(
     [m, n, k]: [usize; 3],
     a: &[f64],
@@ -75,7 +76,7 @@ pub fn linear_backward(
     [da, db, dbias]
 }
 
-/// `y[j] = sum over i of x[i,j]`: x [r, c], y [c]. The gradient of a bias that every row shares.
+/// `y[j] = sum over i of x[i,j]`: x `[r, c]`, y `[c]`. The gradient of a bias that every row shares.
 pub fn column_sum([r, c]: [usize; 2], x: &[f64]) -> Vec<f64> {
     assert_eq!(x.len(), r * c, "column_sum: x is [{r}, {c}]");
     let mut y = vec![0.0; c];
@@ -85,6 +86,12 @@ pub fn column_sum([r, c]: [usize; 2], x: &[f64]) -> Vec<f64> {
         }
     }
     y
+}
+
+/// `sum of a b`.
+pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len(), "dot: both sides have one length");
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 #[cfg(test)]

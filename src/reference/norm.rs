@@ -1,7 +1,9 @@
 //! Layer norm and RMS norm.
 
+use super::matmul::dot;
+
 /// `y = (x - mean) rstd w + bias` with `mean` and `rstd = 1 / sqrt(variance + eps)` of each row (Ba et al. 2016).
-/// x, y [r, c]; weight, bias [c]. Gives `(y, mean, rstd)`, the latter two [r].
+/// x, y `[r, c]`; weight, bias `[c]`. Gives `(y, mean, rstd)`, the latter two `[r]`.
 pub fn layer_norm(
     [r, c]: [usize; 2],
     x: &[f64],
@@ -9,7 +11,7 @@ pub fn layer_norm(
     bias: Option<&[f64]>,
     eps: f64,
 ) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
-    assert_eq!(x.len(), r * c, "layer_norm: x is [{r}, {c}]");
+    check([r, c], x, &[weight, bias]);
     let (mut y, mut mean, mut rstd) = (vec![0.0; r * c], vec![0.0; r], vec![0.0; r]);
     for i in 0..r {
         let row = &x[i * c..][..c];
@@ -34,6 +36,8 @@ pub fn layer_norm_backward(
     rstd: &[f64],
     dy: &[f64],
 ) -> [Vec<f64>; 3] {
+    check([r, c], x, &[weight]);
+    check([r, c], dy, &[]);
     let (mut dx, mut dweight, mut dbias) = (vec![0.0; r * c], vec![0.0; c], vec![0.0; c]);
     for i in 0..r {
         // normal = (x - mean) rstd, y = normal w + bias
@@ -53,7 +57,7 @@ pub fn layer_norm_backward(
     [dx, dweight, dbias]
 }
 
-/// `y = x rstd w` with `rstd = 1 / sqrt(mean of x^2 + eps)` of each row (Zhang and Sennrich 2019). x, y [r, c]; weight [c].
+/// `y = x rstd w` with `rstd = 1 / sqrt(mean of x^2 + eps)` of each row (Zhang and Sennrich 2019). x, y `[r, c]`; weight `[c]`.
 /// Gives `(y, rstd)`. The norm of each head of q or k is this with `c = d`.
 pub fn rms_norm(
     [r, c]: [usize; 2],
@@ -61,7 +65,7 @@ pub fn rms_norm(
     weight: Option<&[f64]>,
     eps: f64,
 ) -> (Vec<f64>, Vec<f64>) {
-    assert_eq!(x.len(), r * c, "rms_norm: x is [{r}, {c}]");
+    check([r, c], x, &[weight]);
     let (mut y, mut rstd) = (vec![0.0; r * c], vec![0.0; r]);
     for i in 0..r {
         let row = &x[i * c..][..c];
@@ -81,6 +85,8 @@ pub fn rms_norm_backward(
     rstd: &[f64],
     dy: &[f64],
 ) -> [Vec<f64>; 2] {
+    check([r, c], x, &[weight]);
+    check([r, c], dy, &[]);
     let (mut dx, mut dweight) = (vec![0.0; r * c], vec![0.0; c]);
     for i in 0..r {
         // normal = x rstd, y = normal w
@@ -97,9 +103,12 @@ pub fn rms_norm_backward(
     [dx, dweight]
 }
 
-/// `sum of a b`.
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
+/// Panics unless x is `[r, c]` and each vector `[c]`.
+fn check([r, c]: [usize; 2], x: &[f64], vectors: &[Option<&[f64]>]) {
+    assert_eq!(x.len(), r * c, "norm: x and dy are [{r}, {c}]");
+    for w in vectors.iter().flatten() {
+        assert_eq!(w.len(), c, "norm: weight and bias are [{c}]");
+    }
 }
 
 #[cfg(test)]

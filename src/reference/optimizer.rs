@@ -28,6 +28,11 @@ pub fn adamw(
     g: &[f64],
     factor: f64,
 ) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    assert_eq!(
+        [m.len(), v.len(), g.len()],
+        [p.len(); 3],
+        "adamw: m, v and g are as long as p"
+    );
     let (mut p, mut m, mut v) = (p.to_vec(), m.to_vec(), v.to_vec());
     if !factor.is_finite() {
         return (p, m, v);
@@ -59,6 +64,11 @@ pub struct Sgd {
 ///
 /// The gradient is multiplied by `factor` first; if that is not finite, everything stays as it was.
 pub fn sgd(o: &Sgd, p: &[f64], velocity: &[f64], g: &[f64], factor: f64) -> (Vec<f64>, Vec<f64>) {
+    assert_eq!(
+        [velocity.len(), g.len()],
+        [p.len(); 2],
+        "sgd: velocity and g are as long as p"
+    );
     let (mut p, mut velocity) = (p.to_vec(), velocity.to_vec());
     if !factor.is_finite() {
         return (p, velocity);

@@ -35,7 +35,7 @@ pub enum RotaryScaling {
     },
 }
 
-/// The angles per position: `f[i] = theta^(-2i / rotary_dim)`, scaled; [rotary_dim / 2].
+/// The angles per position: `f[i] = theta^(-2i / rotary_dim)`, scaled; `[rotary_dim / 2]`.
 pub fn rotary_frequencies(rotary_dim: usize, theta: f64, scaling: RotaryScaling) -> Vec<f64> {
     assert!(
         rotary_dim.is_multiple_of(2),
@@ -60,7 +60,7 @@ pub fn rotary_frequencies(rotary_dim: usize, theta: f64, scaling: RotaryScaling)
         .collect()
 }
 
-/// `(cos, sin)` of `(offset + t) f[i]`, each [t, rotary_dim / 2].
+/// `(cos, sin)` of `(offset + t) f[i]`, each `[t, rotary_dim / 2]`.
 pub fn rotary_table(offset: usize, tokens: usize, frequencies: &[f64]) -> (Vec<f64>, Vec<f64>) {
     (offset..offset + tokens)
         .flat_map(|position| frequencies.iter().map(move |f| position as f64 * f))
@@ -68,8 +68,8 @@ pub fn rotary_table(offset: usize, tokens: usize, frequencies: &[f64]) -> (Vec<f
         .unzip()
 }
 
-/// Turns each pair `(x1, x2)` of a head into `(x1 cos - x2 sin, x2 cos + x1 sin)` (Su et al. 2021). x, y [b, t, h, d];
-/// cos, sin [t, rotary_dim / 2]; elements from rotary_dim on are copied.
+/// Turns each pair `(x1, x2)` of a head into `(x1 cos - x2 sin, x2 cos + x1 sin)` (Su et al. 2021). x, y `[b, t, h, d]`;
+/// cos, sin `[t, rotary_dim / 2]`; elements from rotary_dim on are copied.
 pub fn rotary(
     [b, t, h, d]: [usize; 4],
     x: &[f64],

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-/// `y[i] = table[ids[i] - first]` where that row exists, else 0: table [v, c] holds the vocabulary's rows from `first` on,
-/// y [n, c] for n ids. One shard of a vocabulary-parallel embedding; with `first = 0` and every row, a whole one.
+/// `y[i] = table[ids[i] - first]` where that row exists, else 0: table `[v, c]` holds the vocabulary's rows from `first` on,
+/// y `[n, c]` for n ids. One shard of a vocabulary-parallel embedding; with `first = 0` and every row, a whole one.
 pub fn embedding([v, c]: [usize; 2], table: &[f64], ids: &[u32], first: usize) -> Vec<f64> {
     assert_eq!(table.len(), v * c, "embedding: table is [{v}, {c}]");
     let mut y = vec![0.0; ids.len() * c];
@@ -13,7 +13,7 @@ pub fn embedding([v, c]: [usize; 2], table: &[f64], ids: &[u32], first: usize) -
     y
 }
 
-/// `dtable` [v, c] of [`embedding`]: the sum of the `dy` of every place where the row was used.
+/// `dtable` `[v, c]` of [`embedding`]: the sum of the `dy` of every place where the row was used.
 pub fn embedding_backward([v, c]: [usize; 2], ids: &[u32], first: usize, dy: &[f64]) -> Vec<f64> {
     assert_eq!(
         dy.len(),
@@ -84,11 +84,16 @@ pub fn slice(shape: &[usize], axis: usize, range: Range<usize>, x: &[f64]) -> Ve
         .collect()
 }
 
-/// `dx` of [`slice`]: `dy` at its place, zeros around it; `shape` is still x's.
+/// `dx` of [`slice()`]: `dy` at its place, zeros around it; `shape` is still x's.
 pub fn slice_backward(shape: &[usize], axis: usize, range: Range<usize>, dy: &[f64]) -> Vec<f64> {
     let [outer, n, inner] = around(shape, axis);
     let mut dx = vec![0.0; outer * n * inner];
     let width = range.len() * inner;
+    assert_eq!(
+        dy.len(),
+        outer * width,
+        "slice_backward: dy is {range:?} of {shape:?}"
+    );
     for o in 0..outer {
         // y = x[range]
         dx[(o * n + range.start) * inner..][..width].copy_from_slice(&dy[o * width..][..width]);
@@ -135,7 +140,7 @@ pub fn concatenate_backward(axis: usize, shapes: &[&[usize]], dy: &[f64]) -> Vec
     shapes.iter().map(part).collect()
 }
 
-/// `shape` as [outer, n, inner] with n = `shape[axis]`.
+/// `shape` as `[outer, n, inner]` with n = `shape[axis]`.
 fn around(shape: &[usize], axis: usize) -> [usize; 3] {
     [
         shape[..axis].iter().product(),

@@ -25,7 +25,7 @@ pub fn erf(x: f64) -> f64 {
 /// `erfc(x) = 1 - erf(x)`, relatively accurate in its right tail too (to about `x^2` units in the last place).
 ///
 /// From 2 on the continued fraction `exp(-x^2)/sqrt(pi) / (x + (1/2)/(x + (2/2)/(x + (3/2)/(x + ...))))` (Abramowitz and
-/// Stegun 7.1.14), evaluated from its 100th term upwards: at 2, where it converges slowest, 80 terms are enough.
+/// Stegun 7.1.14), evaluated from its 60th term upwards: at 2, where it converges slowest, 50 leave 7e-16.
 pub fn erfc(x: f64) -> f64 {
     if x.is_nan() {
         return x;
@@ -33,7 +33,7 @@ pub fn erfc(x: f64) -> f64 {
     if x < 2.0 {
         return 1.0 - erf(x);
     }
-    let fraction = (1..=100).rev().fold(x, |f, n| x + 0.5 * n as f64 / f);
+    let fraction = (1..=60).rev().fold(x, |f, n| x + 0.5 * n as f64 / f);
     (-x * x).exp() / PI.sqrt() / fraction
 }
 

@@ -62,7 +62,7 @@ pub fn assert_within(what: &str, got: &[f64], want: &[f64], bound: &[f64]) -> f6
 }
 
 /// `gamma(k, u) (|a| |b|)[i,j]`, the bound of an element of a product summed with unit roundoff u in any order (Higham 2002,
-/// section 3.5): a [m, k], b [k, n], the bounds [m, n].
+/// section 3.5): a `[m, k]`, b `[k, n]`, the bounds `[m, n]`.
 pub fn product_bound([m, n, k]: [usize; 3], a: &[f64], b: &[f64], u: f64) -> Vec<f64> {
     let size = |x: &[f64]| x.iter().map(|x| x.abs()).collect::<Vec<_>>();
     let sizes = super::matmul([m, n, k], &size(a), &size(b));
@@ -70,7 +70,7 @@ pub fn product_bound([m, n, k]: [usize; 3], a: &[f64], b: &[f64], u: f64) -> Vec
 }
 
 /// Panics unless `c = a b` within what rounding with unit roundoff u allows, in `O(m n + m k + n k)`: with a random vector x,
-/// `c x` must be `a (b x)` (Freivalds 1977). a [m, k], b [k, n], c [m, n].
+/// `c x` must be `a (b x)` (Freivalds 1977). a `[m, k]`, b `[k, n]`, c `[m, n]`.
 ///
 /// `u = 0` demands equality. Fill a and b with integers of at most 3 bits then, so that this check is exact too: x holds
 /// integers of 15 bits and a sign, and one wrong element, or any wrong row, hides with probability at most 2^-16. With
@@ -111,7 +111,7 @@ pub fn assert_product<A: Float, B: Float, C: Float>(
     }
 }
 
-/// `(a x, |a| |x|)` for a [r, c] and an `|x|` given apart, because it may bound a sum that x cancelled.
+/// `(a x, |a| |x|)` for a `[r, c]` and an `|x|` given apart, because it may bound a sum that x cancelled.
 fn times<T: Float>([r, c]: [usize; 2], a: &[T], x: &[f64], size: &[f64]) -> (Vec<f64>, Vec<f64>) {
     let row = |i: usize| {
         let (mut sum, mut sum_size) = (0.0, 0.0);
