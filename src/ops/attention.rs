@@ -1,0 +1,267 @@
+//! Scaled dot-product attention, tiled, with log-sum-exp kept for backward.
+//!
+//! Operands are laid out by tokens, [b, t, h, d]: that is what a product of [b, t, c] with a weight gives, and what the
+//! next product takes, so heads are never transposed in memory; the kernel strides over them.
+
+use super::{Axes, Backward, Cost, Op, Saved, Site, misfit, traffic};
+use crate::cpu::attention::{
+    Geometry, Heads, HeadsMut, attention_backward, attention_forward, attention_scratch,
+};
+use crate::cpu::memory::with_scratch;
+use crate::dtype::{DType, Slice, SliceMut};
+use crate::tensor::{Tensor, TensorType};
+
+/// `o = softmax(mask(cap(scale q k^T))) v` for each batch and head (Vaswani et al. 2017; tiled as Dao et al. 2022).
+///
+/// - q [b, t, h, d]; k, v [b, s, g, d], where g divides h: query head i uses key head `i / (h / g)` (Ainslie et al. 2023);
+/// - with `documents`: the document of each query [b, t] and of each key [b, s] in u32; tokens see only their own;
+/// - results: o [b, t, h, d] in the type of q, and the log-sum-exp [b, h, t] in f32, which backward reads.
+///
+/// Query t stands at position `offset + t`, key s at s. A query that sees nothing gives 0, its log-sum-exp is -inf and its
+/// gradients are 0.
+///
+/// Letters: `bThD,bShD,bShD,bT,bS->bThD,bhT`: batch and heads may be split. A single key head (g = 1 < h) stays whole
+/// while h is split. Backward: `dv = p^T do`, `dp = do v^T`, `ds = p (dp - rowsum(do o))`, `dq = scale ds k`,
+/// `dk = scale ds^T q`.
+#[derive(Clone, Debug, Default)]
+pub struct Attention {
+    /// A query sees no later keys.
+    pub causal: bool,
+    /// A query sees only keys less than this many positions away.
+    pub window: Option<usize>,
+    /// Position of the first query.
+    pub offset: usize,
+    /// What multiplies q k^T; `1 / sqrt(d)` if none.
+    pub scale: Option<f32>,
+    /// c, which turns a logit l into `c tanh(l / c)`, before the mask (Gemma 2, 2024).
+    pub soft_cap: Option<f32>,
+    /// Two more operands name documents.
+    pub documents: bool,
+}
+
+impl Attention {
+    fn geometry<'a>(
+        &self,
+        q: &TensorType,
+        k: &TensorType,
+        documents: Option<(&'a [u32], &'a [u32])>,
+    ) -> Geometry<'a> {
+        Geometry {
+            batch: q.shape[0],
+            heads: q.shape[2],
+            kv_heads: k.shape[2],
+            queries: q.shape[1],
+            keys: k.shape[1],
+            head_dim: q.shape[3],
+            scale: self.scale.unwrap_or(1.0 / (q.shape[3] as f32).sqrt()),
+            soft_cap: self.soft_cap,
+            causal: self.causal,
+            window: self.window,
+            offset: self.offset,
+            documents,
+        }
+    }
+
+    /// How many (query, key) pairs one head of one sequence computes; documents are not looked at.
+    pub fn pairs(&self, queries: usize, keys: usize) -> u64 {
+        // Query t, at position p = offset + t, sees keys low(p) .. high(p): both are p plus a constant, cut to 0..=keys.
+        let below = |shift: i128| clamped_sum(self.offset as i128 + shift, queries, keys);
+        let everything = queries as u64 * keys as u64;
+        match (self.causal, self.window) {
+            (false, None) => everything,
+            (true, None) => below(1),
+            (true, Some(w)) => below(1) - below(1 - (w as i128).min(i64::MAX as i128)),
+            (false, Some(w)) => {
+                let w = (w as i128).min(i64::MAX as i128);
+                if w == 0 { 0 } else { below(w) - below(1 - w) }
+            }
+        }
+    }
+
+    fn products(&self, inputs: &[TensorType]) -> u64 {
+        let (q, k) = (&inputs[0], &inputs[1]);
+        let pairs = self.pairs(q.shape[1], k.shape[1]);
+        2 * pairs * (q.shape[0] * q.shape[2] * q.shape[3]) as u64
+    }
+}
+
+/// `sum over t < n of (x + t) cut to 0..=most`.
+fn clamped_sum(x: i128, n: usize, most: usize) -> u64 {
+    let (n, most) = (n as i128, most as i128);
+    // The terms from `first` on are positive, those from `full` on are cut to `most`.
+    let first = (-x).clamp(0, n);
+    let full = (most - x).clamp(first, n);
+    let rising = full - first;
+    let sum = rising * (x + first) + rising * (rising - 1) / 2 + (n - full) * most;
+    sum as u64
+}
+
+/// Strides of [b, t, h, d] by (b, h, t).
+fn heads<'a>(data: Slice<'a>, ty: &TensorType) -> Heads<'a> {
+    Heads {
+        data,
+        strides: strides(ty),
+    }
+}
+
+fn heads_mut<'a>(data: SliceMut<'a>, ty: &TensorType) -> HeadsMut<'a> {
+    HeadsMut {
+        data,
+        strides: strides(ty),
+    }
+}
+
+fn strides(ty: &TensorType) -> [usize; 3] {
+    let [_, t, h, d] = ty.shape[..] else {
+        unreachable!("infer wants four axes")
+    };
+    [t * h * d, d, h * d]
+}
+
+impl Op for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, String> {
+        let wrong = |wants: &str| Err(misfit("attention", wants, inputs));
+        if inputs.len() != if self.documents { 5 } else { 3 } {
+            return wrong(if self.documents {
+                "q, k, v and the documents of queries and keys"
+            } else {
+                "q, k and v"
+            });
+        }
+        let (q, k, v) = (&inputs[0], &inputs[1], &inputs[2]);
+        if ![q, k, v]
+            .iter()
+            .all(|x| x.rank() == 4 && x.dtype.is_float())
+        {
+            return wrong("floats: q [b, t, h, d], k and v [b, s, g, d]");
+        }
+        if k.shape != v.shape || q.shape[0] != k.shape[0] || q.shape[3] != k.shape[3] {
+            return wrong("k and v of one shape, with the batch and head size of q");
+        }
+        if k.shape[2] == 0 || !q.shape[2].is_multiple_of(k.shape[2]) {
+            return wrong("a number of key heads that divides the query heads");
+        }
+        if q.shape[3] == 0 || q.shape[3] > 256 {
+            return wrong("a head size from 1 to 256");
+        }
+        if self.documents {
+            let ids = |of: &TensorType, ids: &TensorType| {
+                ids.dtype == DType::U32 && ids.shape == of.shape[..2]
+            };
+            if !ids(q, &inputs[3]) || !ids(k, &inputs[4]) {
+                return wrong("documents in u32: [b, t] for q and [b, s] for k");
+            }
+        }
+        let lse = TensorType::new([q.shape[0], q.shape[2], q.shape[1]], DType::F32);
+        Ok(vec![q.clone(), lse])
+    }
+
+    fn axes(&self, inputs: &[TensorType]) -> Axes {
+        let shared = inputs[1].shape[2] == 1 && inputs[0].shape[2] > 1;
+        let kv = if shared { "bSGD" } else { "bShD" };
+        let documents = if self.documents { ",bT,bS" } else { "" };
+        Axes::new(&format!("bThD,{kv},{kv}{documents}->bThD,bhT"))
+    }
+
+    fn cost(&self, inputs: &[TensorType], outputs: &[TensorType]) -> Cost {
+        let g = self.geometry(&inputs[0], &inputs[1], None);
+        Cost {
+            flops: 2 * self.products(inputs),
+            bytes: traffic(inputs) + traffic(outputs),
+            scratch: attention_scratch(&g).0 as u64,
+        }
+    }
+
+    fn forward(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let [o, lse] = outputs else {
+            unreachable!("infer gives two results")
+        };
+        let documents = self
+            .documents
+            .then(|| (inputs[3].slice().typed(), inputs[4].slice().typed()));
+        let (q, k, v) = (inputs[0], inputs[1], inputs[2]);
+        attention_forward(
+            &self.geometry(q.ty(), k.ty(), documents),
+            heads(q.slice(), q.ty()),
+            heads(k.slice(), k.ty()),
+            heads(v.slice(), v.ty()),
+            heads_mut(o.slice_mut(), q.ty()),
+            lse.slice_mut().typed(),
+        );
+    }
+
+    fn saves(&self) -> Saved {
+        Saved::ALL
+    }
+
+    fn differentiable(&self, i: usize) -> bool {
+        i < 3
+    }
+
+    fn backward_cost(
+        &self,
+        inputs: &[TensorType],
+        outputs: &[TensorType],
+        wanted: &[bool],
+    ) -> Cost {
+        let g = self.geometry(&inputs[0], &inputs[1], None);
+        let unwanted = inputs.iter().zip(wanted).take(3).filter(|(_, w)| !**w);
+        let unwanted: u64 = unwanted.map(|(t, _)| t.allocated_bytes()).sum();
+        Cost {
+            flops: 5 * self.products(inputs),
+            bytes: traffic(inputs) + traffic(outputs) + outputs[0].bytes() + traffic(&inputs[..3]),
+            scratch: attention_scratch(&g).1 as u64 + unwanted,
+        }
+    }
+
+    fn backward(&self, _: &Site, backward: &mut Backward) {
+        let dout = backward.only_gradient("attention");
+        let (q, k, v) = (backward.input(0), backward.input(1), backward.input(2));
+        let (o, lse) = (backward.output(0), backward.output(1));
+        let documents = self.documents.then(|| {
+            (
+                backward.input(3).slice().typed(),
+                backward.input(4).slice().typed(),
+            )
+        });
+        let [dq, dk, dv, ..] = backward.wanted else {
+            unreachable!("infer wants three operands")
+        };
+        or_scratch(dq, q.ty(), |dq| {
+            or_scratch(dk, k.ty(), |dk| {
+                or_scratch(dv, v.ty(), |dv| {
+                    attention_backward(
+                        &self.geometry(q.ty(), k.ty(), documents),
+                        heads(q.slice(), q.ty()),
+                        heads(k.slice(), k.ty()),
+                        heads(v.slice(), v.ty()),
+                        heads(o.slice(), o.ty()),
+                        heads(dout.slice(), dout.ty()),
+                        lse.slice().typed(),
+                        heads_mut(dq, q.ty()),
+                        heads_mut(dk, k.ty()),
+                        heads_mut(dv, v.ty()),
+                    );
+                });
+            });
+        });
+    }
+}
+
+/// The gradient's elements; scratch of the operand's type if it is not wanted, because the kernel writes all three.
+fn or_scratch(
+    gradient: &mut Option<super::Gradient>,
+    operand: &TensorType,
+    f: impl FnOnce(SliceMut),
+) {
+    match gradient {
+        Some(gradient) => f(gradient.tensor.slice_mut()),
+        None => with_scratch(operand.bytes() as usize, |bytes| {
+            f(SliceMut::of_bytes(bytes, operand.dtype));
+        }),
+    }
+}

@@ -1,0 +1,210 @@
+//! Rotary positions: pairs of a head's elements turn by an angle that grows with the token's position.
+//!
+//! The table of cosines and sines is computed in f64 and rounded once to f32; clones of an op share it, so that a model
+//! which keeps one [`Rotary`] computes it once.
+
+use super::{Axes, Backward, Cost, Linear, Op, Site, misfit};
+use crate::cpu::rows;
+use crate::dtype::{Slice, SliceMut};
+use crate::tensor::{Tensor, TensorType};
+use std::f64::consts::TAU;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub use crate::cpu::RotaryStyle;
+
+/// `(y1, y2) = (x1 cos - x2 sin, x2 cos + x1 sin)` for each pair of a head's elements, with the angle
+/// `position * theta^(-2i / rotary_dim)` of pair i (Su et al. 2021).
+///
+/// x and y: [b, t, h, d]. Elements from `rotary_dim` on are copied. Letters: `bthD->bthD`; a chip that holds part of the
+/// tokens starts at its own position. Backward: the turn back.
+#[derive(Clone, Debug)]
+pub struct Rotary {
+    /// Base of the wavelengths.
+    pub theta: f64,
+    /// How many elements of a head turn, from the first on; all if none. Even.
+    pub rotary_dim: Option<usize>,
+    /// Which elements are a pair.
+    pub style: RotaryStyle,
+    /// Position of the first token of the whole tensor.
+    pub offset: usize,
+    /// How the frequencies are changed to stretch the context.
+    pub scaling: RotaryScaling,
+    /// The last table that this op or a clone of it used; leave it at its default.
+    pub table: RotaryTable,
+}
+
+impl Default for Rotary {
+    fn default() -> Self {
+        Rotary {
+            theta: 10_000.0,
+            rotary_dim: None,
+            style: RotaryStyle::Halves,
+            offset: 0,
+            scaling: RotaryScaling::None,
+            table: RotaryTable::default(),
+        }
+    }
+}
+
+/// How rotary frequencies change to stretch the context.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RotaryScaling {
+    /// As they are.
+    None,
+    /// All divided by `factor`: positions are interpolated (Chen et al. 2023).
+    Linear {
+        /// How many times longer the context becomes.
+        factor: f64,
+    },
+    /// Waves longer than `original_context / low` tokens divided by `factor`, those shorter than
+    /// `original_context / high` kept, a blend that is linear in the turns per context between (Llama 3.1, 2024).
+    Llama3 {
+        /// How many times longer the context becomes.
+        factor: f64,
+        /// Turns per original context below which a frequency is divided.
+        low: f64,
+        /// Turns per original context above which a frequency is kept.
+        high: f64,
+        /// Tokens of context before stretching.
+        original_context: f64,
+    },
+}
+
+impl RotaryScaling {
+    fn apply(self, frequency: f64) -> f64 {
+        match self {
+            RotaryScaling::None => frequency,
+            RotaryScaling::Linear { factor } => frequency / factor,
+            RotaryScaling::Llama3 {
+                factor,
+                low,
+                high,
+                original_context,
+            } => {
+                let turns = original_context * frequency / TAU;
+                let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+                kept * frequency + (1.0 - kept) * frequency / factor
+            }
+        }
+    }
+}
+
+/// The table that clones of a [`Rotary`] share.
+#[derive(Clone, Default)]
+pub struct RotaryTable(Arc<Mutex<Option<Arc<Angles>>>>);
+
+impl fmt::Debug for RotaryTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RotaryTable")
+    }
+}
+
+/// Cosines and sines [tokens, rotary_dim / 2] and what they were computed for.
+struct Angles {
+    key: (u64, usize, RotaryScaling, usize, usize),
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Rotary {
+    fn turning(&self, head_dim: usize) -> usize {
+        self.rotary_dim.unwrap_or(head_dim)
+    }
+
+    fn angles(&self, dim: usize, first: usize, tokens: usize) -> Arc<Angles> {
+        let key = (self.theta.to_bits(), dim, self.scaling, first, tokens);
+        let mut kept = self.table.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(angles) = kept.as_ref().filter(|a| a.key == key) {
+            return angles.clone();
+        }
+        let frequencies: Vec<f64> = (0..dim / 2)
+            .map(|i| {
+                self.scaling
+                    .apply(self.theta.powf(-2.0 * i as f64 / dim as f64))
+            })
+            .collect();
+        let (cos, sin) = (first..first + tokens)
+            .flat_map(|position| frequencies.iter().map(move |f| position as f64 * f))
+            .map(|angle| (angle.cos() as f32, angle.sin() as f32))
+            .unzip();
+        let angles = Arc::new(Angles { key, cos, sin });
+        *kept = Some(angles.clone());
+        angles
+    }
+
+    fn turn(&self, site: &Site, x: Slice, y: SliceMut, inverse: bool) {
+        let local = &site.inputs[0];
+        let [b, t, h, d] = local.ty.shape[..] else {
+            unreachable!("infer wants four axes")
+        };
+        let dim = self.turning(d);
+        let angles = self.angles(dim, self.offset + local.start[1], t);
+        rows::rotary(
+            x,
+            y,
+            b,
+            t,
+            h,
+            d,
+            dim,
+            &angles.cos,
+            &angles.sin,
+            self.style,
+            inverse,
+        );
+    }
+}
+
+impl Op for Rotary {
+    fn name(&self) -> &'static str {
+        "rotary"
+    }
+
+    fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, String> {
+        match inputs {
+            [x] if x.dtype.is_float() && x.rank() == 4 => {
+                let dim = self.turning(x.last());
+                if dim > x.last() || !dim.is_multiple_of(2) {
+                    let wants = format!(
+                        "an even number of turning elements, at most the head size {}, not {dim}",
+                        x.last()
+                    );
+                    return Err(misfit("rotary", wants, inputs));
+                }
+                Ok(vec![x.clone()])
+            }
+            _ => Err(misfit("rotary", "one float operand [b, t, h, d]", inputs)),
+        }
+    }
+
+    fn axes(&self, _: &[TensorType]) -> Axes {
+        Axes::new("bthD->bthD").linear(Linear::Jointly)
+    }
+
+    fn cost(&self, inputs: &[TensorType], outputs: &[TensorType]) -> Cost {
+        let x = &inputs[0];
+        let dim = self.turning(x.last());
+        let table = 4 * (x.shape[1] * dim) as u64;
+        let mut cost = Cost::elementwise(inputs, outputs, 0);
+        cost.flops = 3 * (x.rows() * dim) as u64;
+        cost.bytes += table;
+        cost
+    }
+
+    fn forward(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        self.turn(site, inputs[0].slice(), outputs[0].slice_mut(), false);
+    }
+
+    fn backward_cost(&self, inputs: &[TensorType], outputs: &[TensorType], _: &[bool]) -> Cost {
+        self.cost(inputs, outputs)
+    }
+
+    fn backward(&self, site: &Site, backward: &mut Backward) {
+        let dy = backward.gradient(0);
+        if let Some(dx) = backward.want(0) {
+            self.turn(site, dy.slice(), dx.tensor.slice_mut(), true);
+        }
+    }
+}
