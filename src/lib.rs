@@ -11,6 +11,8 @@ pub mod ops;
 pub mod placement;
 pub mod random;
 pub mod reference;
+pub mod spmd;
+pub mod tape;
 pub mod tensor;
 pub mod trace;
 pub mod train;

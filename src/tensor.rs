@@ -5,7 +5,8 @@
 //! program order whether the storage is real or a ghost, so that the peak of a ghost run is the peak of a real one.
 
 use crate::cpu::memory::{Buffer, Pool};
-use crate::dtype::{DType, Element, Slice, SliceMut, TensorType};
+pub use crate::dtype::TensorType;
+use crate::dtype::{DType, Element, Slice, SliceMut};
 use crate::error::{Error, ErrorKind, Result};
 use ndarray::{ArrayD, ArrayViewD, IxDyn};
 use serde::{Deserialize, Serialize};
@@ -95,7 +96,7 @@ impl Memory {
     /// How many blocks the pool asked of the system so far; none for a ghost.
     pub fn fresh_allocations(&self) -> Option<u64> {
         match &self.0.place {
-            Place::Cpu(pool) => Some(pool.fresh_allocations()),
+            Place::Cpu(pool) => Some(pool.fresh()),
             Place::Ghost { .. } => None,
         }
     }
@@ -305,6 +306,19 @@ impl Tensor {
             Slice::Bf16(s) => bytemuck::cast_slice(s),
             Slice::F16(s) => bytemuck::cast_slice(s),
             Slice::U32(s) => bytemuck::cast_slice(s),
+        }
+    }
+
+    /// The elements as bytes, for writing.
+    ///
+    /// # Panics
+    /// As [`Tensor::slice_mut`].
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        match self.slice_mut() {
+            SliceMut::F32(s) => bytemuck::cast_slice_mut(s),
+            SliceMut::Bf16(s) => bytemuck::cast_slice_mut(s),
+            SliceMut::F16(s) => bytemuck::cast_slice_mut(s),
+            SliceMut::U32(s) => bytemuck::cast_slice_mut(s),
         }
     }
 

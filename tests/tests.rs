@@ -1,1 +1,5 @@
 //! One integration binary, one line per module.
+
+mod parity {
+    mod ops;
+}

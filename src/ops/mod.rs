@@ -397,6 +397,12 @@ pub trait Op: fmt::Debug + 'static {
         false
     }
 
+    /// True if every operand's gradient is the result's gradient, as in a sum: it is handed on without a copy, and
+    /// `backward` never runs.
+    fn passes_gradient(&self) -> bool {
+        false
+    }
+
     /// The saved operand `i` whose storage the gradient of operand `i` may take over, if nothing else uses it.
     fn reuses(&self) -> Option<usize> {
         None

@@ -1,6 +1,6 @@
 //! Writes one chip's trace while it runs.
 
-use super::{ChipTrace, Event, Step};
+use super::{ChipTrace, Event, EventKind, Step, Time};
 use std::collections::HashMap;
 use std::panic::Location;
 use std::sync::Arc;
@@ -122,6 +122,17 @@ impl Recorder {
             _ => return,
         };
         room.push(event);
+    }
+
+    /// Gives the started transfer with this ticket the time at which it ran.
+    pub(crate) fn complete(&mut self, ticket: u64, time: Time) {
+        let trace = &mut self.trace;
+        let steps = trace.latest.iter_mut().chain(&mut trace.first);
+        let events = steps.flat_map(|s| s.events.iter_mut().rev()).chain(trace.outside.iter_mut().rev());
+        let started = |e: &&mut Event| e.ticket == Some(ticket) && e.kind != EventKind::Wait;
+        if let Some(event) = events.into_iter().find(started) {
+            event.time = Some(time);
+        }
     }
 
     /// What was recorded so far, with `peak_bytes` as the memory counted it.

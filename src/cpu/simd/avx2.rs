@@ -1,0 +1,246 @@
+//! AVX2 with FMA and F16C: eight lanes, sixteen registers.
+
+use super::{Isa, Kernel, Simd};
+use crate::dtype::{DType, Float};
+use core::arch::x86_64::*;
+
+/// Proof that this CPU has AVX2, FMA and F16C.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// The token, on a CPU that has them.
+    #[inline]
+    pub(crate) fn new() -> Option<Self> {
+        (is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c"))
+        .then_some(Avx2(()))
+    }
+}
+
+// Every intrinsic below needs only features whose presence the token proves; this is the reason behind each SAFETY line.
+macro_rules! avx {
+    ($e:expr) => {
+        // SAFETY: the token proves AVX2, FMA and F16C; the intrinsics called here touch registers only.
+        unsafe { $e }
+    };
+}
+
+#[inline(always)]
+fn widen_bf16(x: __m128i) -> __m256 {
+    avx!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(
+        _mm256_cvtepu16_epi32(x)
+    )))
+}
+
+#[inline(always)]
+fn narrow_bf16(v: __m256) -> __m128i {
+    avx!({
+        let x = _mm256_castps_si256(v);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(x), _mm256_set1_epi32(1));
+        let rounded = _mm256_add_epi32(x, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        let quiet = _mm256_or_si256(x, _mm256_set1_epi32(0x0040_0000));
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+        let high = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan));
+        let packed = _mm256_packus_epi32(high, high);
+        _mm256_castsi256_si128(_mm256_permute4x64_epi64::<0b1000>(packed))
+    })
+}
+
+impl Simd for Avx2 {
+    type V = __m256;
+    type M = __m256;
+    const LANES: usize = 8;
+    const ISA: Isa = Isa::Avx2;
+
+    #[inline(always)]
+    fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn compiled<K: Kernel>(s: Avx2, kernel: K) -> K::Output {
+            kernel.call(s)
+        }
+        // SAFETY: the token proves the features.
+        unsafe { compiled(self, kernel) }
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        avx!(_mm256_set1_ps(x))
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        avx!(_mm256_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        avx!(_mm256_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        avx!(_mm256_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        avx!(_mm256_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        avx!(_mm256_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn neg_fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        avx!(_mm256_fnmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        avx!(_mm256_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        avx!(_mm256_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::V) -> Self::V {
+        avx!(_mm256_sqrt_ps(a))
+    }
+    #[inline(always)]
+    fn abs(self, a: Self::V) -> Self::V {
+        avx!(_mm256_andnot_ps(_mm256_set1_ps(-0.0), a))
+    }
+    #[inline(always)]
+    fn copysign(self, a: Self::V, b: Self::V) -> Self::V {
+        avx!({
+            let sign = _mm256_set1_ps(-0.0);
+            _mm256_or_ps(_mm256_andnot_ps(sign, a), _mm256_and_ps(sign, b))
+        })
+    }
+    #[inline(always)]
+    fn round(self, a: Self::V) -> Self::V {
+        avx!(_mm256_round_ps::<
+            { _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC },
+        >(a))
+    }
+    #[inline(always)]
+    fn scale2(self, a: Self::V, n: Self::V) -> Self::V {
+        // Two factors, because 2^n alone leaves the range of f32; the first product is exact.
+        avx!({
+            let n = _mm256_cvtps_epi32(n);
+            let half = _mm256_srai_epi32::<1>(n);
+            let bias = _mm256_set1_epi32(127);
+            let one = _mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias));
+            let other = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_sub_epi32(n, half), bias));
+            _mm256_mul_ps(
+                _mm256_mul_ps(a, _mm256_castsi256_ps(one)),
+                _mm256_castsi256_ps(other),
+            )
+        })
+    }
+    #[inline(always)]
+    fn split(self, a: Self::V) -> (Self::V, Self::V) {
+        avx!({
+            let two_thirds = _mm256_set1_epi32(0x3f2a_aaab);
+            let bits = _mm256_sub_epi32(_mm256_castps_si256(a), two_thirds);
+            let m = _mm256_and_si256(bits, _mm256_set1_epi32(0x007f_ffff));
+            (
+                _mm256_castsi256_ps(_mm256_add_epi32(m, two_thirds)),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<23>(bits)),
+            )
+        })
+    }
+    #[inline(always)]
+    fn swap_pairs(self, a: Self::V) -> Self::V {
+        avx!(_mm256_permute_ps::<0b10_11_00_01>(a))
+    }
+    #[inline(always)]
+    fn lt(self, a: Self::V, b: Self::V) -> Self::M {
+        avx!(_mm256_cmp_ps::<_CMP_LT_OQ>(a, b))
+    }
+    #[inline(always)]
+    fn le(self, a: Self::V, b: Self::V) -> Self::M {
+        avx!(_mm256_cmp_ps::<_CMP_LE_OQ>(a, b))
+    }
+    #[inline(always)]
+    fn eq(self, a: Self::V, b: Self::V) -> Self::M {
+        avx!(_mm256_cmp_ps::<_CMP_EQ_OQ>(a, b))
+    }
+    #[inline(always)]
+    fn select(self, m: Self::M, a: Self::V, b: Self::V) -> Self::V {
+        avx!(_mm256_blendv_ps(b, a, m))
+    }
+    #[inline(always)]
+    fn mask_first(self, n: usize) -> Self::M {
+        avx!({
+            let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n.min(8) as i32), lane))
+        })
+    }
+    #[inline(always)]
+    fn mask_and(self, a: Self::M, b: Self::M) -> Self::M {
+        avx!(_mm256_and_ps(a, b))
+    }
+    #[inline(always)]
+    fn mask_or(self, a: Self::M, b: Self::M) -> Self::M {
+        avx!(_mm256_or_ps(a, b))
+    }
+    #[inline(always)]
+    fn mask_not(self, a: Self::M) -> Self::M {
+        avx!(_mm256_xor_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(-1))))
+    }
+    #[inline(always)]
+    fn mask_any(self, a: Self::M) -> bool {
+        avx!(_mm256_movemask_ps(a)) != 0
+    }
+    #[inline(always)]
+    unsafe fn load_ptr<T: Float>(self, p: *const T) -> Self::V {
+        // SAFETY: the caller vouches for 8 elements of T; unaligned loads.
+        unsafe {
+            match T::DTYPE {
+                DType::F32 => _mm256_loadu_ps(p.cast()),
+                DType::Bf16 => widen_bf16(_mm_loadu_si128(p.cast())),
+                DType::F16 => _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
+                DType::U32 => unreachable!("u32 is no Float"),
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_first_ptr<T: Float>(self, p: *const T, n: usize) -> Self::V {
+        // SAFETY: the caller vouches for n < 8 elements of T; a masked lane is not read, and the array has room.
+        unsafe {
+            if let DType::F32 = T::DTYPE {
+                _mm256_maskload_ps(p.cast(), _mm256_castps_si256(self.mask_first(n)))
+            } else {
+                let mut x = [T::zeroed(); 8];
+                core::ptr::copy_nonoverlapping(p, x.as_mut_ptr(), n.min(8));
+                self.load_ptr(x.as_ptr())
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_ptr<T: Float>(self, p: *mut T, v: Self::V) {
+        // SAFETY: the caller vouches for 8 elements of T; unaligned stores.
+        unsafe {
+            match T::DTYPE {
+                DType::F32 => _mm256_storeu_ps(p.cast(), v),
+                DType::Bf16 => _mm_storeu_si128(p.cast(), narrow_bf16(v)),
+                DType::F16 => _mm_storeu_si128(
+                    p.cast(),
+                    _mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(v),
+                ),
+                DType::U32 => unreachable!("u32 is no Float"),
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_first_ptr<T: Float>(self, p: *mut T, n: usize, v: Self::V) {
+        // SAFETY: the caller vouches for n < 8 elements of T; a masked lane is not written, and the array has room.
+        unsafe {
+            if let DType::F32 = T::DTYPE {
+                _mm256_maskstore_ps(p.cast(), _mm256_castps_si256(self.mask_first(n)), v);
+            } else {
+                let mut x = [T::zeroed(); 8];
+                self.store_ptr(x.as_mut_ptr(), v);
+                core::ptr::copy_nonoverlapping(x.as_ptr(), p, n.min(8));
+            }
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! AVX-512 F, BW, DQ and VL: sixteen lanes, thirty-two registers, masks in registers of their own.
+//!
+//! bf16 is narrowed in integers, not by `vcvtneps2bf16`, which flushes subnormals.
+
+use super::{Isa, Kernel, Simd};
+use crate::dtype::{DType, Float};
+use core::arch::x86_64::*;
+
+/// Proof that this CPU has AVX-512 F, BW, DQ and VL.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    /// The token, on a CPU that has them.
+    #[inline]
+    pub(crate) fn new() -> Option<Self> {
+        (is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c"))
+        .then_some(Avx512(()))
+    }
+}
+
+// Every intrinsic below needs only features whose presence the token proves; this is the reason behind each SAFETY line.
+macro_rules! avx {
+    ($e:expr) => {
+        // SAFETY: the token proves AVX-512 F, BW, DQ and VL; the intrinsics called here touch registers only.
+        unsafe { $e }
+    };
+}
+
+#[inline(always)]
+fn widen_bf16(x: __m256i) -> __m512 {
+    avx!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(
+        _mm512_cvtepu16_epi32(x)
+    )))
+}
+
+#[inline(always)]
+fn narrow_bf16(v: __m512) -> __m256i {
+    avx!({
+        let x = _mm512_castps_si512(v);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(x), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        let quiet = _mm512_or_si512(x, _mm512_set1_epi32(0x0040_0000));
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+        let high = _mm512_srli_epi32::<16>(_mm512_mask_blend_epi32(nan, rounded, quiet));
+        _mm512_cvtepi32_epi16(high)
+    })
+}
+
+#[inline(always)]
+fn first(n: usize) -> __mmask16 {
+    ((1u32 << n.min(16)) - 1) as __mmask16
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+    type M = __mmask16;
+    const LANES: usize = 16;
+    const ISA: Isa = Isa::Avx512;
+
+    #[inline(always)]
+    fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+        fn compiled<K: Kernel>(s: Avx512, kernel: K) -> K::Output {
+            kernel.call(s)
+        }
+        // SAFETY: the token proves the features.
+        unsafe { compiled(self, kernel) }
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        avx!(_mm512_set1_ps(x))
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        avx!(_mm512_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        avx!(_mm512_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        avx!(_mm512_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        avx!(_mm512_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        avx!(_mm512_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn neg_fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        avx!(_mm512_fnmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        avx!(_mm512_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        avx!(_mm512_min_ps(a, b))
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::V) -> Self::V {
+        avx!(_mm512_sqrt_ps(a))
+    }
+    #[inline(always)]
+    fn abs(self, a: Self::V) -> Self::V {
+        avx!(_mm512_andnot_ps(_mm512_set1_ps(-0.0), a))
+    }
+    #[inline(always)]
+    fn copysign(self, a: Self::V, b: Self::V) -> Self::V {
+        avx!({
+            let sign = _mm512_set1_ps(-0.0);
+            _mm512_or_ps(_mm512_andnot_ps(sign, a), _mm512_and_ps(sign, b))
+        })
+    }
+    #[inline(always)]
+    fn round(self, a: Self::V) -> Self::V {
+        // No scaling (upper bits 0), nearest even, no exceptions.
+        avx!(_mm512_roundscale_ps::<
+            { _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC },
+        >(a))
+    }
+    #[inline(always)]
+    fn scale2(self, a: Self::V, n: Self::V) -> Self::V {
+        avx!(_mm512_scalef_ps(a, n))
+    }
+    #[inline(always)]
+    fn split(self, a: Self::V) -> (Self::V, Self::V) {
+        avx!({
+            let two_thirds = _mm512_set1_epi32(0x3f2a_aaab);
+            let bits = _mm512_sub_epi32(_mm512_castps_si512(a), two_thirds);
+            let m = _mm512_and_si512(bits, _mm512_set1_epi32(0x007f_ffff));
+            (
+                _mm512_castsi512_ps(_mm512_add_epi32(m, two_thirds)),
+                _mm512_cvtepi32_ps(_mm512_srai_epi32::<23>(bits)),
+            )
+        })
+    }
+    #[inline(always)]
+    fn swap_pairs(self, a: Self::V) -> Self::V {
+        avx!(_mm512_permute_ps::<0b10_11_00_01>(a))
+    }
+    #[inline(always)]
+    fn lt(self, a: Self::V, b: Self::V) -> Self::M {
+        avx!(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b))
+    }
+    #[inline(always)]
+    fn le(self, a: Self::V, b: Self::V) -> Self::M {
+        avx!(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, b))
+    }
+    #[inline(always)]
+    fn eq(self, a: Self::V, b: Self::V) -> Self::M {
+        avx!(_mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b))
+    }
+    #[inline(always)]
+    fn select(self, m: Self::M, a: Self::V, b: Self::V) -> Self::V {
+        avx!(_mm512_mask_blend_ps(m, b, a))
+    }
+    #[inline(always)]
+    fn mask_first(self, n: usize) -> Self::M {
+        first(n)
+    }
+    #[inline(always)]
+    fn mask_and(self, a: Self::M, b: Self::M) -> Self::M {
+        a & b
+    }
+    #[inline(always)]
+    fn mask_or(self, a: Self::M, b: Self::M) -> Self::M {
+        a | b
+    }
+    #[inline(always)]
+    fn mask_not(self, a: Self::M) -> Self::M {
+        !a
+    }
+    #[inline(always)]
+    fn mask_any(self, a: Self::M) -> bool {
+        a != 0
+    }
+    #[inline(always)]
+    unsafe fn load_ptr<T: Float>(self, p: *const T) -> Self::V {
+        // SAFETY: the caller vouches for 16 elements of T; unaligned loads.
+        unsafe {
+            match T::DTYPE {
+                DType::F32 => _mm512_loadu_ps(p.cast()),
+                DType::Bf16 => widen_bf16(_mm256_loadu_si256(p.cast())),
+                DType::F16 => _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())),
+                DType::U32 => unreachable!("u32 is no Float"),
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_first_ptr<T: Float>(self, p: *const T, n: usize) -> Self::V {
+        // SAFETY: the caller vouches for n elements of T; masked lanes are not read.
+        unsafe {
+            match T::DTYPE {
+                DType::F32 => _mm512_maskz_loadu_ps(first(n), p.cast()),
+                DType::Bf16 => widen_bf16(_mm256_maskz_loadu_epi16(first(n), p.cast())),
+                DType::F16 => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p.cast())),
+                DType::U32 => unreachable!("u32 is no Float"),
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_ptr<T: Float>(self, p: *mut T, v: Self::V) {
+        // SAFETY: the caller vouches for 16 elements of T; unaligned stores.
+        unsafe {
+            match T::DTYPE {
+                DType::F32 => _mm512_storeu_ps(p.cast(), v),
+                DType::Bf16 => _mm256_storeu_si256(p.cast(), narrow_bf16(v)),
+                DType::F16 => _mm256_storeu_si256(
+                    p.cast(),
+                    _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(v),
+                ),
+                DType::U32 => unreachable!("u32 is no Float"),
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_first_ptr<T: Float>(self, p: *mut T, n: usize, v: Self::V) {
+        // SAFETY: the caller vouches for n elements of T; masked lanes are not written.
+        unsafe {
+            match T::DTYPE {
+                DType::F32 => _mm512_mask_storeu_ps(p.cast(), first(n), v),
+                DType::Bf16 => _mm256_mask_storeu_epi16(p.cast(), first(n), narrow_bf16(v)),
+                DType::F16 => _mm256_mask_storeu_epi16(
+                    p.cast(),
+                    first(n),
+                    _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(v),
+                ),
+                DType::U32 => unreachable!("u32 is no Float"),
+            }
+        }
+    }
+}

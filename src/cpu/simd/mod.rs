@@ -1,0 +1,278 @@
+//! Vectors of f32 on every instruction set: the only folder with `core::arch`.
+//!
+//! A token ([`Avx512`], [`Avx2`], [`Neon`], [`Portable`]) can be made only on a CPU that has the instructions, so that
+//! its methods are safe. A kernel is written once, as a [`Kernel`] generic over [`Simd`], and [`dispatch`] runs it under
+//! one `#[target_feature]` function, into which everything inlines: methods and kernels are therefore
+//! `#[inline(always)]` (a method without it would be compiled for the baseline CPU and be called, slowly).
+//!
+//! Every operation gives the same bits on every instruction set (but for the payload of a NaN), so a kernel does too as
+//! long as the order of its sums does not follow `LANES`. [`with_isa`] runs a test on a chosen one.
+
+#![allow(unsafe_code)]
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod portable;
+#[cfg(test)]
+mod tests;
+
+use crate::dtype::Float;
+use std::sync::OnceLock;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
+pub(crate) use portable::Portable;
+
+/// Code that runs on any instruction set. Write `call` with `#[inline(always)]`.
+pub(crate) trait Kernel {
+    /// What the kernel returns.
+    type Output;
+    /// Runs on the instruction set of `s`.
+    fn call<S: Simd>(self, s: S) -> Self::Output;
+}
+
+/// A token of an instruction set that this CPU has, and its operations on vectors of `LANES` f32.
+pub(crate) trait Simd: Copy + Send + Sync + 'static {
+    /// `LANES` f32.
+    type V: Copy;
+    /// `LANES` truth values.
+    type M: Copy;
+    /// f32 in a vector; divides 32.
+    const LANES: usize;
+    /// The instruction set's name.
+    const ISA: Isa;
+
+    /// Calls `kernel` compiled for this instruction set.
+    fn run<K: Kernel>(self, kernel: K) -> K::Output;
+
+    /// All lanes x.
+    fn splat(self, x: f32) -> Self::V;
+    /// a + b.
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a - b.
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a b.
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a / b, correctly rounded.
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a b + c, rounded once.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// c - a b, rounded once.
+    fn neg_fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// a if a > b, else b: a NaN in b stays, a NaN in a is dropped (see [`Simd::max_nan`]).
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a if a < b, else b: a NaN in b stays, a NaN in a is dropped (see [`Simd::min_nan`]).
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Square root, correctly rounded.
+    fn sqrt(self, a: Self::V) -> Self::V;
+    /// Without its sign.
+    fn abs(self, a: Self::V) -> Self::V;
+    /// Magnitude of a, sign of b.
+    fn copysign(self, a: Self::V, b: Self::V) -> Self::V;
+    /// To the nearest integer, ties to even.
+    fn round(self, a: Self::V) -> Self::V;
+    /// a 2^n, rounded once, for integral n, |n| <= 252.
+    fn scale2(self, a: Self::V, n: Self::V) -> Self::V;
+    /// (m, e) with a = m 2^e, 2/3 <= m < 4/3, e integral; a positive, finite and normal.
+    fn split(self, a: Self::V) -> (Self::V, Self::V);
+    /// Exchanges lanes 0 and 1, 2 and 3, ...
+    fn swap_pairs(self, a: Self::V) -> Self::V;
+
+    /// a < b; false with a NaN.
+    fn lt(self, a: Self::V, b: Self::V) -> Self::M;
+    /// a <= b; false with a NaN.
+    fn le(self, a: Self::V, b: Self::V) -> Self::M;
+    /// a = b; false with a NaN.
+    fn eq(self, a: Self::V, b: Self::V) -> Self::M;
+    /// a where m, else b.
+    fn select(self, m: Self::M, a: Self::V, b: Self::V) -> Self::V;
+    /// True in the first n lanes.
+    fn mask_first(self, n: usize) -> Self::M;
+    /// Both.
+    fn mask_and(self, a: Self::M, b: Self::M) -> Self::M;
+    /// Either.
+    fn mask_or(self, a: Self::M, b: Self::M) -> Self::M;
+    /// The complement.
+    fn mask_not(self, a: Self::M) -> Self::M;
+    /// Whether some lane is true.
+    fn mask_any(self, a: Self::M) -> bool;
+
+    /// Widens `LANES` elements from p.
+    ///
+    /// # Safety
+    /// `LANES` elements are readable from p.
+    unsafe fn load_ptr<T: Float>(self, p: *const T) -> Self::V;
+    /// Widens n < `LANES` elements from p; the other lanes are 0.
+    ///
+    /// # Safety
+    /// n elements are readable from p.
+    unsafe fn load_first_ptr<T: Float>(self, p: *const T, n: usize) -> Self::V;
+    /// Narrows to `LANES` elements at p: nearest, ties to even.
+    ///
+    /// # Safety
+    /// `LANES` elements are writable from p.
+    unsafe fn store_ptr<T: Float>(self, p: *mut T, v: Self::V);
+    /// Narrows the first n < `LANES` lanes to p and leaves what follows untouched.
+    ///
+    /// # Safety
+    /// n elements are writable from p.
+    unsafe fn store_first_ptr<T: Float>(self, p: *mut T, n: usize, v: Self::V);
+
+    /// All lanes 0.
+    #[inline(always)]
+    fn zero(self) -> Self::V {
+        self.splat(0.0)
+    }
+
+    /// -a, also of 0 and NaN.
+    #[inline(always)]
+    fn neg(self, a: Self::V) -> Self::V {
+        self.mul(a, self.splat(-1.0))
+    }
+
+    /// The greater, or NaN if either is.
+    #[inline(always)]
+    fn max_nan(self, a: Self::V, b: Self::V) -> Self::V {
+        self.select(self.eq(a, a), self.max(a, b), a)
+    }
+
+    /// The smaller, or NaN if either is.
+    #[inline(always)]
+    fn min_nan(self, a: Self::V, b: Self::V) -> Self::V {
+        self.select(self.eq(a, a), self.min(a, b), a)
+    }
+
+    /// Widens the first `LANES` elements. Panics if there are fewer.
+    #[inline(always)]
+    fn load<T: Float>(self, x: &[T]) -> Self::V {
+        assert!(x.len() >= Self::LANES);
+        // SAFETY: the slice holds LANES elements.
+        unsafe { self.load_ptr(x.as_ptr()) }
+    }
+
+    /// Widens min(len, `LANES`) elements; missing lanes are 0.
+    #[inline(always)]
+    fn load_first<T: Float>(self, x: &[T]) -> Self::V {
+        if x.len() >= Self::LANES {
+            self.load(x)
+        } else {
+            // SAFETY: the slice holds len < LANES elements.
+            unsafe { self.load_first_ptr(x.as_ptr(), x.len()) }
+        }
+    }
+
+    /// Narrows to the first `LANES` elements. Panics if there are fewer.
+    #[inline(always)]
+    fn store<T: Float>(self, y: &mut [T], v: Self::V) {
+        assert!(y.len() >= Self::LANES);
+        // SAFETY: the slice holds LANES elements.
+        unsafe { self.store_ptr(y.as_mut_ptr(), v) }
+    }
+
+    /// Narrows to the first min(len, `LANES`) elements.
+    #[inline(always)]
+    fn store_first<T: Float>(self, y: &mut [T], v: Self::V) {
+        if y.len() >= Self::LANES {
+            self.store(y, v);
+        } else {
+            // SAFETY: the slice holds len < LANES elements.
+            unsafe { self.store_first_ptr(y.as_mut_ptr(), y.len(), v) }
+        }
+    }
+}
+
+/// An instruction set that this build has code for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Isa {
+    /// AVX-512 F, BW, DQ, VL.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// AVX2 with FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// NEON, part of every 64-bit ARM.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// Plain Rust.
+    Portable,
+}
+
+impl Isa {
+    const ALL: &[Isa] = &[
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon,
+        Isa::Portable,
+    ];
+
+    /// The instruction sets that this CPU has, best first; `Portable` is always the last.
+    pub(crate) fn available() -> Vec<Isa> {
+        Self::ALL.iter().copied().filter(|i| i.is_here()).collect()
+    }
+
+    fn is_here(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Avx512::new().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Avx2::new().is_some(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => Neon::new().is_some(),
+            Isa::Portable => true,
+        }
+    }
+}
+
+#[cfg(test)]
+thread_local! {
+    static CHOSEN: std::cell::Cell<Option<Isa>> = const { std::cell::Cell::new(None) };
+}
+
+/// The instruction set for kernels called now: the CPU's best. Read it once where a kernel is entered and hand it to
+/// workers by value, so that a test's choice ([`with_isa`]) reaches them.
+pub(crate) fn isa() -> Isa {
+    #[cfg(test)]
+    if let Some(isa) = CHOSEN.get() {
+        return isa;
+    }
+    static BEST: OnceLock<Isa> = OnceLock::new();
+    *BEST.get_or_init(|| Isa::available()[0])
+}
+
+/// Runs f with [`isa`] fixed on this thread.
+#[cfg(test)]
+pub(crate) fn with_isa<R>(isa: Isa, f: impl FnOnce() -> R) -> R {
+    struct Restore(Option<Isa>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            CHOSEN.set(self.0);
+        }
+    }
+    let _restore = Restore(CHOSEN.replace(Some(isa)));
+    f()
+}
+
+/// Runs `kernel` on `isa`. Panics if this CPU lacks it.
+#[inline]
+pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => Avx512::new().expect("this CPU lacks AVX-512").run(kernel),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => Avx2::new().expect("this CPU lacks AVX2").run(kernel),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => Neon::new().expect("this CPU lacks NEON").run(kernel),
+        Isa::Portable => Portable.run(kernel),
+    }
+}

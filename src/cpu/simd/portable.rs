@@ -1,0 +1,173 @@
+//! Plain Rust: eight lanes in an array, and the meaning of every operation. Slow where the CPU has no FMA, since each
+//! one is then a call that rounds once in software.
+
+use super::{Isa, Kernel, Simd};
+use crate::dtype::Float;
+
+const N: usize = 8;
+
+/// Plain Rust on any CPU.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Portable;
+
+#[inline(always)]
+fn map(a: [f32; N], f: impl Fn(f32) -> f32) -> [f32; N] {
+    std::array::from_fn(|i| f(a[i]))
+}
+
+#[inline(always)]
+fn zip<R>(a: [f32; N], b: [f32; N], f: impl Fn(f32, f32) -> R) -> [R; N] {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+#[inline(always)]
+fn pow2(n: i32) -> f32 {
+    f32::from_bits(((n + 127) as u32) << 23)
+}
+
+impl Simd for Portable {
+    type V = [f32; N];
+    type M = [bool; N];
+    const LANES: usize = N;
+    const ISA: Isa = Isa::Portable;
+
+    #[inline(always)]
+    fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        kernel.call(self)
+    }
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        [x; N]
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    fn neg_fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        std::array::from_fn(|i| (-a[i]).mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::V) -> Self::V {
+        map(a, f32::sqrt)
+    }
+    #[inline(always)]
+    fn abs(self, a: Self::V) -> Self::V {
+        map(a, f32::abs)
+    }
+    #[inline(always)]
+    fn copysign(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, f32::copysign)
+    }
+    #[inline(always)]
+    fn round(self, a: Self::V) -> Self::V {
+        map(a, f32::round_ties_even)
+    }
+    #[inline(always)]
+    fn scale2(self, a: Self::V, n: Self::V) -> Self::V {
+        // Two factors, because 2^n alone leaves the range of f32; the first product is exact.
+        zip(a, n, |a, n| {
+            let n = (n as i32).clamp(-252, 252);
+            a * pow2(n >> 1) * pow2(n - (n >> 1))
+        })
+    }
+    #[inline(always)]
+    fn split(self, a: Self::V) -> (Self::V, Self::V) {
+        const TWO_THIRDS: u32 = 0x3f2a_aaab;
+        let bits = |a: f32| a.to_bits().wrapping_sub(TWO_THIRDS);
+        (
+            map(a, |a| f32::from_bits((bits(a) & 0x007f_ffff) + TWO_THIRDS)),
+            map(a, |a| ((bits(a) as i32) >> 23) as f32),
+        )
+    }
+    #[inline(always)]
+    fn swap_pairs(self, a: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i ^ 1])
+    }
+    #[inline(always)]
+    fn lt(self, a: Self::V, b: Self::V) -> Self::M {
+        zip(a, b, |a, b| a < b)
+    }
+    #[inline(always)]
+    fn le(self, a: Self::V, b: Self::V) -> Self::M {
+        zip(a, b, |a, b| a <= b)
+    }
+    #[inline(always)]
+    fn eq(self, a: Self::V, b: Self::V) -> Self::M {
+        zip(a, b, |a, b| a == b)
+    }
+    #[inline(always)]
+    fn select(self, m: Self::M, a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| if m[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn mask_first(self, n: usize) -> Self::M {
+        std::array::from_fn(|i| i < n)
+    }
+    #[inline(always)]
+    fn mask_and(self, a: Self::M, b: Self::M) -> Self::M {
+        std::array::from_fn(|i| a[i] & b[i])
+    }
+    #[inline(always)]
+    fn mask_or(self, a: Self::M, b: Self::M) -> Self::M {
+        std::array::from_fn(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    fn mask_not(self, a: Self::M) -> Self::M {
+        a.map(|a| !a)
+    }
+    #[inline(always)]
+    fn mask_any(self, a: Self::M) -> bool {
+        a.contains(&true)
+    }
+    #[inline(always)]
+    unsafe fn load_ptr<T: Float>(self, p: *const T) -> Self::V {
+        // SAFETY: the caller vouches for N elements; an array of N has no stricter alignment than T.
+        let x = unsafe { *p.cast::<[T; N]>() };
+        x.map(T::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn load_first_ptr<T: Float>(self, p: *const T, n: usize) -> Self::V {
+        let at = |i| {
+            // SAFETY: the caller vouches for n elements, and i < n here.
+            unsafe { *p.add(i) }
+        };
+        std::array::from_fn(|i| if i < n { at(i).to_f32() } else { 0.0 })
+    }
+    #[inline(always)]
+    unsafe fn store_ptr<T: Float>(self, p: *mut T, v: Self::V) {
+        // SAFETY: the caller vouches for N elements.
+        unsafe { *p.cast::<[T; N]>() = v.map(T::from_f32) }
+    }
+    #[inline(always)]
+    unsafe fn store_first_ptr<T: Float>(self, p: *mut T, n: usize, v: Self::V) {
+        for (i, x) in v.into_iter().enumerate().take(n) {
+            // SAFETY: the caller vouches for n elements.
+            unsafe { *p.add(i) = T::from_f32(x) }
+        }
+    }
+}

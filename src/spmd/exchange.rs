@@ -1,0 +1,475 @@
+//! The wire between chips that are threads: messages, waits, and what goes wrong with them.
+//!
+//! # Rendezvous
+//! A send is complete only when it was received, as MPI allows its sends to be, so a program that would hang under MPI
+//! is found here. Messages carry a [`Header`] that says which call they belong to: a receiver that is in another call
+//! than the sender stops the run and names both call sites.
+//!
+//! # Nothing hangs
+//! Every wait registers what it waits for. One mutex holds all of it: whoever is about to wait looks whether any chip
+//! could still move, and if none can, reports who waits for whom. Whoever ends, by return or panic, looks whether
+//! someone waits for it in vain. When a run fails its error is stored once, all waiters wake, and each leaves its
+//! program by unwinding with [`Stopped`].
+//!
+//! A chip has two lanes: its program, and its transfers that run beside it. Both wait here, each on a bell of its own.
+
+use crate::error::{Error, ErrorKind};
+use crate::mesh::Mesh;
+use crate::tensor::Tensor;
+use crate::cpu::memory::Buffer;
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::panic::Location;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// The run was stopped by another chip's failure; carried by unwinding, never shown.
+#[derive(Debug)]
+pub(super) struct Stopped;
+
+/// Which call a message or a wait belongs to.
+#[derive(Debug)]
+pub(super) struct Header {
+    /// What both sides of a message must agree on: op, axis, shape, type.
+    pub signature: String,
+    /// The scope.
+    pub scope: Arc<str>,
+    /// The call site.
+    pub site: &'static Location<'static>,
+}
+
+impl std::fmt::Display for Header {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.signature)?;
+        if !self.scope.is_empty() {
+            write!(f, " in {}", self.scope)?;
+        }
+        write!(f, " at {}:{}", self.site.file(), self.site.line())
+    }
+}
+
+/// Where a chip's program is, for errors.
+#[derive(Clone, Debug)]
+pub(super) struct Whereabouts {
+    pub op: Arc<str>,
+    pub scope: Arc<str>,
+    pub site: &'static Location<'static>,
+}
+
+impl std::fmt::Display for Whereabouts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.op)?;
+        if !self.scope.is_empty() {
+            write!(f, " in {}", self.scope)?;
+        }
+        write!(f, " at {}:{}", self.site.file(), self.site.line())
+    }
+}
+
+/// What travels.
+pub(super) enum Payload {
+    /// Part of a tensor that nobody writes while it travels, in bytes.
+    Shared(Tensor, Range<usize>),
+    /// A copy.
+    Staged(Buffer, usize),
+}
+
+impl Payload {
+    pub(super) fn bytes(&self) -> &[u8] {
+        match self {
+            Payload::Shared(tensor, range) => &tensor.bytes()[range.clone()],
+            Payload::Staged(buffer, len) => &buffer.as_bytes()[..*len],
+        }
+    }
+}
+
+struct Message {
+    header: Arc<Header>,
+    payload: Payload,
+    received: Arc<AtomicBool>,
+}
+
+/// A queue between two ranks: one per collective call, one for plain messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Channel {
+    pub from: usize,
+    pub to: usize,
+    /// The collective's axis and its number on that axis.
+    pub call: (usize, u64),
+}
+
+enum Until {
+    Message(Channel),
+    Received(Arc<AtomicBool>, usize),
+    Done(Arc<AtomicBool>),
+}
+
+struct Waiting {
+    header: Arc<Header>,
+    until: Until,
+}
+
+#[derive(Default)]
+struct LaneState {
+    /// Things to do; a program is one, each started transfer another.
+    jobs: usize,
+    waiting: Option<Waiting>,
+}
+
+#[derive(Default)]
+struct State {
+    queues: HashMap<Channel, VecDeque<Message>>,
+    lanes: Vec<LaneState>,
+    ended: Vec<bool>,
+    last_seen: Vec<Option<Whereabouts>>,
+    decisions: HashMap<u64, (bool, usize)>,
+    error: Option<Error>,
+}
+
+/// The wire of one run.
+pub(super) struct Exchange {
+    mesh: Arc<Mesh>,
+    state: Mutex<State>,
+    bells: Vec<Condvar>,
+    poisoned: AtomicBool,
+    deadline: Duration,
+}
+
+/// One chip's end of the wire, for one of its lanes.
+#[derive(Clone)]
+pub(super) struct Lane {
+    exchange: Arc<Exchange>,
+    pub rank: usize,
+    number: usize,
+}
+
+/// A message on its way.
+pub(super) struct Sent {
+    received: Arc<AtomicBool>,
+    to: usize,
+    header: Arc<Header>,
+}
+
+impl Exchange {
+    pub(super) fn new(mesh: Arc<Mesh>, deadline: Duration) -> Arc<Self> {
+        let chips = mesh.chips();
+        let state = State {
+            lanes: (0..2 * chips).map(|n| LaneState { jobs: (n + 1) % 2, waiting: None }).collect(),
+            ended: vec![false; chips],
+            last_seen: vec![None; chips],
+            ..State::default()
+        };
+        Arc::new(Exchange {
+            bells: (0..2 * chips).map(|_| Condvar::new()).collect(),
+            state: Mutex::new(state),
+            poisoned: AtomicBool::new(false),
+            mesh,
+            deadline,
+        })
+    }
+
+    pub(super) fn lane(self: &Arc<Self>, rank: usize) -> Lane {
+        Lane { exchange: self.clone(), rank, number: 2 * rank }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic while the lock is held is a defect of this file; the state is still the best that can be reported.
+        self.state.lock().unwrap_or_else(|broken| broken.into_inner())
+    }
+
+    /// The run's error, if it has failed.
+    pub(super) fn error(&self) -> Option<Error> {
+        self.lock().error.clone()
+    }
+
+    /// `rank 3 (dp=1,tp=1)`.
+    pub(super) fn name(&self, rank: usize) -> String {
+        match self.mesh.axes().len() {
+            0 => "the only chip".to_string(),
+            _ => format!("rank {rank} ({})", self.mesh.coordinates(rank)),
+        }
+    }
+
+    fn poison(&self, state: &mut State, error: Error) {
+        state.error.get_or_insert(error);
+        self.poisoned.store(true, SeqCst);
+        self.bells.iter().for_each(Condvar::notify_all);
+    }
+
+    /// Stops the run because `rank` failed; the error gets the chip's name and its last place in the program.
+    pub(super) fn fail(&self, rank: usize, error: Error) {
+        let mut state = self.lock();
+        let place = match &state.last_seen[rank] {
+            Some(at) => format!("{}, at or after {at}", self.name(rank)),
+            None => self.name(rank),
+        };
+        self.poison(&mut state, error.within(place));
+        state.ended[rank] = true;
+    }
+
+    /// Notes that the program of `rank` returned.
+    pub(super) fn end(&self, rank: usize) {
+        let mut state = self.lock();
+        state.ended[rank] = true;
+        state.lanes[2 * rank].jobs = 0;
+        self.diagnose(&mut state);
+    }
+
+    /// Stops the run if nothing can move any more.
+    fn diagnose(&self, state: &mut State) {
+        if state.error.is_some() {
+            return;
+        }
+        let stuck = |lane: &LaneState| {
+            lane.jobs == 0 || lane.waiting.as_ref().is_some_and(|w| !state.satisfied(&w.until))
+        };
+        let waits = |lane: &LaneState| lane.jobs > 0 && lane.waiting.is_some();
+        if state.lanes.iter().any(waits) && state.lanes.iter().all(stuck) {
+            let report = self.report(state);
+            self.poison(state, Error::new(ErrorKind::Deadlock, report));
+            return;
+        }
+        // Someone waits for a chip that has returned: no need to let the others run on.
+        for (number, lane) in state.lanes.iter().enumerate() {
+            let Some(waiting) = &lane.waiting else { continue };
+            if state.satisfied(&waiting.until) {
+                continue;
+            }
+            let peer = match &waiting.until {
+                Until::Message(channel) => channel.from,
+                Until::Received(_, to) => *to,
+                Until::Done(_) => continue,
+            };
+            if state.ended[peer] {
+                let error = Error::new(
+                    ErrorKind::Chip,
+                    format!(
+                        "{} waits in {} for {}, whose program has returned without taking part; every chip must make \
+                         the same calls in the same order",
+                        self.name(number / 2),
+                        waiting.header,
+                        self.name(peer)
+                    ),
+                );
+                self.poison(state, error);
+                return;
+            }
+        }
+    }
+
+    fn report(&self, state: &State) -> String {
+        let mut lines = vec!["every chip waits for another one".to_string()];
+        for (number, lane) in state.lanes.iter().enumerate() {
+            let Some(waiting) = lane.waiting.as_ref().filter(|_| lane.jobs > 0) else { continue };
+            let whom = match &waiting.until {
+                Until::Message(channel) => format!("for a message from {}", self.name(channel.from)),
+                Until::Received(_, to) => format!("for {} to receive", self.name(*to)),
+                Until::Done(_) => "for its own started transfer".to_string(),
+            };
+            lines.push(format!("{} waits in {} {whom}", self.name(number / 2), waiting.header));
+        }
+        for (rank, _) in state.ended.iter().enumerate().filter(|(_, ended)| **ended) {
+            lines.push(format!("{} has returned", self.name(rank)));
+        }
+        lines.join("; ")
+    }
+}
+
+impl State {
+    fn satisfied(&self, until: &Until) -> bool {
+        match until {
+            Until::Message(channel) => self.queues.get(channel).is_some_and(|q| !q.is_empty()),
+            Until::Received(flag, _) | Until::Done(flag) => flag.load(SeqCst),
+        }
+    }
+}
+
+impl Lane {
+    /// The lane of this chip's transfers beside the program.
+    pub(super) fn beside(&self) -> Lane {
+        Lane { number: 2 * self.rank + 1, ..self.clone() }
+    }
+
+    /// Notes that this lane got something to do; a lane without is no reason for others to hope.
+    pub(super) fn begin_job(&self) {
+        self.exchange.lock().lanes[self.number].jobs += 1;
+    }
+
+    /// Notes that one thing is done.
+    pub(super) fn end_job(&self) {
+        let mut state = self.exchange.lock();
+        state.lanes[self.number].jobs -= 1;
+        self.exchange.diagnose(&mut state);
+    }
+
+    /// Notes where the program is.
+    pub(super) fn arrive(&self, at: Whereabouts) -> Result<(), Stopped> {
+        if self.exchange.poisoned.load(SeqCst) {
+            return Err(Stopped);
+        }
+        self.exchange.lock().last_seen[self.rank] = Some(at);
+        Ok(())
+    }
+
+    /// The first rank to ask decides; see [`super::Chip::agree`].
+    pub(super) fn agree(&self, key: u64, decide: impl FnOnce() -> bool) -> bool {
+        let chips = self.exchange.mesh.chips();
+        let mut state = self.exchange.lock();
+        let entry = state.decisions.entry(key).or_insert_with(|| (decide(), 0));
+        entry.1 += 1;
+        let (decision, asked) = *entry;
+        if asked == chips {
+            state.decisions.remove(&key);
+        }
+        decision
+    }
+
+    /// Sends without waiting.
+    pub(super) fn start_send(
+        &self,
+        channel: Channel,
+        header: &Arc<Header>,
+        payload: Payload,
+    ) -> Result<Sent, Stopped> {
+        let received = Arc::new(AtomicBool::new(false));
+        let message = Message { header: header.clone(), payload, received: received.clone() };
+        let mut state = self.exchange.lock();
+        if state.error.is_some() {
+            return Err(Stopped);
+        }
+        state.queues.entry(channel).or_default().push_back(message);
+        for number in [2 * channel.to, 2 * channel.to + 1] {
+            if let Some(Waiting { until: Until::Message(c), .. }) = &state.lanes[number].waiting
+                && *c == channel
+            {
+                self.exchange.bells[number].notify_all();
+            }
+        }
+        // A receiver that has returned will never take it: say so now, not when someone waits for it.
+        Ok(Sent { received, to: channel.to, header: header.clone() })
+    }
+
+    /// Waits until a message was received.
+    pub(super) fn wait_sent(&self, sent: Sent) -> Result<(), Stopped> {
+        let until = Until::Received(sent.received, sent.to);
+        self.wait(self.exchange.lock(), sent.header, until).map(|_| ())
+    }
+
+    /// Waits until `done` is set by [`Lane::set_done`].
+    pub(super) fn wait_done(&self, done: &Arc<AtomicBool>, header: &Arc<Header>) -> Result<(), Stopped> {
+        self.wait(self.exchange.lock(), header.clone(), Until::Done(done.clone())).map(|_| ())
+    }
+
+    /// Sets a flag that the program lane of this chip may wait for.
+    pub(super) fn set_done(&self, done: &AtomicBool) {
+        let _state = self.exchange.lock();
+        done.store(true, SeqCst);
+        self.exchange.bells[2 * self.rank].notify_all();
+    }
+
+    /// Waits for the next message on `channel` and hands its bytes to `take`; the sender counts it as received when
+    /// `take` has returned.
+    pub(super) fn receive(
+        &self,
+        channel: Channel,
+        header: &Arc<Header>,
+        take: impl FnOnce(&[u8]) -> Result<(), String>,
+    ) -> Result<(), Stopped> {
+        let mut state = self.wait(self.exchange.lock(), header.clone(), Until::Message(channel))?;
+        let queue = state.queues.get_mut(&channel).expect("the wait ended because a message is there");
+        let message = queue.pop_front().expect("the wait ended because a message is there");
+        if queue.is_empty() {
+            state.queues.remove(&channel);
+        }
+        if message.header.signature != header.signature {
+            let error = Error::new(
+                ErrorKind::Chip,
+                format!(
+                    "{} is in {} while {} is in {}; every chip must make the same calls in the same order",
+                    self.exchange.name(channel.to),
+                    header,
+                    self.exchange.name(channel.from),
+                    message.header
+                ),
+            );
+            self.exchange.poison(&mut state, error);
+            return Err(Stopped);
+        }
+        drop(state);
+        let taken = take(message.payload.bytes());
+        // The payload goes before the sender hears of it, so that the sender is the last to hold the tensor.
+        drop(message.payload);
+        let mut state = self.exchange.lock();
+        if let Err(why) = taken {
+            let error = Error::new(ErrorKind::Chip, format!("{}: {header}: {why}", self.exchange.name(self.rank)));
+            self.exchange.poison(&mut state, error);
+            return Err(Stopped);
+        }
+        message.received.store(true, SeqCst);
+        for number in [2 * channel.from, 2 * channel.from + 1] {
+            self.exchange.bells[number].notify_all();
+        }
+        Ok(())
+    }
+
+    fn wait<'a>(
+        &self,
+        mut state: MutexGuard<'a, State>,
+        header: Arc<Header>,
+        until: Until,
+    ) -> Result<MutexGuard<'a, State>, Stopped> {
+        let exchange = &*self.exchange;
+        let began = Instant::now();
+        state.lanes[self.number].waiting = Some(Waiting { header, until });
+        loop {
+            if state.error.is_some() {
+                state.lanes[self.number].waiting = None;
+                return Err(Stopped);
+            }
+            let waiting = state.lanes[self.number].waiting.as_ref();
+            if state.satisfied(&waiting.expect("only this lane clears its wait").until) {
+                state.lanes[self.number].waiting = None;
+                return Ok(state);
+            }
+            exchange.diagnose(&mut state);
+            if state.error.is_some() {
+                continue;
+            }
+            let left = exchange.deadline.saturating_sub(began.elapsed());
+            if left.is_zero() {
+                let error = self.overdue(&state);
+                exchange.poison(&mut state, error);
+                continue;
+            }
+            let woken = exchange.bells[self.number].wait_timeout(state, left);
+            state = woken.unwrap_or_else(|broken| broken.into_inner()).0;
+        }
+    }
+
+    /// The error of a wait that outlasted the deadline: who computes all the while, and where it was last seen.
+    fn overdue(&self, state: &State) -> Error {
+        let computing = |rank: &usize| {
+            !state.ended[*rank] && state.lanes[2 * rank].waiting.is_none() && *rank != self.rank
+        };
+        let ranks = (0..state.ended.len()).filter(computing);
+        let seen: Vec<String> = ranks
+            .map(|rank| match &state.last_seen[rank] {
+                Some(at) => format!("{} computes at or after {at}", self.exchange.name(rank)),
+                None => format!("{} computes", self.exchange.name(rank)),
+            })
+            .collect();
+        let waiting = state.lanes[self.number].waiting.as_ref().expect("this lane waits");
+        Error::new(
+            ErrorKind::Deadline,
+            format!(
+                "{} has waited in {} for more than the deadline of {} s while {}; raise the deadline if the program is \
+                 only slow",
+                self.exchange.name(self.rank),
+                waiting.header,
+                self.exchange.deadline.as_secs_f64(),
+                seen.join(" and ")
+            ),
+        )
+    }
+}

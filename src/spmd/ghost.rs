@@ -1,0 +1,84 @@
+//! The world without contents: every chip's trace, traffic and peak memory, exactly, of a mesh of any size.
+//!
+//! Chips that do the same are one class. A program can tell chips apart only by asking for a coordinate, or by a tensor
+//! that does not divide evenly; both are noted by axis. One chip is traced with all coordinates 0; if that run asked about
+//! an axis, the class is cut into one class per coordinate of that axis, and so on until no class asks about an axis on
+//! which its members differ.
+
+use super::chip::{Remains, Setup};
+use super::threads::failure;
+use super::{Chip, exchange::Stopped};
+use crate::error::Result;
+use crate::mesh::Mesh;
+use crate::tensor::Memory;
+use crate::trace::{Class, Trace};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// A mesh of chips without contents.
+#[derive(Clone, Debug)]
+pub struct Ghost {
+    mesh: Arc<Mesh>,
+    seed: u64,
+    budget: Option<u64>,
+}
+
+impl Ghost {
+    pub(super) fn new(mesh: &Mesh) -> Self {
+        Ghost { mesh: Arc::new(mesh.clone()), seed: 0, budget: None }
+    }
+
+    /// The budget of each chip's tensors, in bytes: exceeding it is an error, as on a real chip.
+    pub fn with_memory_budget(mut self, bytes: u64) -> Self {
+        self.budget = Some(bytes);
+        self
+    }
+
+    /// Traces the program once per class of chips; what it returns is dropped.
+    ///
+    /// # Errors
+    /// The budget's, or that of a panic in the program, with the chip's name.
+    pub fn trace<T>(&self, program: impl Fn(&Chip) -> T) -> Result<Trace> {
+        let axes = self.mesh.axes().len();
+        let mut open = vec![vec![None; axes]];
+        let mut classes = Vec::new();
+        while let Some(pattern) = open.pop() {
+            let at: Vec<usize> = pattern.iter().map(|c: &Option<usize>| c.unwrap_or(0)).collect();
+            let remains = self.one(self.mesh.rank_at(&at), &program)?;
+            let told_apart = |axis: &usize| pattern[*axis].is_none() && self.mesh.axes()[*axis].size() > 1;
+            match remains.read_axes.iter().copied().find(told_apart) {
+                None => classes.push(Class { pattern, chip: remains.trace }),
+                Some(axis) => {
+                    let with = |c: usize| {
+                        let mut cut = pattern.clone();
+                        cut[axis] = Some(c);
+                        cut
+                    };
+                    open.extend((0..self.mesh.axes()[axis].size()).rev().map(with));
+                }
+            }
+        }
+        Ok(Trace { world: "ghost".into(), mesh: (*self.mesh).clone(), classes })
+    }
+
+    fn one<T>(&self, rank: usize, program: impl Fn(&Chip) -> T) -> Result<Remains> {
+        let run = || {
+            let chip = Chip::new(Setup {
+                mesh: self.mesh.clone(),
+                rank,
+                memory: Memory::ghost(self.budget),
+                seed: self.seed,
+                began: Instant::now(),
+                lane: None,
+            });
+            drop(program(&chip));
+            chip.finish()
+        };
+        catch_unwind(AssertUnwindSafe(run)).map_err(|payload| {
+            let place = format!("rank {rank} ({})", self.mesh.coordinates(rank));
+            debug_assert!(!payload.is::<Stopped>(), "a ghost has no peers that could stop it");
+            failure(payload).within(place)
+        })
+    }
+}

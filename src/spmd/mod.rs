@@ -1,0 +1,96 @@
+//! One program on every chip: the chip that a program sees, the worlds that run it, and sharded tensors.
+//!
+//! A program is a closure over a [`Chip`]. [`World::threads`] runs it for real, a thread pool per chip;
+//! [`World::ghost`] runs it on tensors without contents and gives every chip's trace, traffic and peak memory.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `chip` | rank, coordinates, parameters, inputs, scopes, steps |
+//! | `sharded` | a tensor over the mesh and the ops on it |
+//! | `apply` | one op on placed operands, forward and backward |
+//! | `redistribute` | moving between placements; collectives as events |
+//! | `execute` | walks a collective's list of steps over a wire |
+//! | `exchange` | the wire between threads: messages, waits, diagnosis |
+//! | `threads`, `ghost` | the worlds |
+
+mod apply;
+mod chip;
+mod execute;
+mod exchange;
+mod ghost;
+mod parameter;
+mod recompute;
+mod redistribute;
+mod resolve;
+mod sharded;
+mod threads;
+
+pub use chip::{Chip, Contents, FromIndex};
+pub use ghost::Ghost;
+pub use parameter::{Init, Parameter};
+pub use redistribute::Pending;
+pub use sharded::Sharded;
+pub use threads::{Run, Threads};
+
+use crate::error::{Error, Result};
+use crate::mesh::Mesh;
+
+/// What a chip computes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    kind: DeviceKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DeviceKind {
+    Cpu,
+}
+
+impl Device {
+    /// A slice of this machine's processor.
+    pub fn cpu() -> Self {
+        Device {
+            kind: DeviceKind::Cpu,
+        }
+    }
+
+    /// Reads a device's name, `cpu`.
+    ///
+    /// # Errors
+    /// For any other name, with the names there are.
+    pub fn parse(name: &str) -> Result<Self> {
+        match name {
+            "cpu" => Ok(Device::cpu()),
+            _ => Err(Error::new(
+                crate::ErrorKind::Input,
+                format!("device '{name}' is not known to this build; choose cpu"),
+            )),
+        }
+    }
+
+    /// The device's name.
+    pub fn name(&self) -> &'static str {
+        match self.kind {
+            DeviceKind::Cpu => "cpu",
+        }
+    }
+}
+
+/// Where a program can run.
+#[derive(Debug)]
+pub enum World {}
+
+impl World {
+    /// Chips that are slices of this machine, a thread pool each.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Mesh`] if the mesh has more chips than this machine could start threads for.
+    pub fn threads(mesh: &Mesh, device: Device) -> Result<Threads> {
+        Threads::new(mesh, device)
+    }
+
+    /// Chips without contents: shapes, traffic and memory, exactly, of any mesh.
+    pub fn ghost(mesh: &Mesh) -> Ghost {
+        Ghost::new(mesh)
+    }
+}

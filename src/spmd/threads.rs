@@ -1,0 +1,220 @@
+//! The world of threads: every chip is a rayon pool that owns a share of this machine's cores, and its program runs inside
+//! that pool as a worker, because entering a pool from outside costs tens of microseconds per op.
+
+use super::chip::Setup;
+use super::exchange::{Exchange, Stopped};
+use super::{Chip, Device};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mesh::Mesh;
+use crate::tensor::Memory;
+use crate::trace::{ChipTrace, Class, Trace};
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// More chips than this on one machine are a mistake: each is an operating-system thread at least.
+const MOST_CHIPS: usize = 1024;
+
+/// A mesh of chips that are slices of this machine.
+#[derive(Clone, Debug)]
+pub struct Threads {
+    mesh: Arc<Mesh>,
+    threads: usize,
+    seed: u64,
+    budget: Option<u64>,
+    deadline: Duration,
+}
+
+/// What a run leaves.
+#[derive(Debug)]
+pub struct Run<T> {
+    outputs: Vec<T>,
+    trace: Trace,
+    pool_peaks: Vec<u64>,
+}
+
+impl<T> Run<T> {
+    /// What the program returned, by rank.
+    pub fn outputs(&self) -> &[T] {
+        &self.outputs
+    }
+
+    /// What the program returned, by rank.
+    pub fn into_outputs(self) -> Vec<T> {
+        self.outputs
+    }
+
+    /// What every chip did.
+    pub fn trace(&self) -> &Trace {
+        &self.trace
+    }
+
+    /// The highest number of bytes that each chip's tensor pool had handed out, by its own count, by rank.
+    pub fn pool_peaks(&self) -> &[u64] {
+        &self.pool_peaks
+    }
+}
+
+impl Threads {
+    pub(super) fn new(mesh: &Mesh, _device: Device) -> Result<Self> {
+        let chips = mesh.chips();
+        if chips > MOST_CHIPS {
+            return Err(Error::new(
+                ErrorKind::Mesh,
+                format!(
+                    "the mesh {mesh} has {chips} chips and threads carry at most {MOST_CHIPS}; trace it with a ghost instead"
+                ),
+            ));
+        }
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Threads {
+            mesh: Arc::new(mesh.clone()),
+            threads: (cores / chips).max(1),
+            seed: 0,
+            budget: None,
+            deadline: Duration::from_secs(600),
+        })
+    }
+
+    /// Threads of each chip; by default the machine's cores shared out, at least one.
+    ///
+    /// # Panics
+    /// If `threads` is 0.
+    pub fn with_threads(mut self, threads: usize) -> Self {
+        assert!(threads > 0, "a chip needs a thread");
+        self.threads = threads;
+        self
+    }
+
+    /// The seed of initial weights, dropout and batches; 0 by default.
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// The budget of each chip's tensors, in bytes; none by default.
+    pub fn with_memory_budget(mut self, bytes: u64) -> Self {
+        self.budget = Some(bytes);
+        self
+    }
+
+    /// How long a chip waits for another before the run is given up; 10 minutes by default.
+    pub fn with_deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Threads of each chip.
+    pub fn threads_per_chip(&self) -> usize {
+        self.threads
+    }
+
+    /// Runs the program on every chip at once.
+    ///
+    /// # Errors
+    /// The first failure of any chip, with the chip's name and where its program was: a panic, an exceeded budget, a
+    /// deadlock, calls that do not match, a missed deadline. The others are stopped.
+    pub fn run<T: Send>(&self, program: impl Fn(&Chip) -> T + Sync) -> Result<Run<T>> {
+        let exchange = Exchange::new(self.mesh.clone(), self.deadline);
+        let began = Instant::now();
+        let ends: Vec<Option<End<T>>> = std::thread::scope(|scope| {
+            let one = |rank: usize| {
+                let (exchange, program) = (&exchange, &program);
+                let body = move || self.rank(rank, exchange, began, program);
+                let name = format!("supernode rank {rank}");
+                let handle = std::thread::Builder::new().name(name).spawn_scoped(scope, body);
+                if let Err(e) = &handle {
+                    let why = format!("cannot start a thread: {e}");
+                    exchange.fail(rank, Error::new(ErrorKind::Io, why));
+                }
+                handle.ok()
+            };
+            let handles: Vec<_> = (0..self.mesh.chips()).map(one).collect();
+            handles.into_iter().map(|h| h.and_then(|h| h.join().ok().flatten())).collect()
+        });
+        if let Some(error) = exchange.error() {
+            return Err(error);
+        }
+        let mut run = Run {
+            outputs: Vec::new(),
+            trace: Trace { world: "threads".into(), mesh: (*self.mesh).clone(), classes: Vec::new() },
+            pool_peaks: Vec::new(),
+        };
+        for (rank, end) in ends.into_iter().enumerate() {
+            let end = end.ok_or_else(|| {
+                Error::new(ErrorKind::Chip, format!("{} ended without a result", exchange.name(rank)))
+            })?;
+            run.outputs.push(end.output);
+            run.pool_peaks.push(end.pool_peak);
+            let pattern = self.mesh.coordinates(rank).iter().copied().map(Some).collect();
+            run.trace.classes.push(Class { pattern, chip: end.trace });
+        }
+        Ok(run)
+    }
+
+    fn rank<T: Send>(
+        &self,
+        rank: usize,
+        exchange: &Arc<Exchange>,
+        began: Instant,
+        program: &(impl Fn(&Chip) -> T + Sync),
+    ) -> Option<End<T>> {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(self.threads)
+            .thread_name(move |t| format!("supernode rank {rank} thread {t}"))
+            .build();
+        let pool = match pool {
+            Ok(pool) => pool,
+            Err(e) => {
+                let why = format!("cannot start {} threads: {e}", self.threads);
+                exchange.fail(rank, Error::new(ErrorKind::Io, why));
+                return None;
+            }
+        };
+        let run = || {
+            let chip = Chip::new(Setup {
+                mesh: self.mesh.clone(),
+                rank,
+                memory: Memory::cpu(self.budget),
+                seed: self.seed,
+                began,
+                lane: Some(exchange.lane(rank)),
+            });
+            let output = program(&chip);
+            let trace = chip.finish().trace;
+            let pool_peak = chip.memory().pool_peak().unwrap_or(0);
+            End { output, trace, pool_peak }
+        };
+        match pool.install(|| catch_unwind(AssertUnwindSafe(run))) {
+            Ok(end) => {
+                exchange.end(rank);
+                Some(end)
+            }
+            Err(payload) if payload.is::<Stopped>() => None,
+            Err(payload) => {
+                exchange.fail(rank, failure(payload));
+                None
+            }
+        }
+    }
+}
+
+struct End<T> {
+    output: T,
+    trace: ChipTrace,
+    pool_peak: u64,
+}
+
+/// The error that a program's unwinding carries.
+pub(super) fn failure(payload: Box<dyn Any + Send>) -> Error {
+    match payload.downcast::<Error>() {
+        Ok(error) => *error,
+        Err(payload) => {
+            let text = payload.downcast_ref::<&str>().map(|s| s.to_string());
+            let text = text.or_else(|| payload.downcast_ref::<String>().cloned());
+            let text = text.unwrap_or_else(|| "a panic without a message".into());
+            Error::new(ErrorKind::Chip, format!("the program panicked: {text}"))
+        }
+    }
+}
