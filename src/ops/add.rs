@@ -29,11 +29,7 @@ impl Op for Add {
     }
 
     fn forward(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
-        rows::add(
-            inputs[0].slice(),
-            inputs[1].slice(),
-            outputs[0].slice_mut(),
-        );
+        rows::add(inputs[0].slice(), inputs[1].slice(), outputs[0].slice_mut());
     }
 
     fn accumulates(&self, _: usize) -> bool {

@@ -133,7 +133,10 @@ impl Op for Attention {
             });
         }
         let (q, k, v) = (&inputs[0], &inputs[1], &inputs[2]);
-        if ![q, k, v].iter().all(|x| x.rank() == 4 && x.dtype.is_float()) {
+        if ![q, k, v]
+            .iter()
+            .all(|x| x.rank() == 4 && x.dtype.is_float())
+        {
             return wrong("floats: q [b, t, h, d], k and v [b, s, g, d]");
         }
         if k.shape != v.shape || q.shape[0] != k.shape[0] || q.shape[3] != k.shape[3] {
@@ -210,10 +213,7 @@ impl Op for Attention {
         let unwanted: u64 = unwanted.map(|(t, _)| t.allocated_bytes()).sum();
         Cost {
             flops: 5 * self.products(inputs),
-            bytes: traffic(inputs)
-                + traffic(outputs)
-                + outputs[0].bytes()
-                + traffic(&inputs[..3]),
+            bytes: traffic(inputs) + traffic(outputs) + outputs[0].bytes() + traffic(&inputs[..3]),
             scratch: attention_scratch(&g).1 as u64 + unwanted,
         }
     }

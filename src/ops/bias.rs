@@ -46,11 +46,7 @@ impl Op for AddBias {
     }
 
     fn forward(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
-        rows::add_bias(
-            inputs[0].slice(),
-            inputs[1].slice(),
-            outputs[0].slice_mut(),
-        );
+        rows::add_bias(inputs[0].slice(), inputs[1].slice(), outputs[0].slice_mut());
     }
 
     fn accumulates(&self, _: usize) -> bool {

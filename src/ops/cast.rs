@@ -27,7 +27,10 @@ impl Op for Cast {
             }
             _ => Err(misfit(
                 "cast",
-                format!("one float operand to turn into floats, asked for {}", self.dtype),
+                format!(
+                    "one float operand to turn into floats, asked for {}",
+                    self.dtype
+                ),
                 inputs,
             )),
         }

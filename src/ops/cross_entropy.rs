@@ -51,7 +51,11 @@ pub(crate) fn infer_rows(
             && x.dtype.is_float()
             && inputs.len() == operands
             && inputs.iter().enumerate().skip(1).all(|(i, t)| {
-                let dtype = if labels == Some(i) { DType::U32 } else { DType::F32 };
+                let dtype = if labels == Some(i) {
+                    DType::U32
+                } else {
+                    DType::F32
+                };
                 *t == super::with_dtype(&row(x), dtype)
             })
     };
@@ -183,12 +187,7 @@ impl Op for CrossEntropy {
         Some(0)
     }
 
-    fn backward_cost(
-        &self,
-        inputs: &[TensorType],
-        outputs: &[TensorType],
-        _: &[bool],
-    ) -> Cost {
+    fn backward_cost(&self, inputs: &[TensorType], outputs: &[TensorType], _: &[bool]) -> Cost {
         // subtract, exp, two products, and the label's.
         Cost {
             flops: 4 * inputs[0].elements() as u64,

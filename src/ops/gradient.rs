@@ -1,10 +1,11 @@
 //! How an op's backward writes gradients whose element type or number it did not choose.
 
 use super::{Accum, Backward, Gradient};
-use crate::cpu::memory::with_scratch_f32;
+use crate::cpu::memory::{with_scratch, with_scratch_f32};
 use crate::cpu::rows;
-use crate::dtype::{Slice, SliceMut};
+use crate::dtype::{DType, Slice, SliceMut};
 use crate::tensor::Tensor;
+use std::ops::Range;
 
 impl Gradient {
     /// Hands `f` the gradient as f32: itself if it is f32 (a parameter's always is), otherwise a widened copy that is
@@ -74,5 +75,36 @@ pub(crate) fn optional_in_f32(
     match gradient {
         Some(gradient) => gradient.in_f32(|out, accum| f(Some((out, accum)))),
         None => f(None),
+    }
+}
+
+/// The elements of `x` as `dtype`: its own, or a rounded copy.
+pub(crate) fn in_dtype(x: &Tensor, dtype: DType, f: impl FnOnce(Slice)) {
+    if x.dtype() == dtype {
+        return f(x.slice());
+    }
+    with_scratch(x.elements() * dtype.size(), |bytes| {
+        rows::cast(x.slice(), SliceMut::of_bytes(bytes, dtype));
+        f(Slice::of_bytes(bytes, dtype));
+    });
+}
+
+/// Elements `range` of `x`.
+pub(crate) fn part(x: Slice<'_>, range: Range<usize>) -> Slice<'_> {
+    match x {
+        Slice::F32(x) => Slice::F32(&x[range]),
+        Slice::Bf16(x) => Slice::Bf16(&x[range]),
+        Slice::F16(x) => Slice::F16(&x[range]),
+        Slice::U32(x) => Slice::U32(&x[range]),
+    }
+}
+
+/// Elements `range` of `x`, for writing.
+pub(crate) fn part_mut<'a>(x: &'a mut SliceMut<'_>, range: Range<usize>) -> SliceMut<'a> {
+    match x {
+        SliceMut::F32(x) => SliceMut::F32(&mut x[range]),
+        SliceMut::Bf16(x) => SliceMut::Bf16(&mut x[range]),
+        SliceMut::F16(x) => SliceMut::F16(&mut x[range]),
+        SliceMut::U32(x) => SliceMut::U32(&mut x[range]),
     }
 }

@@ -12,7 +12,59 @@ use crate::dtype::{DType, TensorType};
 use crate::tensor::Tensor;
 use std::fmt;
 
+mod activation;
+mod adamw;
+mod add;
+mod attention;
+mod bias;
+mod cast;
+mod concatenate;
+mod cross_entropy;
+mod dropout;
+mod embedding;
+mod gradient;
+mod layer_norm;
+mod matmul;
+mod multiply;
+mod norm;
+mod ratio;
+mod rms_norm;
+mod rotary;
+mod scale;
+mod sgd;
+mod slice;
+mod softmax;
+mod sum;
+mod swiglu;
+mod transpose;
+mod vocabulary;
+
 pub use crate::cpu::{Accum, Activation};
+pub use activation::Activate;
+pub use adamw::AdamW;
+pub use add::Add;
+pub use attention::Attention;
+pub use bias::AddBias;
+pub use cast::Cast;
+pub use concatenate::Concatenate;
+pub use cross_entropy::CrossEntropy;
+pub use dropout::Dropout;
+pub use embedding::Embedding;
+pub use layer_norm::LayerNorm;
+pub use matmul::Matmul;
+pub use multiply::Multiply;
+pub use norm::ClipFactor;
+pub use ratio::Ratio;
+pub use rms_norm::RmsNorm;
+pub use rotary::{Rotary, RotaryScaling, RotaryStyle, RotaryTable};
+pub use scale::{Scale, ScaleBy};
+pub use sgd::Sgd;
+pub use slice::SliceAxis;
+pub use softmax::Softmax;
+pub use sum::{CountLabels, Sum, SumOfSquares, scalar};
+pub use swiglu::Swiglu;
+pub use transpose::Transpose;
+pub use vocabulary::{CrossEntropyFromStatistics, RowExpSum, RowMax};
 
 /// What an op costs on the shapes it is given; the price of it belongs to a machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -39,6 +91,12 @@ impl Cost {
             scratch: 0,
         }
     }
+
+    /// The same with `per_element` flops for each element of `ty`.
+    pub fn with_flops(mut self, ty: &TensorType, per_element: u64) -> Self {
+        self.flops = ty.elements() as u64 * per_element;
+        self
+    }
 }
 
 /// Bytes of all `types` together: what a pass over them reads or writes.
@@ -62,6 +120,9 @@ pub struct Axes {
     pub outputs: Vec<Vec<char>>,
     /// In which operands the op is linear: partial sums pass through it.
     pub linear: Linear,
+    /// Letters that may be split although a result without them is whole: the op's other operands already hold what was
+    /// reduced over them. A loss from logits split over the vocabulary and from reduced statistics is one.
+    pub whole_without: Vec<char>,
 }
 
 /// In which operands an op is linear, so that it may run on partial sums.
@@ -93,12 +154,19 @@ impl Axes {
             inputs: read(inputs),
             outputs: read(outputs),
             linear: Linear::No,
+            whole_without: Vec::new(),
         }
     }
 
     /// The same letters, linear as said.
     pub fn linear(mut self, linear: Linear) -> Self {
         self.linear = linear;
+        self
+    }
+
+    /// The same letters; results without one of `letters` are nevertheless whole (see the field).
+    pub fn whole_without(mut self, letters: &str) -> Self {
+        self.whole_without = letters.chars().collect();
         self
     }
 
@@ -109,6 +177,7 @@ impl Axes {
             inputs: vec![letters.clone(); inputs],
             outputs: vec![letters],
             linear: Linear::No,
+            whole_without: Vec::new(),
         }
     }
 }
@@ -120,6 +189,19 @@ pub fn letters(rank: usize) -> impl Iterator<Item = char> {
         "a tensor of {rank} axes has more than there are letters"
     );
     ('a'..='z').take(rank)
+}
+
+/// `rank` lower-case letters as [`letters`] gives them, leaving out those of `taken`, as a string.
+pub fn letters_besides(rank: usize, taken: &str) -> String {
+    let free: String = letters(26)
+        .filter(|&l| !taken.contains(l))
+        .take(rank)
+        .collect();
+    assert!(
+        free.len() == rank,
+        "a tensor of {rank} axes has more than there are letters"
+    );
+    free
 }
 
 /// One operand or result as the chip holds it: its share, and where that lies in the whole.

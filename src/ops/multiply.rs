@@ -29,11 +29,7 @@ impl Op for Multiply {
     }
 
     fn forward(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
-        rows::multiply(
-            inputs[0].slice(),
-            inputs[1].slice(),
-            outputs[0].slice_mut(),
-        );
+        rows::multiply(inputs[0].slice(), inputs[1].slice(), outputs[0].slice_mut());
     }
 
     fn saves(&self) -> Saved {

@@ -32,11 +32,7 @@ impl Op for Swiglu {
     }
 
     fn forward(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
-        rows::swiglu(
-            inputs[0].slice(),
-            inputs[1].slice(),
-            outputs[0].slice_mut(),
-        );
+        rows::swiglu(inputs[0].slice(), inputs[1].slice(), outputs[0].slice_mut());
     }
 
     fn saves(&self) -> Saved {

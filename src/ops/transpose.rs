@@ -1,5 +1,6 @@
 //! Axes in another order.
 
+use super::gradient::in_dtype;
 use super::{Axes, Backward, Cost, Linear, Op, Site, letters, misfit};
 use crate::cpu::rows;
 use crate::dtype::{Slice, SliceMut};
@@ -78,8 +79,8 @@ impl Op for Transpose {
             inverse[from] = to;
         }
         if let Some(dx) = backward.want(0) {
-            super::slice::exact(dy.slice(), &mut dx.tensor, |dy, dx| {
-                permute(dy, backward_shape(dy_shape(&self.order, &inverse, dy_len(dy))), &inverse, dx)
+            in_dtype(dy, dx.tensor.dtype(), |values| {
+                permute(values, dy.shape(), &inverse, dx.tensor.slice_mut());
             });
         }
     }

@@ -187,12 +187,7 @@ impl Op for CrossEntropyFromStatistics {
         Some(0)
     }
 
-    fn backward_cost(
-        &self,
-        inputs: &[TensorType],
-        outputs: &[TensorType],
-        _: &[bool],
-    ) -> Cost {
+    fn backward_cost(&self, inputs: &[TensorType], outputs: &[TensorType], _: &[bool]) -> Cost {
         Cost {
             flops: 4 * inputs[0].elements() as u64,
             bytes: traffic(&inputs[..4]) + traffic(outputs) + inputs[0].bytes(),

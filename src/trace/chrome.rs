@@ -20,7 +20,9 @@ impl Trace {
             let axes = self.mesh.axes();
             let name: Vec<String> = axes.iter().zip(&class.pattern).map(coordinate).collect();
             let name = format!("chip {}", name.join(","));
-            out.push(json!({"ph": "M", "name": "process_name", "pid": number, "args": {"name": name}}));
+            out.push(
+                json!({"ph": "M", "name": "process_name", "pid": number, "args": {"name": name}}),
+            );
             chip_events(&class.chip, number, &mut out);
         }
         out
@@ -34,7 +36,10 @@ fn chip_events(chip: &ChipTrace, pid: usize, out: &mut Vec<Json>) {
             None => (order as f64, 1.0),
         };
         let shapes = |values: &[super::Value]| -> Vec<String> {
-            values.iter().map(|v| format!("{} {}", v.ty, v.placement)).collect()
+            values
+                .iter()
+                .map(|v| format!("{} {}", v.ty, v.placement))
+                .collect()
         };
         let mut args = json!({
             "scope": chip.scope(event), "site": chip.site(event), "inputs": shapes(&event.inputs),

@@ -36,10 +36,17 @@ impl Trace {
     /// [`ErrorKind::Io`] with path and cause.
     pub fn save(&self, path: &Path) -> Result<()> {
         let failed = |e: &dyn std::fmt::Display| {
-            Error::new(ErrorKind::Io, format!("cannot write the trace to {}: {e}", path.display()))
+            Error::new(
+                ErrorKind::Io,
+                format!("cannot write the trace to {}: {e}", path.display()),
+            )
         };
-        let written =
-            Written { events: self.chrome_events(), unit: "ms", version: VERSION, supernode: self };
+        let written = Written {
+            events: self.chrome_events(),
+            unit: "ms",
+            version: VERSION,
+            supernode: self,
+        };
         let mut file = BufWriter::new(File::create(path).map_err(|e| failed(&e))?);
         serde_json::to_writer(&mut file, &written).map_err(|e| failed(&e))?;
         file.flush().map_err(|e| failed(&e))
@@ -53,12 +60,19 @@ impl Trace {
         let at = path.display();
         let file = File::open(path)
             .map_err(|e| Error::new(ErrorKind::Io, format!("cannot read the trace {at}: {e}")))?;
-        let broken = |why: String| Error::new(ErrorKind::Input, format!("{at} is no trace of this crate: {why}"));
+        let broken = |why: String| {
+            Error::new(
+                ErrorKind::Input,
+                format!("{at} is no trace of this crate: {why}"),
+            )
+        };
         let read: Read =
             serde_json::from_reader(BufReader::new(file)).map_err(|e| broken(e.to_string()))?;
         match (read.version, read.supernode) {
             (Some(VERSION), Some(trace)) => Ok(trace),
-            (Some(v), _) if v != VERSION => Err(broken(format!("version {v}, this build reads {VERSION}"))),
+            (Some(v), _) if v != VERSION => {
+                Err(broken(format!("version {v}, this build reads {VERSION}")))
+            }
             _ => Err(broken("it has no 'supernode' entry".into())),
         }
     }

@@ -219,7 +219,8 @@ impl ChipTrace {
     pub fn difference(&self, other: &ChipTrace) -> Option<String> {
         let (a, b) = (self.events().count(), other.events().count());
         for (i, (x, y)) in self.events().zip(other.events()).enumerate() {
-            let named = |t: &ChipTrace, e: &Event| format!("{} at {}: {e:?}", t.scope(e), t.site(e));
+            let named =
+                |t: &ChipTrace, e: &Event| format!("{} at {}: {e:?}", t.scope(e), t.site(e));
             let same_names = self.scope(x) == other.scope(y) && self.site(x) == other.site(y);
             let mut y_here = y.clone();
             (y_here.scope, y_here.site) = (x.scope, x.site);

@@ -37,7 +37,11 @@ impl Recorder {
     /// Enters the scope `name` inside the current one.
     pub fn enter(&mut self, name: &str) {
         let outer = self.scope_name();
-        let full = if outer.is_empty() { name.to_string() } else { format!("{outer}.{name}") };
+        let full = if outer.is_empty() {
+            name.to_string()
+        } else {
+            format!("{outer}.{name}")
+        };
         let id = self.intern_scope(full);
         self.open_scopes.push(id);
     }
@@ -49,13 +53,19 @@ impl Recorder {
 
     /// Leaves the innermost scope.
     pub fn leave(&mut self) {
-        assert!(self.open_scopes.len() > 1, "the outermost scope is never left");
+        assert!(
+            self.open_scopes.len() > 1,
+            "the outermost scope is never left"
+        );
         self.open_scopes.pop();
     }
 
     /// Index of the current scope.
     pub fn scope(&self) -> u32 {
-        *self.open_scopes.last().expect("the outermost scope is never left")
+        *self
+            .open_scopes
+            .last()
+            .expect("the outermost scope is never left")
     }
 
     /// The current scope's full name.
@@ -68,7 +78,9 @@ impl Recorder {
         let next = self.trace.sites.len() as u32;
         let id = *self.sites.entry((at.file(), at.line())).or_insert(next);
         if id == next {
-            self.trace.sites.push(format!("{}:{}", at.file(), at.line()).into());
+            self.trace
+                .sites
+                .push(format!("{}:{}", at.file(), at.line()).into());
         }
         id
     }
@@ -80,7 +92,10 @@ impl Recorder {
 
     /// Starts step `number` of a loop; the step before it ends.
     pub fn begin_step(&mut self, number: u64) {
-        let step = Step { number, events: Vec::new() };
+        let step = Step {
+            number,
+            events: Vec::new(),
+        };
         self.trace.steps += 1;
         if self.trace.first.is_none() {
             self.trace.first = Some(step);

@@ -45,7 +45,10 @@ impl ChipTrace {
         let duration_ns = event.time.map_or(0, |t| t.duration_ns);
         self.peak_scratch_bytes = self.peak_scratch_bytes.max(event.scratch);
         if let Some(traffic) = &event.traffic {
-            let found = self.collectives.iter().position(|c| c.op == event.op && c.axis == traffic.axis);
+            let found = self
+                .collectives
+                .iter()
+                .position(|c| c.op == event.op && c.axis == traffic.axis);
             let at = found.unwrap_or_else(|| {
                 self.collectives.push(CollectiveTotal {
                     op: event.op.clone(),
@@ -70,7 +73,13 @@ impl ChipTrace {
             let found = self.ops.iter().position(|o| o.op == event.op);
             let at = found.unwrap_or_else(|| {
                 let op = event.op.clone();
-                self.ops.push(OpTotal { op, calls: 0, flops: 0, bytes: 0, duration_ns: 0 });
+                self.ops.push(OpTotal {
+                    op,
+                    calls: 0,
+                    flops: 0,
+                    bytes: 0,
+                    duration_ns: 0,
+                });
                 self.ops.len() - 1
             });
             let total = &mut self.ops[at];
@@ -87,7 +96,13 @@ pub(crate) fn short(n: u64) -> String {
     let mut value = n as f64;
     for prefix in ["", "k", "M", "G", "T", "P", "E"] {
         if value < 999.5 || prefix == "E" {
-            let digits = if prefix.is_empty() || value >= 99.95 { 0 } else if value >= 9.995 { 1 } else { 2 };
+            let digits = if prefix.is_empty() || value >= 99.95 {
+                0
+            } else if value >= 9.995 {
+                1
+            } else {
+                2
+            };
             return format!("{value:.digits$} {prefix}");
         }
         value /= 1000.0;
@@ -102,16 +117,40 @@ impl Trace {
         let mut out = String::new();
         let chip = self.chip(0);
         let classes = self.classes.len();
-        let _ = writeln!(out, "{} chips ({}), world {}, {classes} class(es)", self.mesh.chips(), self.mesh, self.world);
+        let _ = writeln!(
+            out,
+            "{} chips ({}), world {}, {classes} class(es)",
+            self.mesh.chips(),
+            self.mesh,
+            self.world
+        );
         let mut ops: Vec<&OpTotal> = chip.ops.iter().collect();
         ops.sort_by_key(|o| std::cmp::Reverse((o.duration_ns, o.flops, o.bytes)));
-        let _ = writeln!(out, "{:<28}{:>8}{:>12}{:>12}{:>12}", "op (chip 0)", "calls", "flop", "bytes", "ms");
+        let _ = writeln!(
+            out,
+            "{:<28}{:>8}{:>12}{:>12}{:>12}",
+            "op (chip 0)", "calls", "flop", "bytes", "ms"
+        );
         for o in ops {
             let ms = o.duration_ns as f64 / 1e6;
-            let _ = writeln!(out, "{:<28}{:>8}{:>12}{:>12}{ms:>12.2}", o.op, o.calls, short(o.flops), short(o.bytes));
+            let _ = writeln!(
+                out,
+                "{:<28}{:>8}{:>12}{:>12}{ms:>12.2}",
+                o.op,
+                o.calls,
+                short(o.flops),
+                short(o.bytes)
+            );
         }
         if !chip.collectives.is_empty() {
-            let head = ["moved (chip 0)", "axis", "calls", "bytes", "floor", "overlap"];
+            let head = [
+                "moved (chip 0)",
+                "axis",
+                "calls",
+                "bytes",
+                "floor",
+                "overlap",
+            ];
             let _ = writeln!(
                 out,
                 "{:<20}{:>8}{:>8}{:>12}{:>12}{:>12}",
@@ -119,13 +158,36 @@ impl Trace {
             );
         }
         for c in &chip.collectives {
-            let share = if c.bytes == 0 { 0.0 } else { 100.0 * c.overlapped_bytes as f64 / c.bytes as f64 };
+            let share = if c.bytes == 0 {
+                0.0
+            } else {
+                100.0 * c.overlapped_bytes as f64 / c.bytes as f64
+            };
             let (bytes, floor) = (short(c.bytes), short(c.floor_bytes));
-            let _ = writeln!(out, "{:<20}{:>8}{:>8}{bytes:>12}{floor:>12}{share:>10.0} %", c.op, c.axis, c.calls);
+            let _ = writeln!(
+                out,
+                "{:<20}{:>8}{:>8}{bytes:>12}{floor:>12}{share:>10.0} %",
+                c.op, c.axis, c.calls
+            );
         }
-        let peak = self.classes.iter().map(|c| c.chip.peak_bytes).max().unwrap_or(0);
-        let scratch = self.classes.iter().map(|c| c.chip.peak_scratch_bytes).max().unwrap_or(0);
-        let _ = writeln!(out, "peak memory per chip: {}B of tensors, {}B of scratch", short(peak), short(scratch));
+        let peak = self
+            .classes
+            .iter()
+            .map(|c| c.chip.peak_bytes)
+            .max()
+            .unwrap_or(0);
+        let scratch = self
+            .classes
+            .iter()
+            .map(|c| c.chip.peak_scratch_bytes)
+            .max()
+            .unwrap_or(0);
+        let _ = writeln!(
+            out,
+            "peak memory per chip: {}B of tensors, {}B of scratch",
+            short(peak),
+            short(scratch)
+        );
         out
     }
 
@@ -139,7 +201,14 @@ impl Trace {
 mod tests {
     #[test]
     fn short_numbers_have_three_digits() {
-        let cases = [(0, "0 "), (999, "999 "), (1000, "1.00 k"), (12_345, "12.3 k"), (999_600, "1.00 M"), (123_456_789, "123 M")];
+        let cases = [
+            (0, "0 "),
+            (999, "999 "),
+            (1000, "1.00 k"),
+            (12_345, "12.3 k"),
+            (999_600, "1.00 M"),
+            (123_456_789, "123 M"),
+        ];
         for (n, want) in cases {
             assert_eq!(super::short(n), want);
         }
