@@ -221,7 +221,7 @@ impl Chip {
             let sharded = placements.iter().enumerate().filter(|(_, p)| matches!(p, Placement::Shard(_)));
             self.0.read_axes.borrow_mut().extend(sharded.map(|(axis, _)| axis));
         }
-        let start = (0..global.len()).map(|dim| local_range(global, placements, mesh, at, dim).start);
+        let start = (0..global.len()).map(|dim| local_range(global, dim, placements, mesh, at).start);
         Local {
             ty: TensorType::new(local_shape(global, placements, mesh, at), dtype),
             start: start.collect(),
