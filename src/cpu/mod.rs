@@ -14,7 +14,7 @@ pub(crate) mod simd;
 
 /// What happens to the old contents of an output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Accum {
+pub enum Accum {
     /// The result replaces them; they are never read.
     Replace,
     /// The sum resumes from them: the same bits as one longer sum.
@@ -23,7 +23,7 @@ pub(crate) enum Accum {
 
 /// An elementwise function that follows a matmul, or stands alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Activation {
+pub enum Activation {
     /// x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
     GeluTanh,
     /// x/2 (1 + erf(x / sqrt 2)).
