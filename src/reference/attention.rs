@@ -96,37 +96,21 @@ impl<'a> Attention<'a> {
 
     /// Panics unless the lengths are what the sizes say.
     fn check(&self, q: &[f64], k: &[f64], v: &[f64]) {
-        let &Attention {
-            batch,
-            heads,
-            kv_heads,
-            queries,
-            keys,
-            head_dim,
-            ..
-        } = self;
+        let (h, hk) = (self.heads, self.kv_heads);
         assert!(
-            kv_heads > 0 && heads.is_multiple_of(kv_heads),
-            "attention: {kv_heads} key heads do not divide {heads} heads"
+            hk > 0 && h.is_multiple_of(hk),
+            "attention: {hk} key heads do not divide {h} heads"
         );
+        let [queries, keys] = [self.batch * self.queries, self.batch * self.keys];
+        let want = [queries * h, keys * hk, keys * hk].map(|rows| rows * self.head_dim);
         assert_eq!(
-            q.len(),
-            batch * heads * queries * head_dim,
-            "attention: length of q"
+            [q.len(), k.len(), v.len()],
+            want,
+            "attention: lengths of q, k, v"
         );
-        assert_eq!(
-            k.len(),
-            batch * kv_heads * keys * head_dim,
-            "attention: length of k"
-        );
-        assert_eq!(v.len(), k.len(), "attention: length of v");
         if let Some((q, k)) = self.documents {
-            let lengths = [batch * queries, batch * keys];
-            assert_eq!(
-                [q.len(), k.len()],
-                lengths,
-                "attention: lengths of documents"
-            );
+            let want = [queries, keys];
+            assert_eq!([q.len(), k.len()], want, "attention: lengths of documents");
         }
     }
 }

@@ -13,13 +13,12 @@ pub fn normals(name: &str, n: usize) -> Vec<f64> {
     (0..n as u64).map(|i| stream.normal(i).into()).collect()
 }
 
-/// Panics unless `backward(inputs, dy)` gives the derivatives of `sum of dy forward(inputs)` by each input, for a random
-/// `dy`, along one random direction `u` per input.
+/// Panics unless `backward(inputs, dy)` gives the derivatives of `L = sum of dy forward(inputs)` by each input, for a random
+/// `dy`, along one random direction per input.
 ///
-/// `D(h) = (L(x + h u) - L(x - h u)) / 2h`, `R(h) = (4 D(h) - D(2h)) / 3`. R's error falls 16-fold as h halves (Richardson
-/// 1911), so `|R(2h) - R(h)|` is 15 times it. To that comes the rounding of L: with N roundings in its longest chain and terms
-/// whose sizes add up to S it is `gamma(N, 2^-53) S`, and R multiplies it by `1.5 / h`. A bound that the gradient itself
-/// could hide in fails too. Inputs should be of size 1, and no kink may lie within 1/128 of them.
+/// The bound is what `slope` says of its own error, and rounding: with N roundings in the longest chain of L and terms
+/// whose sizes add up to S, L is off by `gamma(N, 2^-53) S`, which the differences multiply by `1.5 / h`. A bound so large that
+/// a gradient could hide in it fails too. Inputs should be of size 1, and no kink may lie within 1/128 of them.
 pub fn assert_gradient(
     what: &str,
     inputs: &[Vec<f64>],
@@ -44,32 +43,35 @@ pub fn assert_gradient(
     let rounding = 1.5 / H * gamma(y.len() + 100, f64::EPSILON / 2.0) * size;
     for (i, gradient) in gradients.iter().enumerate() {
         let u = direction(&format!("{what} {i}"), inputs[i].len());
-        assert_eq!(gradient.len(), u.len(), "{what}: length of gradient {i}");
-        let loss = |step: f64| {
+        let (want, truncation) = slope(|step| {
             let mut moved = inputs.to_vec();
             moved[i]
                 .iter_mut()
                 .zip(&u)
                 .for_each(|(x, u)| *x += step * u);
             dot(&dy, &forward(&moved))
-        };
-        let difference = |h: f64| (loss(h) - loss(-h)) / (2.0 * h);
-        let numeric = |h: f64| (4.0 * difference(h) - difference(2.0 * h)) / 3.0;
-        let (want, got) = (numeric(H), dot(gradient, &u));
-        let (error, bound) = (
-            (got - want).abs(),
-            (want - numeric(2.0 * H)).abs() + rounding,
-        );
+        });
+        let got = dot(gradient, &u);
+        let (error, bound) = ((got - want).abs(), truncation + rounding);
         assert!(
             error <= bound,
-            "{what}: along input {i} the gradient says {got:e}, differences say {want:e}, off by {error:e} > {bound:e}"
+            "{what}: by input {i} the gradient says {got:e}, differences {want:e}, off by {error:e} > {bound:e}"
         );
-        let shown: f64 = size + gradient.iter().map(|g| g.abs()).sum::<f64>();
+        let shown = size + gradient.iter().map(|g| g.abs()).sum::<f64>();
         assert!(
             bound <= 1e-6 * shown,
-            "{what}: bound {bound:e} of input {i} hides its gradient"
+            "{what}: bound {bound:e} hides gradient {i}"
         );
     }
+}
+
+/// The derivative of `f` at 0, and how far it may be off: `D(h) = (f(h) - f(-h)) / 2h`, `R(h) = (4 D(h) - D(2h)) / 3`
+/// (Richardson 1911). R's error falls 16-fold as h halves, so `|R(2h) - R(h)|` is 15 times it.
+fn slope(f: impl Fn(f64) -> f64) -> (f64, f64) {
+    let difference = |h: f64| (f(h) - f(-h)) / (2.0 * h);
+    let extrapolated = |h: f64| (4.0 * difference(h) - difference(2.0 * h)) / 3.0;
+    let found = extrapolated(H);
+    (found, (extrapolated(2.0 * H) - found).abs())
 }
 
 /// `n` numbers with random signs and sizes between 1/2 and 1.

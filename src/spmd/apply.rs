@@ -79,7 +79,7 @@ impl Chip {
             began,
         });
         if outputs.iter().any(|o| o.tracked.value.is_some()) {
-            self.record(op, site, inputs, &outputs, resolved);
+            self.push_op(op, site, inputs, &outputs, resolved);
         }
         outputs
     }
@@ -119,7 +119,7 @@ impl Chip {
             .collect()
     }
 
-    fn record(
+    fn push_op(
         &self,
         op: Rc<dyn Op>,
         site: &'static Location<'static>,

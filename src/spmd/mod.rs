@@ -21,6 +21,7 @@ mod ghost;
 mod parameter;
 mod recompute;
 mod redistribute;
+mod reshape;
 mod resolve;
 mod sharded;
 mod threads;

@@ -2,6 +2,7 @@
 //! stream. A ghost has no times; its events are a microsecond long, one after another, so that their order can be seen.
 
 use super::{ChipTrace, Stream, Trace};
+use crate::mesh::Axis;
 use serde_json::{Value as Json, json};
 
 /// A viewer gains nothing from thousands of equal chips.
@@ -12,9 +13,9 @@ impl Trace {
     pub fn chrome_events(&self) -> Vec<Json> {
         let mut out = Vec::new();
         for (number, class) in self.classes.iter().take(MOST_CHIPS).enumerate() {
-            let coordinate = |(axis, at): (&(String, usize), &Option<usize>)| match at {
-                Some(i) => format!("{}={i}", axis.0),
-                None => format!("{}=*", axis.0),
+            let coordinate = |(axis, at): (&Axis, &Option<usize>)| match at {
+                Some(i) => format!("{}={i}", axis.name()),
+                None => format!("{}=*", axis.name()),
             };
             let axes = self.mesh.axes();
             let name: Vec<String> = axes.iter().zip(&class.pattern).map(coordinate).collect();

@@ -272,7 +272,7 @@ impl Trace {
     pub fn chip(&self, rank: usize) -> &ChipTrace {
         let at = self.mesh.coordinates(rank);
         let holds = |class: &&Class| {
-            let mut pairs = class.pattern.iter().zip(at.as_slice());
+            let mut pairs = class.pattern.iter().zip(at.iter());
             pairs.all(|(want, have)| want.is_none_or(|w| w == *have))
         };
         &self
