@@ -4,7 +4,7 @@
 //! [`vocabulary`](super::vocabulary) holds the same over a split vocabulary.
 
 use super::{Axes, Backward, Cost, Gradient, Op, Saved, Site, letters_besides, misfit, traffic};
-use crate::cpu::rows;
+use crate::cpu::rows::{self, RowScale, Shard};
 use crate::dtype::DType;
 use crate::tensor::{Tensor, TensorType};
 
@@ -81,45 +81,34 @@ pub(crate) fn check_labels(op: &str, labels: &[u32], ignored: u32, valid: usize)
     }
 }
 
-/// What the gradient of logits is computed from: columns `first..` of a vocabulary of `valid`.
-pub(crate) struct Softmax<'a> {
-    pub(crate) first: usize,
-    pub(crate) valid: usize,
+/// What the gradient of logits is computed from.
+pub(crate) struct Statistics<'a> {
+    pub(crate) shard: Shard,
     pub(crate) max: &'a [f32],
     pub(crate) sum: &'a [f32],
     pub(crate) labels: &'a [u32],
     pub(crate) ignored: u32,
 }
 
-impl Softmax<'_> {
+impl Statistics<'_> {
     /// `dx = dloss (softmax - onehot)`, in place if the gradient's storage is the logits' own.
     pub(crate) fn gradient(&self, dlosses: &[f32], logits: Option<&Tensor>, dx: &mut Gradient) {
-        let Softmax {
-            first,
-            valid,
+        let Statistics {
+            shard,
             max,
             sum,
             labels,
             ignored,
         } = *self;
+        let scale = RowScale::PerRow(dlosses);
         let out = dx.tensor.slice_mut();
         if dx.reused {
-            rows::cross_entropy_gradient_in_place(
-                out, first, valid, max, sum, labels, ignored, dlosses,
-            );
+            rows::cross_entropy_gradient_in_place(out, shard, max, sum, labels, ignored, scale);
         } else {
-            let logits = logits.expect("logits are saved where the gradient does not replace them");
-            rows::cross_entropy_gradient(
-                logits.slice(),
-                first,
-                valid,
-                max,
-                sum,
-                labels,
-                ignored,
-                dlosses,
-                out,
-            );
+            let x = logits
+                .expect("logits are saved where the gradient does not replace them")
+                .slice();
+            rows::cross_entropy_gradient(x, shard, max, sum, labels, ignored, scale, out);
         }
     }
 }
@@ -198,9 +187,11 @@ impl Op for CrossEntropy {
 
     fn backward(&self, site: &Site, backward: &mut Backward) {
         let dlosses = backward.only_gradient("cross_entropy").slice().typed();
-        let softmax = Softmax {
-            first: 0,
-            valid: self.valid(&site.inputs[0].ty),
+        let statistics = Statistics {
+            shard: Shard {
+                first: 0,
+                valid: self.valid(&site.inputs[0].ty),
+            },
             max: backward.output(1).slice().typed(),
             sum: backward.output(2).slice().typed(),
             labels: backward.input(1).slice().typed(),
@@ -208,7 +199,7 @@ impl Op for CrossEntropy {
         };
         let logits = backward.inputs[0].as_ref();
         if let Some(dx) = backward.want(0) {
-            softmax.gradient(dlosses, logits, dx);
+            statistics.gradient(dlosses, logits, dx);
         }
     }
 }

@@ -24,7 +24,7 @@ impl Dropout {
     fn apply(&self, site: &Site, x: Slice, y: SliceMut) {
         let stream = Stream::new(site.seed, &self.name);
         let (run, start) = site.inputs[0].runs();
-        rows::dropout(x, y, self.p, &stream, run, start);
+        rows::dropout(x, y, self.p, stream, run, start);
     }
 }
 

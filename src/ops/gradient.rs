@@ -2,10 +2,9 @@
 
 use super::{Accum, Backward, Gradient};
 use crate::cpu::memory::{with_scratch, with_scratch_f32};
-use crate::cpu::rows;
+use crate::cpu::rows::{self, parallel::shared};
 use crate::dtype::{DType, Slice, SliceMut};
 use crate::tensor::Tensor;
-use std::ops::Range;
 
 impl Gradient {
     /// Hands `f` the gradient as f32: itself if it is f32 (a parameter's always is), otherwise a widened copy that is
@@ -57,16 +56,6 @@ impl<'a> Backward<'a> {
     }
 }
 
-/// The same elements, read only.
-fn shared<'a>(x: &'a SliceMut<'_>) -> Slice<'a> {
-    match x {
-        SliceMut::F32(x) => Slice::F32(x),
-        SliceMut::Bf16(x) => Slice::Bf16(x),
-        SliceMut::F16(x) => Slice::F16(x),
-        SliceMut::U32(x) => Slice::U32(x),
-    }
-}
-
 /// [`Gradient::in_f32`] of a gradient that may not be wanted.
 pub(crate) fn optional_in_f32(
     gradient: Option<&mut Gradient>,
@@ -87,24 +76,4 @@ pub(crate) fn in_dtype(x: &Tensor, dtype: DType, f: impl FnOnce(Slice)) {
         rows::cast(x.slice(), SliceMut::of_bytes(bytes, dtype));
         f(Slice::of_bytes(bytes, dtype));
     });
-}
-
-/// Elements `range` of `x`.
-pub(crate) fn part(x: Slice<'_>, range: Range<usize>) -> Slice<'_> {
-    match x {
-        Slice::F32(x) => Slice::F32(&x[range]),
-        Slice::Bf16(x) => Slice::Bf16(&x[range]),
-        Slice::F16(x) => Slice::F16(&x[range]),
-        Slice::U32(x) => Slice::U32(&x[range]),
-    }
-}
-
-/// Elements `range` of `x`, for writing.
-pub(crate) fn part_mut<'a>(x: &'a mut SliceMut<'_>, range: Range<usize>) -> SliceMut<'a> {
-    match x {
-        SliceMut::F32(x) => SliceMut::F32(&mut x[range]),
-        SliceMut::Bf16(x) => SliceMut::Bf16(&mut x[range]),
-        SliceMut::F16(x) => SliceMut::F16(&mut x[range]),
-        SliceMut::U32(x) => SliceMut::U32(&mut x[range]),
-    }
 }

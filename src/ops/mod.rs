@@ -62,7 +62,7 @@ pub use sgd::Sgd;
 pub use slice::SliceAxis;
 pub use softmax::Softmax;
 pub use sum::{CountLabels, Sum, SumOfSquares, scalar};
-pub use swiglu::Swiglu;
+pub use swiglu::SwiGlu;
 pub use transpose::Transpose;
 pub use vocabulary::{CrossEntropyFromStatistics, RowExpSum, RowMax};
 

@@ -11,7 +11,7 @@ use std::f64::consts::TAU;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-pub use crate::cpu::RotaryStyle;
+pub use crate::cpu::rows::RotaryStyle;
 
 /// `(y1, y2) = (x1 cos - x2 sin, x2 cos + x1 sin)` for each pair of a head's elements, with the angle
 /// `position * theta^(-2i / rotary_dim)` of pair i (Su et al. 2021).
@@ -141,19 +141,16 @@ impl Rotary {
         };
         let dim = self.turning(d);
         let angles = self.angles(dim, self.offset + local.start[1], t);
-        rows::rotary(
-            x,
-            y,
-            b,
-            t,
-            h,
-            d,
-            dim,
-            &angles.cos,
-            &angles.sin,
-            self.style,
+        let shape = rows::Rotary {
+            batch: b,
+            tokens: t,
+            heads: h,
+            head_dim: d,
+            rotary_dim: dim,
+            style: self.style,
             inverse,
-        );
+        };
+        rows::rotary(x, y, shape, &angles.cos, &angles.sin);
     }
 }
 

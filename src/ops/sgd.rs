@@ -39,9 +39,11 @@ impl Sgd {
             p.slice_mut().typed(),
             momentum.map(|u| u.slice_mut().typed()),
             g.slice(),
-            self.lr,
-            self.momentum,
-            self.weight_decay,
+            rows::Sgd {
+                lr: self.lr,
+                momentum: self.momentum,
+                weight_decay: self.weight_decay,
+            },
             number(factor),
         );
     }

@@ -1,8 +1,8 @@
 //! A range of one axis, and its opposite in [`Concatenate`](super::Concatenate).
 
-use super::gradient::{in_dtype, part, part_mut};
+use super::gradient::in_dtype;
 use super::{Accum, Axes, Backward, Cost, Linear, Op, Site, letters, misfit};
-use crate::cpu::rows;
+use crate::cpu::rows::{self, parallel::{part, part_mut}};
 use crate::dtype::{Slice, SliceMut};
 use crate::tensor::{Tensor, TensorType};
 use std::ops::Range;

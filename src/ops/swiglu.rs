@@ -11,9 +11,9 @@ use crate::tensor::{Tensor, TensorType};
 ///
 /// Backward, with `s = 1 / (1 + e^-gate)`: `dgate = dy up s (1 + gate (1 - s))`, `dup = dy gate s`.
 #[derive(Clone, Debug, Default)]
-pub struct Swiglu;
+pub struct SwiGlu;
 
-impl Op for Swiglu {
+impl Op for SwiGlu {
     fn name(&self) -> &'static str {
         "swiglu"
     }

@@ -8,17 +8,20 @@
 //! ```
 //! On a vocabulary that is not split the same three ops give the bits of [`CrossEntropy`](super::CrossEntropy).
 
-use super::cross_entropy::{Softmax, check_labels, infer_rows, row_letters};
+use super::cross_entropy::{Statistics, check_labels, infer_rows, row_letters};
 use super::{Axes, Backward, Cost, Op, Saved, Site, traffic};
-use crate::cpu::rows;
+use crate::cpu::rows::{self, Shard};
 use crate::tensor::{Tensor, TensorType};
 
-/// First column of this chip's share of the logits, and the size of the whole vocabulary that exists.
-fn columns(site: &Site, valid: Option<usize>) -> (usize, usize) {
+/// Where this chip's columns lie in the whole vocabulary.
+fn columns(site: &Site, valid: Option<usize>) -> Shard {
     let logits = &site.inputs[0];
     let last = logits.ty.rank() - 1;
     let whole = logits.global[last];
-    (logits.start[last], valid.unwrap_or(whole).min(whole))
+    Shard {
+        first: logits.start[last],
+        valid: valid.unwrap_or(whole).min(whole),
+    }
 }
 
 /// `max[i] = max over j of x[i,j]`: logits [.., v], max f32 [..]; -inf where a chip holds only padding.
@@ -51,9 +54,9 @@ impl Op for RowMax {
     }
 
     fn forward(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
-        let (first, valid) = columns(site, self.valid);
+        let shard = columns(site, self.valid);
         let max = outputs[0].slice_mut().typed();
-        rows::row_max(inputs[0].slice(), first, valid, max);
+        rows::row_max(inputs[0].slice(), shard, max);
     }
 
     fn differentiable(&self, _: usize) -> bool {
@@ -93,14 +96,12 @@ impl Op for RowExpSum {
     }
 
     fn forward(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
-        let (first, valid) = columns(site, self.valid);
         let [sum, target] = outputs else {
             unreachable!("infer gives two results")
         };
         rows::row_exp_sum(
             inputs[0].slice(),
-            first,
-            valid,
+            columns(site, self.valid),
             inputs[1].slice().typed(),
             inputs[2].slice().typed(),
             sum.slice_mut().typed(),
@@ -162,15 +163,15 @@ impl Op for CrossEntropyFromStatistics {
     }
 
     fn forward(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
-        let (_, valid) = columns(site, self.valid);
+        let valid = columns(site, self.valid).valid;
         let labels = inputs[1].slice().typed();
         check_labels(self.name(), labels, self.ignored, valid);
         rows::cross_entropy_losses(
-            labels,
-            self.ignored,
             inputs[2].slice().typed(),
             inputs[3].slice().typed(),
             inputs[4].slice().typed(),
+            labels,
+            self.ignored,
             outputs[0].slice_mut().typed(),
         );
     }
@@ -197,10 +198,8 @@ impl Op for CrossEntropyFromStatistics {
 
     fn backward(&self, site: &Site, backward: &mut Backward) {
         let dlosses = backward.gradient(0).slice().typed();
-        let (first, valid) = columns(site, self.valid);
-        let softmax = Softmax {
-            first,
-            valid,
+        let statistics = Statistics {
+            shard: columns(site, self.valid),
             max: backward.input(2).slice().typed(),
             sum: backward.input(3).slice().typed(),
             labels: backward.input(1).slice().typed(),
@@ -208,7 +207,7 @@ impl Op for CrossEntropyFromStatistics {
         };
         let logits = backward.inputs[0].as_ref();
         if let Some(dx) = backward.want(0) {
-            softmax.gradient(dlosses, logits, dx);
+            statistics.gradient(dlosses, logits, dx);
         }
     }
 }
