@@ -12,7 +12,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Saves a checkpoint of `state` and `tensors` in `dir`, which is created if it is not there.
 ///
@@ -102,18 +102,7 @@ pub(super) fn save_on<D: Disk>(
     let header = header(&tensors)?;
     let total = header.len() as u64 + tensors.iter().map(|t| t.bytes.len() as u64).sum::<u64>();
 
-    let before = Manifest::read(dir);
-    if let Err(Absent::Newer(e)) = before {
-        return Err(e.within("a checkpoint is not replaced"));
-    }
-    let failed = |what: &str, path: &Path, bytes: u64, e: io::Error| {
-        let (path, kept) = (path.display(), kept(dir));
-        let sentence = format!(
-            "cannot save the checkpoint of step {}: {what} {path} ({bytes} bytes) failed: {e}; {kept}",
-            state.step
-        );
-        Error::new(ErrorKind::Io, sentence)
-    };
+    let failed = |f: Failure| f.sentence(dir, state.step);
     let lock = disk.open_dir(dir).map_err(|e| match e.kind() {
         io::ErrorKind::WouldBlock => Error::new(
             ErrorKind::Checkpoint,
@@ -122,27 +111,30 @@ pub(super) fn save_on<D: Disk>(
                 dir.display()
             ),
         ),
-        _ => failed("opening the directory", dir, total, e),
+        _ => failed(Failure::new("opening the directory", dir, total, e)),
     })?;
+    // Read under the lock: an earlier answer may name weights that another process has replaced since.
+    let before = Manifest::read(dir);
+    if let Err(Absent::Newer(e)) = before {
+        return Err(e.within("a checkpoint is not replaced"));
+    }
     // A killed run may have renamed `checkpoint.json` and not synced: only now is what it no longer names of no use.
-    sync_names(disk, &lock).map_err(|e| failed("syncing", dir, total, e))?;
+    sync_names(disk, &lock).map_err(|e| failed(Failure::new("syncing", dir, total, e)))?;
     clean(disk, dir, before.as_ref().ok());
 
     let name = (0..)
         .map(|attempt| weights_name(state.step, attempt))
         .find(|name| !dir.join(name).exists())
         .expect("there are more names than files");
-    let result = write_weights(disk, dir, &name, &header, &tensors)
-        .map_err(|(what, e)| failed(what, &temporary(dir, &name), total, e))
-        .and_then(|crc32| {
-            sync_names(disk, &lock).map_err(|e| failed("syncing", dir, total, e))?;
-            let manifest = manifest(state, &name, total, crc32, &tensors).to_bytes();
-            put(disk, dir, FILE, |w| w.write_all(&manifest))
-                .map_err(|(what, e)| failed(what, &temporary(dir, FILE), manifest.len() as u64, e))
-        });
-    if let Err(error) = result {
+    let parts = std::iter::once(&header[..]).chain(tensors.iter().map(|t| t.bytes));
+    let written = put(disk, dir, &name, total, parts).and_then(|crc32| {
+        sync_names(disk, &lock).map_err(|e| Failure::new("syncing", dir, total, e))?;
+        let manifest = manifest(state, &name, total, crc32, &tensors).to_bytes();
+        put(disk, dir, FILE, manifest.len() as u64, [&manifest[..]])
+    });
+    if let Err(failure) = written {
         discard(disk, dir, &name);
-        return Err(error);
+        return Err(failed(failure));
     }
     // Committed. Until the disk has the new name, a power cut may bring the old one back: its weights must be there.
     sync_names(disk, &lock).map_err(|e| {
@@ -155,6 +147,42 @@ pub(super) fn save_on<D: Disk>(
     })?;
     clean(disk, dir, Manifest::read(dir).as_ref().ok());
     Ok(())
+}
+
+/// What was being done to which file of how many bytes when the system refused.
+struct Failure {
+    what: &'static str,
+    path: PathBuf,
+    bytes: u64,
+    error: io::Error,
+}
+
+impl Failure {
+    fn new(what: &'static str, path: &Path, bytes: u64, error: io::Error) -> Self {
+        Failure {
+            what,
+            path: path.to_owned(),
+            bytes,
+            error,
+        }
+    }
+
+    /// The error of saving `step` in `dir`, with the checkpoint that is there now.
+    fn sentence(self, dir: &Path, step: u64) -> Error {
+        let kept = match Manifest::read(dir) {
+            Ok(m) => format!("the checkpoint of step {} there is kept", m.state.step),
+            Err(Absent::Missing) => "there was none before it".to_owned(),
+            Err(Absent::Newer(e) | Absent::Broken(e)) => format!("what was there is kept ({e})"),
+        };
+        let sentence = format!(
+            "cannot save the checkpoint of step {step}: {} {} ({} bytes) failed: {}; {kept}",
+            self.what,
+            self.path.display(),
+            self.bytes,
+            self.error
+        );
+        Error::new(ErrorKind::Io, sentence)
+    }
 }
 
 fn sync_names<D: Disk>(disk: &D, lock: &D::Lock) -> io::Result<()> {
@@ -172,53 +200,36 @@ fn sync_names<D: Disk>(disk: &D, lock: &D::Lock) -> io::Result<()> {
     }
 }
 
-/// What a failed save says about the checkpoint before it.
-fn kept(dir: &Path) -> String {
-    match Manifest::read(dir) {
-        Ok(m) => format!("the checkpoint of step {} there is kept", m.state.step),
-        Err(Absent::Missing) => "there was none before it".to_owned(),
-        Err(Absent::Newer(e) | Absent::Broken(e)) => format!("what was there is kept ({e})"),
-    }
-}
-
-/// Writes `DIR/NAME` under a temporary name, syncs and renames it. A failure says what was being done.
-fn put<D: Disk>(
+/// Writes `parts`, `total` bytes, to `DIR/NAME` under a temporary name, syncs and renames it. Returns their CRC-32.
+fn put<'a, D: Disk>(
     disk: &D,
     dir: &Path,
     name: &str,
-    write: impl FnOnce(&mut BufWriter<D::File>) -> io::Result<()>,
-) -> Result<(), (&'static str, io::Error)> {
+    total: u64,
+    parts: impl IntoIterator<Item = &'a [u8]>,
+) -> Result<u32, Failure> {
     let path = temporary(dir, name);
-    let writing = |e| ("writing", e);
-    let file = disk.create(&path).map_err(|e| ("creating", e))?;
-    let mut writer = BufWriter::with_capacity(1 << 16, file);
-    write(&mut writer).map_err(writing)?;
-    let file = writer.into_inner().map_err(|e| writing(e.into_error()))?;
-    disk.sync(file).map_err(|e| ("syncing", e))?;
-    disk.rename(&path, &dir.join(name))
-        .map_err(|e| ("renaming", e))
-}
-
-/// Writes the weights and returns their CRC-32.
-fn write_weights<D: Disk>(
-    disk: &D,
-    dir: &Path,
-    name: &str,
-    header: &[u8],
-    tensors: &[Entry<'_>],
-) -> Result<u32, (&'static str, io::Error)> {
+    let failed = |what| {
+        let path = path.clone();
+        move |e| Failure::new(what, &path, total, e)
+    };
     let mut crc = crc32fast::Hasher::new();
-    put(disk, dir, name, |w| {
-        for part in std::iter::once(header).chain(tensors.iter().map(|t| t.bytes)) {
-            crc.update(part);
-            w.write_all(part)?;
-        }
-        Ok(())
-    })?;
+    let file = disk.create(&path).map_err(failed("creating"))?;
+    let mut writer = BufWriter::with_capacity(1 << 16, file);
+    for part in parts {
+        crc.update(part);
+        writer.write_all(part).map_err(failed("writing"))?;
+    }
+    let file = writer
+        .into_inner()
+        .map_err(|e| failed("writing")(e.into_error()))?;
+    disk.sync(file).map_err(failed("syncing"))?;
+    let to = dir.join(name);
+    disk.rename(&path, &to).map_err(failed("renaming"))?;
     Ok(crc.finalize())
 }
 
-fn temporary(dir: &Path, name: &str) -> std::path::PathBuf {
+fn temporary(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("{name}.tmp"))
 }
 
