@@ -1,5 +1,5 @@
 //! Training.
-//pub mod checkpoint;
+pub mod checkpoint;
 pub mod data;
 mod mapped;
 pub mod schedule;
