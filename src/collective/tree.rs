@@ -8,20 +8,19 @@
 use super::{Place, Schedule, Transfer, bounds, even_bounds, input, output, to};
 use std::ops::Range;
 
-/// Up to this many elements received per chip an all-reduce sends whole vectors: one round instead of two. Both ways
-/// add in the same order, so the choice changes no bit. 32 KiB in f32 take less time than one more round on every link
-/// of the machines in view.
-const WHOLE: usize = 8192;
-
 /// True if an all-reduce of `len` elements over `n` chips sends whole vectors.
+///
+/// Two chips send as many bytes either way, in one round instead of two, but add everything twice: beyond 16 KiB in f32
+/// the second round is cheaper. More than two chips would send more than `2 len (n-1)/n` each. Both ways add in the same
+/// order, so the choice changes no bit.
 pub(super) fn sends_whole(n: usize, len: usize) -> bool {
-    n.saturating_mul(len) <= WHOLE
+    n <= 2 && len <= 4096
 }
 
 /// All-reduce of `len` elements over `n` chips. Every element is the fixed tree over the chips.
 ///
-/// Small ones exchange whole vectors: 1 round, `(n-1) len` elements sent by each. Others reduce-scatter, then
-/// all-gather: 2 rounds, `2 len (n-1)/n`.
+/// Small ones of two chips exchange whole vectors: 1 round. Others reduce-scatter, then all-gather: 2 rounds. Each chip
+/// sends `2 len (n-1)/n` elements.
 pub fn tree_all_reduce(n: usize, index: usize, len: usize) -> Schedule {
     let mut list = Schedule::default();
     if sends_whole(n, len) {

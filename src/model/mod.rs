@@ -65,6 +65,11 @@ impl Transformer {
         &self.config
     }
 
+    /// The type that activations have.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// Entries of the vocabulary as they are stored: padded so that tp divides them.
     pub fn padded_vocab(&self, chip: &Chip) -> usize {
         self.config.vocab.next_multiple_of(chip.size_of("tp"))

@@ -136,6 +136,12 @@ impl Chip {
         self.0.mesh.size_of(axis)
     }
 
+    /// True on the chip that talks to the world outside: it prints and writes files for all. What a program computes must
+    /// not depend on it.
+    pub fn is_first(&self) -> bool {
+        self.0.rank == 0
+    }
+
     /// True on chips without contents: [`Sharded::read`] gives nothing there.
     pub fn is_ghost(&self) -> bool {
         self.0.memory.is_ghost()

@@ -167,7 +167,7 @@ impl Sharded {
     /// `silu(self) up`: the gated half of SwiGLU.
     #[track_caller]
     pub fn swiglu(&self, up: &Sharded) -> Sharded {
-        self.chip.apply_one(ops::Swiglu, &[self, up])
+        self.chip.apply_one(ops::SwiGlu, &[self, up])
     }
 
     /// The same numbers in another element type. The gradient of a cast parameter stays in f32.
