@@ -7,7 +7,7 @@
 
 #![allow(unsafe_code)]
 
-use super::super::simd::Simd;
+use super::super::simd::{Kernel, Simd};
 use super::Output;
 use crate::dtype::{DType, Float};
 use half::{bf16, f16};
@@ -48,27 +48,56 @@ pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
     from: Option<Sums>,
     to: Sums,
 ) {
-    // One copy per number of rows, so that all accumulators live in registers; those beyond MR fold away.
+    // One function per number of rows, so that all accumulators live in registers. A constant condition keeps the
+    // compiler from generating those beyond MR.
     macro_rules! of_rows {
         ($($r:literal)*) => {
-            match rows {
-                // SAFETY: the caller's promise, handed on.
-                $($r if $r < MR => unsafe { chains::<S, $r, V>(s, k, a, b, from, to) },)*
-                // SAFETY: as above.
-                _ => unsafe {
-                    debug_assert_eq!(rows, MR);
-                    // Packed panels have constant strides, which free their registers.
-                    if a.row_stride == 1 && a.k_stride == MR {
-                        let a = Rows { row_stride: 1, k_stride: MR, ..a };
-                        chains::<S, MR, V>(s, k, a, b, from, to);
-                    } else {
-                        chains::<S, MR, V>(s, k, a, b, from, to);
-                    }
-                },
-            }
+            $(if const { $r < MR } {
+                if rows == $r {
+                    s.run(Chains::<$r, V> { k, a, b, from, to });
+                    return;
+                }
+            })*
         };
     }
     of_rows!(1 2 3 4 5 6 7 8 9 10 11 12 13);
+    debug_assert_eq!(rows, MR);
+    if a.row_stride == 1 && a.k_stride == MR {
+        s.run(PackedChains(Chains::<MR, V> { k, a, b, from, to }));
+    } else {
+        s.run(Chains::<MR, V> { k, a, b, from, to });
+    }
+}
+
+/// The arguments of [`tile`], whose promise holds wherever one is made.
+struct Chains<const R: usize, const V: usize> {
+    k: usize,
+    a: Rows,
+    b: Columns,
+    from: Option<Sums>,
+    to: Sums,
+}
+
+impl<const R: usize, const V: usize> Kernel for Chains<R, V> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        // SAFETY: made by `tile` only, under its promise.
+        unsafe { chains::<S, R, V>(s, self.k, self.a, self.b, self.from, self.to) }
+    }
+}
+
+/// [`Chains`] over a packed panel of A, whose constant strides free registers.
+struct PackedChains<const R: usize, const V: usize>(Chains<R, V>);
+
+impl<const R: usize, const V: usize> Kernel for PackedChains<R, V> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(mut self, s: S) {
+        self.0.a.row_stride = 1;
+        self.0.a.k_stride = R;
+        self.0.call(s);
+    }
 }
 
 #[inline(always)]

@@ -6,9 +6,10 @@
 
 #![allow(unsafe_code)]
 
-use super::super::simd::Simd;
+use super::super::simd::{Kernel, Simd};
 use crate::dtype::{DType, Float};
 use half::{bf16, f16};
+use std::marker::PhantomData;
 
 /// Part of an operand: `lines` (rows of A, columns of B) by `depth` (k), at any distance from one another.
 #[derive(Clone, Copy)]
@@ -29,14 +30,24 @@ pub(super) struct Block {
 /// The block's elements are readable. From `to`, `lines` rounded up to `width`, times `depth`, plus 16 f32 are writable.
 #[inline(always)]
 pub(super) unsafe fn pack<S: Simd>(s: S, block: Block, width: usize, to: *mut f32) {
-    // SAFETY: the caller's promise, handed on.
-    unsafe {
-        match block.dtype {
-            DType::F32 => pack_typed::<S, f32>(s, block, width, to),
-            DType::Bf16 => pack_typed::<S, bf16>(s, block, width, to),
-            DType::F16 => pack_typed::<S, f16>(s, block, width, to),
-            DType::U32 => unreachable!("checked on entry"),
-        }
+    // A function of its own for each type, not a copy wherever something is packed.
+    match block.dtype {
+        DType::F32 => s.run(Pack::<f32>(block, width, to, PhantomData)),
+        DType::Bf16 => s.run(Pack::<bf16>(block, width, to, PhantomData)),
+        DType::F16 => s.run(Pack::<f16>(block, width, to, PhantomData)),
+        DType::U32 => unreachable!("checked on entry"),
+    }
+}
+
+/// The arguments of [`pack`], whose promise holds wherever one is made.
+struct Pack<T>(Block, usize, *mut f32, PhantomData<T>);
+
+impl<T: Float> Kernel for Pack<T> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        // SAFETY: made by `pack` only, under its promise.
+        unsafe { pack_typed::<S, T>(s, self.0, self.1, self.2) }
     }
 }
 
