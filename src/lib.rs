@@ -7,6 +7,7 @@ mod cpu;
 pub mod dtype;
 pub mod error;
 pub mod mesh;
+pub mod model;
 pub mod ops;
 pub mod placement;
 pub mod random;

@@ -1,7 +1,7 @@
 //! Elementwise sums.
 
 use super::activation::two_floats;
-use super::{Axes, Backward, Cost, Linear, Op, Site};
+use super::{Axes, Cost, Linear, Op, Site};
 use crate::cpu::rows;
 use crate::tensor::{Tensor, TensorType};
 
@@ -32,28 +32,7 @@ impl Op for Add {
         rows::add(inputs[0].slice(), inputs[1].slice(), outputs[0].slice_mut());
     }
 
-    fn accumulates(&self, _: usize) -> bool {
+    fn passes_gradient(&self) -> bool {
         true
-    }
-
-    fn backward_cost(
-        &self,
-        inputs: &[TensorType],
-        outputs: &[TensorType],
-        wanted: &[bool],
-    ) -> Cost {
-        let written = inputs.iter().zip(wanted).filter(|(_, w)| **w);
-        Cost {
-            flops: 0,
-            bytes: written.map(|(x, _)| x.bytes() + outputs[0].bytes()).sum(),
-            scratch: 0,
-        }
-    }
-
-    fn backward(&self, _: &Site, backward: &mut Backward) {
-        let dy = backward.gradient(0);
-        for gradient in backward.wanted.iter_mut().flatten() {
-            gradient.put(dy.slice());
-        }
     }
 }

@@ -136,6 +136,12 @@ impl Chip {
         self.0.mesh.size_of(axis)
     }
 
+    /// True on the chip that talks to the world outside: it prints and writes files for all. What a program computes must
+    /// not depend on it.
+    pub fn is_first(&self) -> bool {
+        self.0.rank == 0
+    }
+
     /// True on chips without contents: [`Sharded::read`] gives nothing there.
     pub fn is_ghost(&self) -> bool {
         self.0.memory.is_ghost()
@@ -221,7 +227,7 @@ impl Chip {
             let sharded = placements.iter().enumerate().filter(|(_, p)| matches!(p, Placement::Shard(_)));
             self.0.read_axes.borrow_mut().extend(sharded.map(|(axis, _)| axis));
         }
-        let start = (0..global.len()).map(|dim| local_range(global, placements, mesh, at, dim).start);
+        let start = (0..global.len()).map(|dim| local_range(global, dim, placements, mesh, at).start);
         Local {
             ty: TensorType::new(local_shape(global, placements, mesh, at), dtype),
             start: start.collect(),

@@ -29,6 +29,11 @@ impl Ghost {
         Ghost { mesh: Arc::new(mesh.clone()), seed: 0, budget: None }
     }
 
+    /// The mesh.
+    pub fn mesh(&self) -> &Mesh {
+        &self.mesh
+    }
+
     /// The budget of each chip's tensors, in bytes: exceeding it is an error, as on a real chip.
     pub fn with_memory_budget(mut self, bytes: u64) -> Self {
         self.budget = Some(bytes);

@@ -25,6 +25,7 @@ mod reshape;
 mod resolve;
 mod sharded;
 mod threads;
+mod update;
 
 pub use chip::{Chip, Contents, FromIndex};
 pub use ghost::Ghost;

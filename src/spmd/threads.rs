@@ -105,6 +105,16 @@ impl Threads {
         self
     }
 
+    /// The mesh.
+    pub fn mesh(&self) -> &Mesh {
+        &self.mesh
+    }
+
+    /// The run's seed.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// Threads of each chip.
     pub fn threads_per_chip(&self) -> usize {
         self.threads

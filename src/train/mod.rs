@@ -1,5 +1,23 @@
-//! Training.
-//pub mod checkpoint;
+//! Training: text, batches, the optimizer, checkpoints, and the loop around the step.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `data` | vocabularies, tokens, batches that do not depend on the mesh, sampling |
+//! | `schedule` | learning rates |
+//! | `optimizer` | AdamW and clipping over sharded parameters |
+//! | `checkpoint` | files of which nothing is lost |
+//! | `trainer` | the loop, with `evaluate`, `persist` and `generate` |
+
+mod batch;
+pub mod checkpoint;
 pub mod data;
+mod evaluate;
+mod generate;
 mod mapped;
+mod optimizer;
+mod persist;
 pub mod schedule;
+mod trainer;
+
+pub use optimizer::{AdamW, Optimizer};
+pub use trainer::{Finished, Options, Report, Training};

@@ -1,1 +1,404 @@
-//! matmul
+//! Products of matrices of any float types, in f32 inside.
+//!
+//! An element of C is one chain of fused multiply-adds over k in ascending order, so that the bits depend neither on
+//! tiles and blocks nor on threads, batch or instruction set. From outside in (after K. Goto and R. van de Geijn,
+//! Anatomy of High-Performance Matrix Multiplication, 2008):
+//!
+//! | file | what |
+//! |---|---|
+//! | this one | arguments, checks, the cut into regions of C for the threads (m, n and batch, never k) |
+//! | `region` | blocks that fit the caches, and which operands are packed |
+//! | `pack` | copies in the microkernel's order, widened: dtype ends here |
+//! | `microkernel` | the tile in registers, and its way to memory: bias, activation, narrowing |
+//!
+//! A unit that multiplies narrow types itself will be a token with a packed format and a `chains` of its own; it has to
+//! say in which order it sums.
+
+#![allow(unsafe_code)]
+
+mod microkernel;
+mod pack;
+mod region;
+#[cfg(test)]
+mod tests;
+
+use super::simd::{Isa, dispatch, isa};
+use super::{Accum, Activation};
+use crate::dtype::{DType, Slice, SliceMut};
+use rayon::prelude::*;
+use region::Region;
+use std::ops::Range;
+
+/// One matrix or a batch of equal ones: element (b, i, j) at b `batch_stride` + i `row_stride` + j `col_stride`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Matrix<'a> {
+    pub data: Slice<'a>,
+    pub rows: usize,
+    pub cols: usize,
+    pub row_stride: usize,
+    pub col_stride: usize,
+    /// 0 repeats one matrix.
+    pub batch_stride: usize,
+}
+
+/// The product's place: as [`Matrix`], with rows that are contiguous and elements that do not overlap.
+#[derive(Debug)]
+pub(crate) struct MatrixMut<'a> {
+    pub data: SliceMut<'a>,
+    pub rows: usize,
+    pub cols: usize,
+    pub row_stride: usize,
+    pub batch_stride: usize,
+}
+
+/// What follows the sum, element by element, before it is narrowed.
+#[derive(Debug, Default)]
+pub(crate) struct Epilogue<'a> {
+    /// \[n\], added to every row.
+    pub bias: Option<Slice<'a>>,
+    /// Applied after the bias.
+    pub activation: Option<Activation>,
+    /// \[batch, m, n\], contiguous: receives the value before the activation.
+    pub preactivation: Option<SliceMut<'a>>,
+}
+
+/// c\[b, i, j\] (+)= sum over p of a\[b, i, p\] b\[b, p, j\], then bias and activation.
+///
+/// One chain of fused multiply-adds over ascending p, in f32, narrowed once; with [`Accum::Add`] the chain begins at the
+/// old c, with [`Accum::Replace`] at 0 and c is not read. k = 0 leaves the beginning of the chain.
+///
+/// # Panics
+/// If shapes disagree, a slice is too short, elements of c overlap, or a type is no float.
+pub(crate) fn matmul(
+    batch: usize,
+    a: Matrix,
+    b: Matrix,
+    c: MatrixMut,
+    accum: Accum,
+    epilogue: Epilogue,
+) {
+    let Some(product) = Product::new(batch, a, b, c, accum, epilogue) else {
+        return;
+    };
+    let isa = isa();
+    let work = product.batch * product.c.rows * product.c.cols * product.k.max(1);
+    let threads = if work < SERIAL {
+        1
+    } else {
+        rayon::current_num_threads()
+    };
+    let grid = Grid::new(&product, threads);
+    let run = |task: usize| product.run(isa, grid.region(task));
+    if grid.tasks() == 1 {
+        run(0);
+    } else {
+        (0..grid.tasks())
+            .into_par_iter()
+            .with_max_len(1)
+            .for_each(run);
+    }
+}
+
+/// Bytes of packing scratch that one thread of [`matmul`] uses at most, from shape and types alone.
+pub(crate) fn scratch(
+    batch: usize,
+    m: usize,
+    n: usize,
+    k: usize,
+    _a: DType,
+    _b: DType,
+    c: DType,
+) -> usize {
+    if batch == 0 || m == 0 || n == 0 {
+        return 0;
+    }
+    region::scratch_f32(m, n, k, c) * 4
+}
+
+/// Multiply-adds below which waking a second thread costs more than it saves.
+const SERIAL: usize = 1 << 20;
+
+/// A checked operand. The pointer stands for a slice that outlives the product.
+#[derive(Clone, Copy)]
+struct Operand {
+    data: *const u8,
+    dtype: DType,
+    row_stride: usize,
+    col_stride: usize,
+    batch_stride: usize,
+}
+
+/// The checked output and its epilogue.
+struct Output {
+    data: *mut u8,
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    batch_stride: usize,
+    bias: Option<(*const u8, DType)>,
+    activation: Option<Activation>,
+    preactivation: Option<(*mut u8, DType)>,
+}
+
+impl Output {
+    /// The address of element (batch, i, j).
+    fn at(&self, (batch, i, j): (usize, usize, usize)) -> *mut u8 {
+        let element = batch * self.batch_stride + i * self.row_stride + j;
+        self.data.wrapping_add(element * self.dtype.size())
+    }
+
+    /// Whether sums may be written to C as they are.
+    fn is_plain(&self) -> bool {
+        self.dtype == DType::F32
+            && self.bias.is_none()
+            && self.activation.is_none()
+            && self.preactivation.is_none()
+    }
+}
+
+/// All that the threads share.
+struct Product {
+    batch: usize,
+    k: usize,
+    a: Operand,
+    b: Operand,
+    c: Output,
+    accum: Accum,
+}
+
+// SAFETY: the operands are only read; of the outputs each thread writes the elements of its own region, and regions are
+// disjoint (Grid) as elements are (Product::new).
+unsafe impl Sync for Product {}
+
+fn pointer(data: Slice) -> *const u8 {
+    match data {
+        Slice::F32(x) => x.as_ptr().cast(),
+        Slice::Bf16(x) => x.as_ptr().cast(),
+        Slice::F16(x) => x.as_ptr().cast(),
+        Slice::U32(_) => panic!("matmul: u32 is an index, not a number to multiply"),
+    }
+}
+
+fn pointer_mut(data: SliceMut) -> *mut u8 {
+    match data {
+        SliceMut::F32(x) => x.as_mut_ptr().cast(),
+        SliceMut::Bf16(x) => x.as_mut_ptr().cast(),
+        SliceMut::F16(x) => x.as_mut_ptr().cast(),
+        SliceMut::U32(_) => panic!("matmul: u32 is an index, not a place for a product"),
+    }
+}
+
+/// One past the last element that (extent, stride) pairs reach; 0 if an extent is 0.
+fn reach(axes: [(usize, usize); 3]) -> usize {
+    if axes.iter().any(|&(extent, _)| extent == 0) {
+        return 0;
+    }
+    axes.iter().fold(1usize, |sum, &(extent, stride)| {
+        let far = (extent - 1).checked_mul(stride);
+        far.and_then(|far| far.checked_add(sum))
+            .expect("matmul: strides beyond the address space")
+    })
+}
+
+impl Operand {
+    fn new(name: &str, batch: usize, x: Matrix) -> Self {
+        let needed = reach([
+            (batch, x.batch_stride),
+            (x.rows, x.row_stride),
+            (x.cols, x.col_stride),
+        ]);
+        assert!(
+            x.data.len() >= needed,
+            "matmul: {name} has {} elements, its {batch} x [{}, {}] reach {needed}",
+            x.data.len(),
+            x.rows,
+            x.cols
+        );
+        Operand {
+            data: pointer(x.data),
+            dtype: x.data.dtype(),
+            row_stride: x.row_stride,
+            col_stride: x.col_stride,
+            batch_stride: x.batch_stride,
+        }
+    }
+
+    /// The address of element (batch, i, j), which lies in the operand or just beyond.
+    fn at(&self, batch: usize, i: usize, j: usize) -> *const u8 {
+        let element = batch * self.batch_stride + i * self.row_stride + j * self.col_stride;
+        self.data.wrapping_add(element * self.dtype.size())
+    }
+}
+
+impl Product {
+    /// Checks everything that the unsafe code below relies on. None if C has no elements.
+    fn new(
+        batch: usize,
+        a: Matrix,
+        b: Matrix,
+        c: MatrixMut,
+        accum: Accum,
+        epilogue: Epilogue,
+    ) -> Option<Self> {
+        let (m, n, k) = (c.rows, c.cols, a.cols);
+        assert!(
+            a.rows == m && b.rows == k && b.cols == n,
+            "matmul: [{}, {}] x [{}, {}] does not give [{m}, {n}]",
+            a.rows,
+            a.cols,
+            b.rows,
+            b.cols
+        );
+        let needed = reach([(batch, c.batch_stride), (m, c.row_stride), (n, 1)]);
+        assert!(
+            c.data.len() >= needed,
+            "matmul: c has {} elements, its {batch} x [{m}, {n}] reach {needed}",
+            c.data.len()
+        );
+        // Either matrices of rows, or rows of matrices (heads side by side).
+        let nested = |(inner, near): (usize, usize), (outer, far): (usize, usize)| {
+            (inner == 1 || near >= n)
+                && (outer == 1 || far >= reach([(inner, near), (n, 1), (1, 0)]))
+        };
+        let (rows, matrices) = ((m, c.row_stride), (batch, c.batch_stride));
+        assert!(
+            needed == 0 || nested(rows, matrices) || nested(matrices, rows),
+            "matmul: elements of c overlap: {batch} x [{m}, {n}] with strides {}, {}",
+            c.batch_stride,
+            c.row_stride
+        );
+        if let Some(bias) = &epilogue.bias {
+            assert_eq!(bias.len(), n, "matmul: the bias needs one element a column");
+        }
+        if let Some(kept) = &epilogue.preactivation {
+            assert_eq!(
+                kept.len(),
+                batch * m * n,
+                "matmul: the preactivation has c's shape"
+            );
+        }
+        let (a, b) = (Operand::new("a", batch, a), Operand::new("b", batch, b));
+        let dtype = c.data.dtype();
+        let product = Product {
+            batch,
+            k,
+            a,
+            b,
+            c: Output {
+                data: pointer_mut(c.data),
+                dtype,
+                rows: m,
+                cols: n,
+                row_stride: c.row_stride,
+                batch_stride: c.batch_stride,
+                bias: epilogue.bias.map(|x| (pointer(x), x.dtype())),
+                activation: epilogue.activation,
+                preactivation: epilogue.preactivation.map(|x| {
+                    let dtype = x.dtype();
+                    (pointer_mut(x), dtype)
+                }),
+            },
+            accum,
+        };
+        (needed > 0).then(|| product.folded())
+    }
+
+    /// A batch that shares B and whose rows follow one another is one taller matrix.
+    fn folded(mut self) -> Self {
+        let (m, batch) = (self.c.rows, self.batch);
+        let follows = |row: usize, matrix: usize| m == 1 || matrix == m * row;
+        if batch > 1
+            && self.b.batch_stride == 0
+            && follows(self.a.row_stride, self.a.batch_stride)
+            && follows(self.c.row_stride, self.c.batch_stride)
+        {
+            if m == 1 {
+                self.a.row_stride = self.a.batch_stride;
+                self.c.row_stride = self.c.batch_stride;
+            }
+            self.c.rows = m * batch;
+            self.batch = 1;
+        }
+        self
+    }
+
+    fn run(&self, isa: Isa, (batch, rows, cols): (Range<usize>, Range<usize>, Range<usize>)) {
+        for batch in batch {
+            dispatch(
+                isa,
+                Region {
+                    product: self,
+                    batch,
+                    rows: rows.clone(),
+                    cols: cols.clone(),
+                },
+            );
+        }
+    }
+}
+
+/// How C is cut for the threads: `batch` x `rows` x `cols` regions of nearly equal size.
+#[derive(Clone, Copy, Debug)]
+struct Grid {
+    extents: [usize; 3],
+    cuts: [usize; 3],
+}
+
+impl Grid {
+    /// Cuts fall on multiples of this many rows or columns, to keep tiles whole.
+    const GRAIN: [usize; 3] = [1, 12, 32];
+
+    /// The cut with the least time by a rough count: tiles, and lines that each region packs for itself.
+    fn new(product: &Product, threads: usize) -> Self {
+        let extents = [product.batch, product.c.rows, product.c.cols];
+        let grains = |axis: usize| extents[axis].div_ceil(Self::GRAIN[axis]);
+        let mut best = (
+            usize::MAX,
+            Grid {
+                extents,
+                cuts: [1; 3],
+            },
+        );
+        for b in divisions(grains(0), threads) {
+            for m in divisions(grains(1), threads.div_ceil(b)) {
+                for n in divisions(grains(2), threads.div_ceil(b * m)) {
+                    let rows = grains(1).div_ceil(m) * Self::GRAIN[1];
+                    let cols = grains(2).div_ceil(n) * Self::GRAIN[2];
+                    let each = grains(0).div_ceil(b) * (rows * cols + PACKING * (rows + cols));
+                    let cost = (b * m * n).div_ceil(threads) * each;
+                    if cost < best.0 {
+                        let cuts = [b, m, n];
+                        best = (cost, Grid { extents, cuts });
+                    }
+                }
+            }
+        }
+        best.1
+    }
+
+    fn tasks(&self) -> usize {
+        self.cuts.iter().product()
+    }
+
+    /// Region number `task`.
+    fn region(&self, task: usize) -> (Range<usize>, Range<usize>, Range<usize>) {
+        let [_, m, n] = self.cuts;
+        let at = [task / (m * n), task / n % m, task % n];
+        let part = |axis: usize| {
+            let grain = Self::GRAIN[axis];
+            let grains = self.extents[axis].div_ceil(grain);
+            let edge = |i: usize| (grains * i / self.cuts[axis] * grain).min(self.extents[axis]);
+            edge(at[axis])..edge(at[axis] + 1)
+        };
+        (part(0), part(1), part(2))
+    }
+}
+
+/// Multiply-adds in whose time one element is packed, roughly.
+const PACKING: usize = 16;
+
+/// Numbers of parts worth trying for `grains` indivisible pieces: 1 to `most`, or as many as there are pieces.
+fn divisions(grains: usize, most: usize) -> impl Iterator<Item = usize> {
+    1..=most.min(grains).max(1)
+}

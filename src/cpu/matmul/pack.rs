@@ -6,9 +6,10 @@
 
 #![allow(unsafe_code)]
 
-use super::super::simd::Simd;
+use super::super::simd::{Kernel, Simd};
 use crate::dtype::{DType, Float};
 use half::{bf16, f16};
+use std::marker::PhantomData;
 
 /// Part of an operand: `lines` (rows of A, columns of B) by `depth` (k), at any distance from one another.
 #[derive(Clone, Copy)]
@@ -29,14 +30,24 @@ pub(super) struct Block {
 /// The block's elements are readable. From `to`, `lines` rounded up to `width`, times `depth`, plus 16 f32 are writable.
 #[inline(always)]
 pub(super) unsafe fn pack<S: Simd>(s: S, block: Block, width: usize, to: *mut f32) {
-    // SAFETY: the caller's promise, handed on.
-    unsafe {
-        match block.dtype {
-            DType::F32 => pack_typed::<S, f32>(s, block, width, to),
-            DType::Bf16 => pack_typed::<S, bf16>(s, block, width, to),
-            DType::F16 => pack_typed::<S, f16>(s, block, width, to),
-            DType::U32 => unreachable!("checked on entry"),
-        }
+    // A function of its own for each type, not a copy wherever something is packed.
+    match block.dtype {
+        DType::F32 => s.run(Pack::<f32>(block, width, to, PhantomData)),
+        DType::Bf16 => s.run(Pack::<bf16>(block, width, to, PhantomData)),
+        DType::F16 => s.run(Pack::<f16>(block, width, to, PhantomData)),
+        DType::U32 => unreachable!("checked on entry"),
+    }
+}
+
+/// The arguments of [`pack`], whose promise holds wherever one is made.
+struct Pack<T>(Block, usize, *mut f32, PhantomData<T>);
+
+impl<T: Float> Kernel for Pack<T> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        // SAFETY: made by `pack` only, under its promise.
+        unsafe { pack_typed::<S, T>(s, self.0, self.1, self.2) }
     }
 }
 
@@ -116,9 +127,9 @@ unsafe fn transpose_lines<S: Simd, T: Float>(
         let deep = S::LANES.min(block.depth - p);
         for i in (0..width).step_by(S::LANES) {
             for (row, v) in square.iter_mut().enumerate() {
+                let from = from.wrapping_add((i + row) * block.line_stride + p);
                 // SAFETY: line i + row < lines is the block's, and `deep` elements from p on are.
                 *v = unsafe {
-                    let from = from.add((i + row) * block.line_stride + p);
                     match i + row < lines {
                         true if deep == S::LANES => s.load_ptr(from),
                         true => s.load_first_ptr(from, deep),
@@ -130,7 +141,14 @@ unsafe fn transpose_lines<S: Simd, T: Float>(
             for (q, &v) in square.iter().enumerate().take(deep) {
                 // SAFETY: row p + q of the panel, and at most 15 f32 after the panel. Where the width is less than a
                 // vector the rows are written in ascending order, so that each one's excess is overwritten.
-                unsafe { s.store_ptr(to.add((p + q) * width + i), v) }
+                unsafe {
+                    let to = to.add((p + q) * width + i);
+                    if i == 0 || i + S::LANES <= width {
+                        s.store_ptr(to, v);
+                    } else {
+                        s.store_first_ptr(to, width - i, v);
+                    }
+                }
             }
         }
     }

@@ -35,3 +35,8 @@ pub(crate) use optimizer::{AdamW, Sgd, adamw, sgd};
 pub(crate) use reduce::{add_bias, column_sum, sum, sum_of_squares};
 pub use rotary::RotaryStyle;
 pub(crate) use rotary::{Rotary, rotary};
+
+#[cfg(test)]
+pub(crate) mod tests;
+#[cfg(test)]
+mod tests_losses;

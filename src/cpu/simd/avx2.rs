@@ -1,6 +1,6 @@
 //! AVX2 with FMA and F16C: eight lanes, sixteen registers.
 
-use super::{Isa, Kernel, Simd};
+use super::{Isa, Kernel, Simd, TileKernel};
 use crate::dtype::{DType, Float};
 use core::arch::x86_64::*;
 
@@ -62,6 +62,34 @@ impl Simd for Avx2 {
         }
         // SAFETY: the token proves the features.
         unsafe { compiled(self, kernel) }
+    }
+    #[inline(always)]
+    fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
+        // 12 accumulators, 2 vectors of B, 1 broadcast: 15 of 16 registers.
+        kernel.call::<Self, 6, 2>(self)
+    }
+    #[inline(always)]
+    fn transpose(self, x: &mut [Self::V]) {
+        let x: &mut [Self::V; 8] = x.try_into().expect("a square");
+        avx!({
+            let mut t = *x;
+            for i in (0..8).step_by(2) {
+                t[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+                t[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+            }
+            // u[4 g + c]: column c (and c + 4 in the high half) of rows 4 g .. 4 g + 4.
+            let mut u = t;
+            for g in (0..8).step_by(4) {
+                u[g] = _mm256_shuffle_ps::<0b01_00_01_00>(t[g], t[g + 2]);
+                u[g + 1] = _mm256_shuffle_ps::<0b11_10_11_10>(t[g], t[g + 2]);
+                u[g + 2] = _mm256_shuffle_ps::<0b01_00_01_00>(t[g + 1], t[g + 3]);
+                u[g + 3] = _mm256_shuffle_ps::<0b11_10_11_10>(t[g + 1], t[g + 3]);
+            }
+            for c in 0..4 {
+                x[c] = _mm256_permute2f128_ps::<0x20>(u[c], u[c + 4]);
+                x[c + 4] = _mm256_permute2f128_ps::<0x31>(u[c], u[c + 4]);
+            }
+        })
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {

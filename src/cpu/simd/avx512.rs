@@ -2,7 +2,7 @@
 //!
 //! bf16 is narrowed in integers, not by `vcvtneps2bf16`, which flushes subnormals.
 
-use super::{Isa, Kernel, Simd};
+use super::{Isa, Kernel, Simd, TileKernel};
 use crate::dtype::{DType, Float};
 use core::arch::x86_64::*;
 
@@ -71,6 +71,42 @@ impl Simd for Avx512 {
         }
         // SAFETY: the token proves the features.
         unsafe { compiled(self, kernel) }
+    }
+    #[inline(always)]
+    fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
+        // 28 accumulators, 2 vectors of B, 1 broadcast: 31 of 32 registers.
+        kernel.call::<Self, 14, 2>(self)
+    }
+    #[inline(always)]
+    fn transpose(self, x: &mut [Self::V]) {
+        let x: &mut [Self::V; 16] = x.try_into().expect("a square");
+        avx!({
+            let mut t = *x;
+            for i in (0..16).step_by(2) {
+                t[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+                t[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+            }
+            // u[g + c]: columns c, c + 4, c + 8, c + 12, one per quarter, of rows g .. g + 4.
+            let mut u = t;
+            for g in (0..16).step_by(4) {
+                u[g] = _mm512_shuffle_ps::<0b01_00_01_00>(t[g], t[g + 2]);
+                u[g + 1] = _mm512_shuffle_ps::<0b11_10_11_10>(t[g], t[g + 2]);
+                u[g + 2] = _mm512_shuffle_ps::<0b01_00_01_00>(t[g + 1], t[g + 3]);
+                u[g + 3] = _mm512_shuffle_ps::<0b11_10_11_10>(t[g + 1], t[g + 3]);
+            }
+            // The quarters themselves are a 4 x 4 matrix for each c: even and odd ones first, then halves.
+            for c in 0..4 {
+                let (a, b, e, f) = (u[c], u[c + 4], u[c + 8], u[c + 12]);
+                let even_low = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
+                let odd_low = _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b);
+                let even_high = _mm512_shuffle_f32x4::<0b10_00_10_00>(e, f);
+                let odd_high = _mm512_shuffle_f32x4::<0b11_01_11_01>(e, f);
+                x[c] = _mm512_shuffle_f32x4::<0b10_00_10_00>(even_low, even_high);
+                x[c + 4] = _mm512_shuffle_f32x4::<0b10_00_10_00>(odd_low, odd_high);
+                x[c + 8] = _mm512_shuffle_f32x4::<0b11_01_11_01>(even_low, even_high);
+                x[c + 12] = _mm512_shuffle_f32x4::<0b11_01_11_01>(odd_low, odd_high);
+            }
+        })
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {

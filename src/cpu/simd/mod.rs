@@ -39,6 +39,14 @@ pub(crate) trait Kernel {
     fn call<S: Simd>(self, s: S) -> Self::Output;
 }
 
+/// Code around a tile of accumulators of `ROWS` x `VECTORS` vectors. Write `call` with `#[inline(always)]`.
+pub(crate) trait TileKernel {
+    /// What the kernel returns.
+    type Output;
+    /// Runs on the instruction set of `s`, with the largest tile that its registers hold.
+    fn call<S: Simd, const ROWS: usize, const VECTORS: usize>(self, s: S) -> Self::Output;
+}
+
 /// A token of an instruction set that this CPU has, and its operations on vectors of `LANES` f32.
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `LANES` f32.
@@ -52,6 +60,13 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// Calls `kernel` compiled for this instruction set.
     fn run<K: Kernel>(self, kernel: K) -> K::Output;
+
+    /// Calls `kernel` with the tile that suits this instruction set's registers: at most 14 rows, at most 32 columns,
+    /// a divisor of 32. Must itself be called under [`Simd::run`].
+    fn tiled<K: TileKernel>(self, kernel: K) -> K::Output;
+
+    /// Transposes `LANES` vectors in place: lane j of vector i goes to lane i of vector j. Panics on another number.
+    fn transpose(self, x: &mut [Self::V]);
 
     /// All lanes x.
     fn splat(self, x: f32) -> Self::V;

@@ -1,6 +1,6 @@
 //! NEON: four lanes, thirty-two registers.
 
-use super::{Isa, Kernel, Simd};
+use super::{Isa, Kernel, Simd, TileKernel};
 use crate::dtype::{DType, Float};
 use core::arch::aarch64::*;
 
@@ -55,6 +55,24 @@ impl Simd for Neon {
         unsafe {
             compiled(self, kernel)
         }
+    }
+    #[inline(always)]
+    fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
+        // 24 accumulators, 4 vectors of B, 1 broadcast: 29 of 32 registers.
+        kernel.call::<Self, 6, 4>(self)
+    }
+    #[inline(always)]
+    fn transpose(self, x: &mut [Self::V]) {
+        let x: &mut [Self::V; 4] = x.try_into().expect("a square");
+        neon!({
+            let (a, b) = (vtrnq_f32(x[0], x[1]), vtrnq_f32(x[2], x[3]));
+            *x = [
+                vcombine_f32(vget_low_f32(a.0), vget_low_f32(b.0)),
+                vcombine_f32(vget_low_f32(a.1), vget_low_f32(b.1)),
+                vcombine_f32(vget_high_f32(a.0), vget_high_f32(b.0)),
+                vcombine_f32(vget_high_f32(a.1), vget_high_f32(b.1)),
+            ];
+        })
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {

@@ -1,10 +1,10 @@
-//! Plain Rust: eight lanes in an array, and the meaning of every operation. Slow where the CPU has no FMA, since each
+//! Plain Rust: four lanes in an array, and the meaning of every operation. Slow where the CPU has no FMA, since each
 //! one is then a call that rounds once in software.
 
-use super::{Isa, Kernel, Simd};
+use super::{Isa, Kernel, Simd, TileKernel};
 use crate::dtype::Float;
 
-const N: usize = 8;
+const N: usize = 4;
 
 /// Plain Rust on any CPU.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +34,15 @@ impl Simd for Portable {
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
         kernel.call(self)
+    }
+    #[inline(always)]
+    fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
+        kernel.call::<Self, 4, 2>(self)
+    }
+    #[inline(always)]
+    fn transpose(self, x: &mut [Self::V]) {
+        let x: &mut [Self::V; N] = x.try_into().expect("a square");
+        *x = std::array::from_fn(|i| std::array::from_fn(|j| x[j][i]));
     }
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {

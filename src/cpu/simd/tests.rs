@@ -269,6 +269,30 @@ fn masks_count_lanes() {
 }
 
 #[test]
+fn transposing_moves_lane_j_of_vector_i() {
+    struct Transpose;
+    impl Kernel for Transpose {
+        type Output = ();
+        #[inline(always)]
+        fn call<S: Simd>(self, s: S) {
+            let numbers: Vec<f32> = (0..S::LANES * S::LANES).map(|i| i as f32).collect();
+            let mut x: Vec<S::V> = numbers.chunks(S::LANES).map(|row| s.load(row)).collect();
+            s.transpose(&mut x);
+            for (j, v) in x.into_iter().enumerate() {
+                let mut lanes = [0f32; 32];
+                s.store(&mut lanes, v);
+                for (i, &lane) in lanes[..S::LANES].iter().enumerate() {
+                    assert_eq!(lane, (i * S::LANES + j) as f32, "{:?}", S::ISA);
+                }
+            }
+        }
+    }
+    for isa in Isa::available() {
+        dispatch(isa, Transpose);
+    }
+}
+
+#[test]
 fn a_chosen_instruction_set_holds_inside_only() {
     let best = isa();
     assert_eq!(with_isa(Isa::Portable, isa), Isa::Portable);

@@ -1,0 +1,389 @@
+//! The innermost loops: a tile of C in registers, and what happens to it on its way to memory.
+//!
+//! The tile's rows are broadcast from A, its columns are vectors of B. Each accumulator is one chain of fused
+//! multiply-adds over ascending p, begun at 0, at C, or where the block of k before it ended: the order is the contract
+//! (house decision 3), so nothing here may split a chain. Everything is generic over the instruction set and must inline
+//! into the caller, which runs under the token's features.
+
+#![allow(unsafe_code)]
+
+use super::super::simd::{Kernel, Simd};
+use super::Output;
+use crate::dtype::{DType, Float};
+use half::{bf16, f16};
+
+/// Rows of A for a tile: element (i, p) at `data + i row_stride + p k_stride`.
+#[derive(Clone, Copy)]
+pub(super) struct Rows {
+    pub data: *const f32,
+    pub row_stride: usize,
+    pub k_stride: usize,
+}
+
+/// Columns of B for a tile: element (p, j) at `data + p k_stride + j`, all of the tile's columns readable.
+#[derive(Clone, Copy)]
+pub(super) struct Columns {
+    pub data: *const f32,
+    pub k_stride: usize,
+}
+
+/// f32 that a tile's chains begin from or end in: element (i, j) at `data + i row_stride + j`.
+#[derive(Clone, Copy)]
+pub(super) struct Sums {
+    pub data: *mut f32,
+    pub row_stride: usize,
+}
+
+/// to\[i, j\] = from\[i, j\] + sum over p < k of a\[i, p\] b\[p, j\] for `rows` <= MR and all V vectors of columns; from absent is 0.
+///
+/// # Safety
+/// `a` and `b` are readable for `rows` x k and k x V vectors; `from` is readable and `to` writable for rows x V vectors.
+#[inline(always)]
+pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
+    s: S,
+    rows: usize,
+    k: usize,
+    a: Rows,
+    b: Columns,
+    from: Option<Sums>,
+    to: Sums,
+) {
+    // One function per number of rows, so that all accumulators live in registers. A constant condition keeps the
+    // compiler from generating those beyond MR.
+    macro_rules! of_rows {
+        ($($r:literal)*) => {
+            $(if const { $r < MR } {
+                if rows == $r {
+                    s.run(Chains::<$r, V> { k, a, b, from, to });
+                    return;
+                }
+            })*
+        };
+    }
+    of_rows!(1 2 3 4 5 6 7 8 9 10 11 12 13);
+    debug_assert_eq!(rows, MR);
+    if a.row_stride == 1 && a.k_stride == MR {
+        s.run(PackedChains(Chains::<MR, V> { k, a, b, from, to }));
+    } else {
+        s.run(Chains::<MR, V> { k, a, b, from, to });
+    }
+}
+
+/// The arguments of [`tile`], whose promise holds wherever one is made.
+struct Chains<const R: usize, const V: usize> {
+    k: usize,
+    a: Rows,
+    b: Columns,
+    from: Option<Sums>,
+    to: Sums,
+}
+
+impl<const R: usize, const V: usize> Kernel for Chains<R, V> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        // SAFETY: made by `tile` only, under its promise.
+        unsafe { chains::<S, R, V>(s, self.k, self.a, self.b, self.from, self.to) }
+    }
+}
+
+/// [`Chains`] over a packed panel of A, whose constant strides free registers.
+struct PackedChains<const R: usize, const V: usize>(Chains<R, V>);
+
+impl<const R: usize, const V: usize> Kernel for PackedChains<R, V> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(mut self, s: S) {
+        self.0.a.row_stride = 1;
+        self.0.a.k_stride = R;
+        self.0.call(s);
+    }
+}
+
+#[inline(always)]
+unsafe fn chains<S: Simd, const R: usize, const V: usize>(
+    s: S,
+    k: usize,
+    a: Rows,
+    b: Columns,
+    from: Option<Sums>,
+    to: Sums,
+) {
+    let mut acc = [[s.zero(); V]; R];
+    if let Some(from) = from {
+        for (i, row) in acc.iter_mut().enumerate() {
+            for (j, v) in row.iter_mut().enumerate() {
+                // SAFETY: the caller vouches for R rows of V vectors.
+                *v = unsafe { s.load_ptr(from.data.add(i * from.row_stride + j * S::LANES)) };
+            }
+        }
+    }
+    let (mut a_p, mut b_p) = (a.data, b.data);
+    for _ in 0..k {
+        let mut columns = [s.zero(); V];
+        for (j, v) in columns.iter_mut().enumerate() {
+            // SAFETY: the caller vouches for k rows of V vectors.
+            *v = unsafe { s.load_ptr(b_p.add(j * S::LANES)) };
+        }
+        for (i, row) in acc.iter_mut().enumerate() {
+            // SAFETY: the caller vouches for R rows of k elements.
+            let x = s.splat(unsafe { *a_p.add(i * a.row_stride) });
+            for (v, column) in row.iter_mut().zip(columns) {
+                *v = s.fma(x, column, *v);
+            }
+        }
+        // One step past the last element at the end, where nothing is read.
+        a_p = a_p.wrapping_add(a.k_stride);
+        b_p = b_p.wrapping_add(b.k_stride);
+    }
+    for (i, row) in acc.into_iter().enumerate() {
+        for (j, v) in row.into_iter().enumerate() {
+            // SAFETY: the caller vouches for R rows of V vectors.
+            unsafe { s.store_ptr(to.data.add(i * to.row_stride + j * S::LANES), v) }
+        }
+    }
+}
+
+/// y\[i, j\] += sum over p of a\[i, p\] b\[p, j\] for R rows and n columns, reading B row by row: `U` rows of it at a time, each
+/// a stream that the hardware prefetches.
+///
+/// # Safety
+/// Element (i, p) of A at `a + i a_row + p a_k`, (p, j) of B at `b + p b_row + j`, and (i, j) of y at `y + i y_row + j`
+/// for R rows, k and n are readable, y's also writable; nothing else refers to y.
+#[allow(clippy::too_many_arguments)]
+#[inline(always)]
+pub(super) unsafe fn stream<S: Simd, T: Float, const R: usize, const U: usize>(
+    s: S,
+    (k, n): (usize, usize),
+    a: Rows,
+    (b, b_row): (*const T, usize),
+    y: Sums,
+) {
+    let mut p = 0;
+    while p < k {
+        // SAFETY: U rows from p on, or one, lie within k.
+        unsafe {
+            let a = Rows {
+                data: a.data.add(p * a.k_stride),
+                ..a
+            };
+            let b = (b.add(p * b_row), b_row);
+            if p + U <= k {
+                stream_rows::<S, T, R, U>(s, n, a, b, y);
+                p += U;
+            } else {
+                stream_rows::<S, T, R, 1>(s, n, a, b, y);
+                p += 1;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn stream_rows<S: Simd, T: Float, const R: usize, const U: usize>(
+    s: S,
+    n: usize,
+    a: Rows,
+    (b, b_row): (*const T, usize),
+    y: Sums,
+) {
+    let mut x = [[s.zero(); R]; U];
+    for (u, x) in x.iter_mut().enumerate() {
+        for (i, x) in x.iter_mut().enumerate() {
+            // SAFETY: the caller vouches for R x U elements of A.
+            *x = s.splat(unsafe { *a.data.add(i * a.row_stride + u * a.k_stride) });
+        }
+    }
+    let mut j = 0;
+    while j < n {
+        let lanes = S::LANES.min(n - j);
+        let whole = lanes == S::LANES;
+        let mut acc = [s.zero(); R];
+        for (i, v) in acc.iter_mut().enumerate() {
+            // SAFETY: `lanes` columns from j lie within n.
+            *v = unsafe {
+                let y = y.data.add(i * y.row_stride + j);
+                if whole {
+                    s.load_ptr(y)
+                } else {
+                    s.load_first_ptr(y, lanes)
+                }
+            };
+        }
+        for (u, x) in x.iter().enumerate() {
+            // SAFETY: as above, in row u of B.
+            let column = unsafe {
+                let b = b.add(u * b_row + j);
+                if whole {
+                    s.load_ptr(b)
+                } else {
+                    s.load_first_ptr(b, lanes)
+                }
+            };
+            for (v, &x) in acc.iter_mut().zip(x) {
+                *v = s.fma(x, column, *v);
+            }
+        }
+        for (i, v) in acc.into_iter().enumerate() {
+            // SAFETY: as above.
+            unsafe {
+                let y = y.data.add(i * y.row_stride + j);
+                if whole {
+                    s.store_ptr(y, v);
+                } else {
+                    s.store_first_ptr(y, lanes, v);
+                }
+            }
+        }
+        j += lanes;
+    }
+}
+
+/// Widens n <= `LANES` elements at offset `at`.
+///
+/// # Safety
+/// They are readable.
+#[inline(always)]
+pub(super) unsafe fn load<S: Simd>(
+    s: S,
+    (data, dtype): (*const u8, DType),
+    at: usize,
+    n: usize,
+) -> S::V {
+    #[inline(always)]
+    unsafe fn typed<S: Simd, T: Float>(s: S, p: *const T, n: usize) -> S::V {
+        // SAFETY: the caller's promise, handed on.
+        unsafe {
+            if n == S::LANES {
+                s.load_ptr(p)
+            } else {
+                s.load_first_ptr(p, n)
+            }
+        }
+    }
+    // SAFETY: the caller's promise, handed on.
+    unsafe {
+        match dtype {
+            DType::F32 => typed(s, data.cast::<f32>().add(at), n),
+            DType::Bf16 => typed(s, data.cast::<bf16>().add(at), n),
+            DType::F16 => typed(s, data.cast::<f16>().add(at), n),
+            DType::U32 => unreachable!("checked on entry"),
+        }
+    }
+}
+
+/// Narrows n <= `LANES` elements to offset `at`.
+///
+/// # Safety
+/// They are writable.
+#[inline(always)]
+unsafe fn store<S: Simd>(s: S, (data, dtype): (*mut u8, DType), at: usize, n: usize, v: S::V) {
+    #[inline(always)]
+    unsafe fn typed<S: Simd, T: Float>(s: S, p: *mut T, n: usize, v: S::V) {
+        // SAFETY: the caller's promise, handed on.
+        unsafe {
+            if n == S::LANES {
+                s.store_ptr(p, v)
+            } else {
+                s.store_first_ptr(p, n, v)
+            }
+        }
+    }
+    // SAFETY: the caller's promise, handed on.
+    unsafe {
+        match dtype {
+            DType::F32 => typed(s, data.cast::<f32>().add(at), n, v),
+            DType::Bf16 => typed(s, data.cast::<bf16>().add(at), n, v),
+            DType::F16 => typed(s, data.cast::<f16>().add(at), n, v),
+            DType::U32 => unreachable!("checked on entry"),
+        }
+    }
+}
+
+/// Widens C's elements (rows i.., columns j.., `shape` many) of matrix `batch` into `to`.
+///
+/// # Safety
+/// They lie in C, and `to` has room.
+#[inline(always)]
+pub(super) unsafe fn widen_output<S: Simd>(
+    s: S,
+    c: &Output,
+    (batch, i, j): (usize, usize, usize),
+    (rows, cols): (usize, usize),
+    to: Sums,
+) {
+    for r in 0..rows {
+        let from = batch * c.batch_stride + (i + r) * c.row_stride + j;
+        for x in (0..cols).step_by(S::LANES) {
+            let n = S::LANES.min(cols - x);
+            // SAFETY: the caller's promise; n columns from x lie within `cols`.
+            unsafe {
+                let v = load(s, (c.data.cast_const(), c.dtype), from + x, n);
+                store(s, (to.data.cast(), DType::F32), r * to.row_stride + x, n, v);
+            }
+        }
+    }
+}
+
+/// Leaves unfinished sums in C, which is f32, until the next block of k.
+///
+/// # Safety
+/// As [`finish`].
+#[inline(always)]
+pub(super) unsafe fn keep<S: Simd>(
+    s: S,
+    c: &Output,
+    at: (usize, usize, usize),
+    (rows, cols): (usize, usize),
+    from: Sums,
+) {
+    for r in 0..rows {
+        let to = c.at((at.0, at.1 + r, at.2));
+        for x in (0..cols).step_by(S::LANES) {
+            let n = S::LANES.min(cols - x);
+            // SAFETY: the caller's promise; n columns from x lie within `cols`.
+            unsafe {
+                let sums = (from.data.cast_const().cast(), DType::F32);
+                let v = load(s, sums, r * from.row_stride + x, n);
+                store(s, (to, DType::F32), x, n, v);
+            }
+        }
+    }
+}
+
+/// Takes finished sums to C: adds the bias, keeps the preactivation, applies the activation, narrows.
+///
+/// # Safety
+/// As [`widen_output`], with `from` readable and C's elements writable by nobody else.
+#[inline(always)]
+pub(super) unsafe fn finish<S: Simd>(
+    s: S,
+    c: &Output,
+    (batch, i, j): (usize, usize, usize),
+    (rows, cols): (usize, usize),
+    from: Sums,
+) {
+    for r in 0..rows {
+        let to = batch * c.batch_stride + (i + r) * c.row_stride + j;
+        for x in (0..cols).step_by(S::LANES) {
+            let n = S::LANES.min(cols - x);
+            // SAFETY: the caller's promise; n columns from x lie within `cols`. Bias and preactivation have C's columns
+            // and rows.
+            unsafe {
+                let sums = (from.data.cast_const().cast(), DType::F32);
+                let mut v = load(s, sums, r * from.row_stride + x, n);
+                if let Some(bias) = c.bias {
+                    v = s.add(v, load(s, bias, j + x, n));
+                }
+                if let Some(preactivation) = c.preactivation {
+                    let row = (batch * c.rows + i + r) * c.cols;
+                    store(s, preactivation, row + j + x, n, v);
+                }
+                if let Some(activation) = c.activation {
+                    v = activation.apply(s, v);
+                }
+                store(s, (c.data, c.dtype), to + x, n, v);
+            }
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! AdamW over sharded parameters, with clipping by the global norm.
+//!
+//! Gradients are reduced once per parameter, then the norm is one scalar on the device: no program branches on it. If it
+//! is not finite, every parameter and all state keep their values. Decay is decoupled and applies to matrices only
+//! (Loshchilov and Hutter, arXiv:1711.05101; clipping: Pascanu et al., arXiv:1211.5063).
+
+use crate::ops::{self, ClipFactor, SumOfSquares};
+use crate::placement::Placements;
+use crate::spmd::{Chip, Sharded};
+use crate::tensor::Tensor;
+use crate::trace::Phase;
+use serde::{Deserialize, Serialize};
+
+/// AdamW's constants.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdamW {
+    /// Decay of the mean of gradients.
+    pub beta1: f32,
+    /// Decay of the mean of squared gradients.
+    pub beta2: f32,
+    /// Added to the root.
+    pub eps: f32,
+    /// Decoupled weight decay of matrices.
+    pub weight_decay: f32,
+    /// Largest global gradient norm; none to leave gradients as they are.
+    pub clip: Option<f32>,
+}
+
+impl Default for AdamW {
+    /// GPT-3's and nanoGPT's choice: betas 0.9 and 0.95, decay 0.1, clipping at 1.
+    fn default() -> Self {
+        AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: Some(1.0) }
+    }
+}
+
+/// AdamW with its state on one chip: two tensors in f32 beside each parameter, placed as it is.
+#[derive(Debug)]
+pub struct Optimizer {
+    options: AdamW,
+    steps: u64,
+    state: Vec<Option<[Tensor; 2]>>,
+}
+
+impl Optimizer {
+    /// An optimizer that has done `steps` steps: 0, or what a checkpoint says. State is made on a parameter's first
+    /// update, from the checkpoint if the chip restores from one.
+    pub fn new(options: AdamW, steps: u64) -> Self {
+        Optimizer { options, steps, state: Vec::new() }
+    }
+
+    /// The name of a parameter's state in a checkpoint: `which` is 0 for the mean, 1 for the mean of squares.
+    pub fn state_name(which: usize, parameter: &str) -> String {
+        format!("adamw.{}/{parameter}", ["m", "v"][which])
+    }
+
+    /// Updates every parameter that has a gradient, and returns the global gradient norm before clipping, [1].
+    #[track_caller]
+    pub fn step(&mut self, chip: &Chip, lr: f64) -> Sharded {
+        chip.phase(Phase::Update, || {
+            self.steps += 1;
+            let gradients = chip.take_gradients();
+            let (factor, norm) = self.clip_factor(chip, &gradients);
+            for (index, gradient) in gradients {
+                self.update(chip, index, gradient, lr, &factor);
+            }
+            norm
+        })
+    }
+
+    /// The factor that clips, and the norm: the squares of shares are summed per placement and reduced once for each.
+    fn clip_factor(&self, chip: &Chip, gradients: &[(usize, Sharded)]) -> (Sharded, Sharded) {
+        let mut sums: Vec<(Placements, Sharded)> = Vec::new();
+        for (_, gradient) in gradients {
+            let square = chip.apply_one(SumOfSquares, &[gradient]);
+            match sums.iter_mut().find(|(p, _)| p == square.placements()) {
+                Some((_, sum)) => *sum = sum.add(&square),
+                None => sums.push((square.placements().clone(), square)),
+            }
+        }
+        let total = sums.iter().map(|(_, sum)| sum.gather()).reduce(|a, b| a.add(&b));
+        let total = total.expect("an optimizer has parameters with gradients to update");
+        let max_norm = self.options.clip.unwrap_or(f32::INFINITY);
+        let mut both = chip.apply(ClipFactor { max_norm }, &[&total]);
+        let norm = both.swap_remove(1);
+        (both.swap_remove(0), norm)
+    }
+
+    fn update(&mut self, chip: &Chip, index: usize, gradient: Sharded, lr: f64, factor: &Sharded) {
+        if self.state.len() <= index {
+            self.state.resize_with(index + 1, || None);
+        }
+        let mut all = chip.parameters_mut();
+        let p = &mut all[index];
+        let [m, v] = self.state[index].get_or_insert_with(|| {
+            [0, 1].map(|which| chip.state(&Self::state_name(which, &p.name), p))
+        });
+        let rule = ops::AdamW {
+            lr: lr as f32,
+            beta1: self.options.beta1,
+            beta2: self.options.beta2,
+            eps: self.options.eps,
+            weight_decay: if p.is_matrix() { self.options.weight_decay } else { 0.0 },
+            step: self.steps,
+        };
+        let cost = rule.cost(p.value.ty(), gradient.tensor().ty());
+        let name = p.name.clone();
+        let value = &mut p.value;
+        let factor = factor.tensor();
+        chip.scope(&name, || {
+            chip.change("adamw", &[&gradient], cost, || {
+                rule.update(value, m, v, gradient.tensor(), Some(factor));
+            });
+        });
+    }
+
+    /// The state of parameter `index`: means of gradients and of their squares; none before its first update.
+    pub fn state(&self, index: usize) -> Option<&[Tensor; 2]> {
+        self.state.get(index)?.as_ref()
+    }
+}

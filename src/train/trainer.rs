@@ -1,0 +1,321 @@
+//! The training loop: the same on one chip and on any mesh, for real or as a ghost.
+//!
+//! A step draws its rows by number, runs them in micro-batches whose gradients add up, reduces each parameter's gradient
+//! once, clips, updates. The loop around the step is the only place that reads a number from a chip. Evaluation, saving and
+//! sampling are in `evaluate`, `persist` and `generate`.
+
+use super::batch::{Half, Rows};
+use super::data::Batches;
+use super::optimizer::{AdamW, Optimizer};
+use super::persist::Persist;
+use super::schedule::LearningRate;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mesh::Mesh;
+use crate::model::{Transformer, nearest_divisor};
+use crate::spmd::{Chip, Ghost, Run, Sharded, Threads};
+use crate::trace::Trace;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Instant;
+
+/// How to train.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Steps in all, those before a resumed checkpoint included.
+    pub steps: u64,
+    /// Sequences that a chip computes at a time; all of its share if none.
+    pub micro_batch: Option<usize>,
+    /// Learning rate of each step.
+    pub learning_rate: LearningRate,
+    /// The optimizer's constants.
+    pub optimizer: AdamW,
+    /// Evaluate after every so many steps, and after the last; never if none.
+    pub eval_every: Option<u64>,
+    /// Where checkpoints go: at every evaluation, at the end, and when the run is asked to stop.
+    pub checkpoint: Option<PathBuf>,
+    /// Go on from the checkpoint instead of from the beginning.
+    pub resume: bool,
+    /// Tokens to sample after the last step; 0 for none.
+    pub sample: usize,
+    /// Temperature of the sample.
+    pub temperature: f64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            steps: 100,
+            micro_batch: None,
+            learning_rate: LearningRate::Constant { lr: 1e-3 },
+            optimizer: AdamW::default(),
+            eval_every: None,
+            checkpoint: None,
+            resume: false,
+            sample: 0,
+            temperature: 1.0,
+        }
+    }
+}
+
+/// What a run tells while it goes on. Steps count from 1.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Report {
+    /// The run goes on from a checkpoint of this step.
+    Resumed {
+        /// Steps done.
+        step: u64,
+    },
+    /// A step was done.
+    Step {
+        /// Its number.
+        step: u64,
+        /// Mean loss of its batch, before the update.
+        loss: f64,
+        /// Global gradient norm before clipping. If it is not finite, the update was left out.
+        gradient_norm: f64,
+        /// Learning rate.
+        lr: f64,
+        /// Milliseconds.
+        ms: f64,
+        /// Highest bytes of tensors on this chip so far.
+        peak_bytes: u64,
+    },
+    /// The validation loss after a step: the mean over all windows of the validation split.
+    Validation {
+        /// The step.
+        step: u64,
+        /// The loss.
+        loss: f64,
+    },
+    /// A checkpoint was written.
+    Saved {
+        /// Steps done.
+        step: u64,
+        /// Its directory.
+        path: PathBuf,
+    },
+    /// The run was asked to stop and does, after this step.
+    Stopping {
+        /// Steps done.
+        step: u64,
+    },
+}
+
+/// What a chip returns.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    /// Steps done, in all.
+    pub steps: u64,
+    /// Loss of the last step; none if no step ran.
+    pub loss: Option<f64>,
+    /// The last validation loss.
+    pub val_loss: Option<f64>,
+    /// The sampled tokens.
+    pub sample: Vec<u32>,
+}
+
+/// A model, a text, and how to train the one on the other.
+#[derive(Clone, Debug)]
+pub struct Training {
+    /// The model.
+    pub model: Transformer,
+    /// The text.
+    pub batches: Batches,
+    /// How to train.
+    pub options: Options,
+}
+
+impl Training {
+    /// Checks that the mesh can carry the batch.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Mesh`] or [`ErrorKind::Input`]: which number stands in the way, and the nearest that works.
+    pub fn check(&self, mesh: &Mesh) -> Result<()> {
+        self.model.config().check(mesh)?;
+        let known = |name: &str| matches!(name, "dp" | "tp");
+        if let Some(axis) = mesh.axes().iter().find(|a| !known(a.name()) && a.size() > 1) {
+            return Err(Error::new(
+                ErrorKind::Mesh,
+                format!("the training loop splits over dp and tp; it does not know mesh axis {}={}", axis.name(), axis.size()),
+            ));
+        }
+        let (batch, dp) = (self.batches.rows(), mesh.size_of("dp"));
+        if batch % dp != 0 {
+            return Err(Error::new(
+                ErrorKind::Mesh,
+                format!(
+                    "mesh axis dp={dp} does not divide a batch of {batch} sequences; dp={} does, or a batch of {}",
+                    nearest_divisor(batch, dp),
+                    batch.next_multiple_of(dp)
+                ),
+            ));
+        }
+        let (share, micro) = (batch / dp, self.micro_batch(mesh));
+        if micro == 0 || share % micro != 0 {
+            return Err(Error::new(
+                ErrorKind::Input,
+                format!(
+                    "a micro-batch of {micro} sequences does not divide a chip's share of {share}; {} does",
+                    nearest_divisor(share, micro.max(1))
+                ),
+            ));
+        }
+        if self.batches.context() > self.model.config().context {
+            return Err(Error::new(
+                ErrorKind::Input,
+                format!("rows of {} tokens are longer than the model's context of {}", self.batches.context(), self.model.config().context),
+            ));
+        }
+        Ok(())
+    }
+
+    fn micro_batch(&self, mesh: &Mesh) -> usize {
+        self.options.micro_batch.unwrap_or(self.batches.rows() / mesh.size_of("dp"))
+    }
+
+    /// Trains on a mesh of chips of this machine. `observe` is told what happens, by one chip; setting `stop` ends the run
+    /// after the step that is under way, with a checkpoint if there is a directory for it.
+    ///
+    /// # Errors
+    /// What [`Training::check`] finds; a checkpoint that cannot be read or written; a loss that is not finite
+    /// ([`ErrorKind::NotFinite`], the last checkpoint is kept); any chip's failure.
+    pub fn run(&self, world: &Threads, observe: &(dyn Fn(&Report) + Sync), stop: &AtomicBool) -> Result<Run<Finished>> {
+        self.check(world.mesh())?;
+        let persist = Persist::open(self, world)?;
+        world.run(|chip| self.program(chip, &persist, observe, stop))
+    }
+
+    /// Traces one training step on a ghost of any mesh.
+    ///
+    /// # Errors
+    /// What [`Training::check`] finds.
+    pub fn trace(&self, ghost: &Ghost) -> Result<Trace> {
+        self.check(ghost.mesh())?;
+        ghost.trace(|chip| {
+            let mut optimizer = Optimizer::new(self.options.optimizer, 0);
+            chip.step(1, || self.step(chip, &mut optimizer, 1));
+        })
+    }
+
+    fn program(
+        &self,
+        chip: &Chip,
+        persist: &Persist,
+        observe: &(dyn Fn(&Report) + Sync),
+        stop: &AtomicBool,
+    ) -> Finished {
+        let tell = |report: Report| {
+            if chip.is_first() {
+                observe(&report);
+            }
+        };
+        let done = persist.restore(chip);
+        if persist.resumes() {
+            tell(Report::Resumed { step: done });
+        }
+        let mut optimizer = Optimizer::new(self.options.optimizer, done);
+        let mut saved = done;
+        let mut finished = Finished { steps: done, loss: None, val_loss: None, sample: Vec::new() };
+        for number in done + 1..=self.options.steps {
+            if chip.agree(number, || stop.load(Relaxed)) {
+                tell(Report::Stopping { step: finished.steps });
+                break;
+            }
+            finished.loss = Some(self.timed_step(chip, &mut optimizer, number, persist, &tell));
+            finished.steps = number;
+            if number == done + 1 {
+                persist.check_all_used(chip);
+            }
+            let last = number == self.options.steps;
+            if self.options.eval_every.is_some_and(|n| last || number % n == 0) {
+                finished.val_loss = self.evaluate_and_tell(chip, number, &tell);
+                persist.save(chip, &optimizer, number, &tell);
+                saved = number;
+            }
+        }
+        if finished.steps > saved {
+            persist.save(chip, &optimizer, finished.steps, &tell);
+        }
+        if self.options.sample > 0 {
+            finished.sample = self.sample(chip);
+        }
+        finished
+    }
+
+    fn timed_step(
+        &self,
+        chip: &Chip,
+        optimizer: &mut Optimizer,
+        number: u64,
+        persist: &Persist,
+        tell: &impl Fn(Report),
+    ) -> f64 {
+        let began = Instant::now();
+        let (loss, norm) = chip.step(number, || self.step(chip, optimizer, number));
+        let loss = number_of(&loss);
+        if !loss.is_finite() {
+            chip.fail(Error::new(
+                ErrorKind::NotFinite,
+                format!("the loss of step {number} is {loss}; {}", persist.last()),
+            ));
+        }
+        tell(Report::Step {
+            step: number,
+            loss,
+            gradient_norm: number_of(&norm),
+            lr: self.options.learning_rate.at(number - 1),
+            ms: began.elapsed().as_secs_f64() * 1e3,
+            peak_bytes: chip.memory().count().peak,
+        });
+        loss
+    }
+
+    fn evaluate_and_tell(&self, chip: &Chip, step: u64, tell: &impl Fn(Report)) -> Option<f64> {
+        let loss = self.evaluate(chip);
+        if let Some(loss) = loss {
+            tell(Report::Validation { step, loss });
+        }
+        loss
+    }
+
+    /// Step `number`, from 1: mean loss and gradient norm, [1] each, on every chip.
+    fn step(&self, chip: &Chip, optimizer: &mut Optimizer, number: u64) -> (Sharded, Sharded) {
+        let rows = self.micro_batch(chip.mesh()) * chip.size_of("dp");
+        let batch = self.batches.rows();
+        let labels = (batch * self.batches.context()) as f32;
+        let passes = batch / rows;
+        let mut total: Option<Sharded> = None;
+        for pass in 0..passes {
+            let at = Rows::Training { step: number - 1, first: pass * rows };
+            let model = self.model.training((number - 1) * passes as u64 + pass as u64);
+            let loss = chip.record(|| {
+                let (tokens, labels_) = self.inputs(chip, at, rows);
+                chip.scope("forward", || model.losses(chip, &tokens, &labels_).sum().scale(1.0 / labels))
+            });
+            loss.backward();
+            let loss = loss.detach();
+            total = Some(match total {
+                Some(sum) => sum.add(&loss),
+                None => loss,
+            });
+        }
+        let norm = optimizer.step(chip, self.options.learning_rate.at(number - 1));
+        let loss = total.expect("a batch has at least one pass");
+        (loss.gather(), norm)
+    }
+
+    /// Tokens and labels of some rows, [rows, t], split over dp.
+    pub(super) fn inputs(&self, chip: &Chip, rows: Rows, count: usize) -> (Sharded, Sharded) {
+        let shape = [count, self.batches.context()];
+        let half = |name: &str, labels: bool| {
+            let contents = Half { batches: &self.batches, rows, labels };
+            chip.input(name, shape, Transformer::batch_placement(chip), &contents)
+        };
+        (half("tokens", false), half("labels", true))
+    }
+}
+
+/// The number in a scalar.
+pub(super) fn number_of(scalar: &Sharded) -> f64 {
+    scalar.read().map_or(f64::NAN, |a| f64::from(*a.first().expect("a scalar has one element")))
+}
