@@ -447,3 +447,6 @@ pub fn misfit(op: &str, wants: impl fmt::Display, inputs: &[TensorType]) -> Stri
 pub fn with_dtype(ty: &TensorType, dtype: DType) -> TensorType {
     TensorType::new(ty.shape.clone(), dtype)
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,10 @@
 
 use super::gradient::in_dtype;
 use super::{Accum, Axes, Backward, Cost, Linear, Op, Site, letters, misfit};
-use crate::cpu::rows::{self, parallel::{part, part_mut}};
+use crate::cpu::rows::{
+    self,
+    parallel::{part, part_mut},
+};
 use crate::dtype::{Slice, SliceMut};
 use crate::tensor::{Tensor, TensorType};
 use std::ops::Range;

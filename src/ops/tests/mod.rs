@@ -1,0 +1,10 @@
+//! Every op against the textbook: forward, backward, accumulation, reuse, and every split that its letters allow.
+
+mod attention;
+mod elementwise;
+mod harness;
+mod loss;
+mod matmul;
+mod norms;
+mod optimizer;
+mod shapes;
