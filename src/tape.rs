@@ -129,7 +129,11 @@ impl<C> Tape<C> {
             if !node.has_inputs {
                 self.deferred.push(node);
             } else if node.outputs.iter().any(|&v| gradients.has(v)) {
-                let pass = if node.has_weights { Pass::Inputs } else { Pass::Both };
+                let pass = if node.has_weights {
+                    Pass::Inputs
+                } else {
+                    Pass::Both
+                };
                 (node.backward)(chip, gradients, pass);
                 if node.has_weights {
                     self.deferred.push(node);
@@ -141,7 +145,11 @@ impl<C> Tape<C> {
     /// Runs what [`Tape::backward_inputs`] left: the gradients of weights, in the same order.
     pub fn backward_weights(&mut self, chip: &C, gradients: &mut Gradients) {
         for mut node in self.deferred.drain(..) {
-            let pass = if node.has_inputs { Pass::Weights } else { Pass::Both };
+            let pass = if node.has_inputs {
+                Pass::Weights
+            } else {
+                Pass::Both
+            };
             if node.has_inputs || node.outputs.iter().any(|&v| gradients.has(v)) {
                 (node.backward)(chip, gradients, pass);
             }

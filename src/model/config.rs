@@ -114,7 +114,13 @@ impl Config {
     }
 
     /// nanoGPT's variant of it: no biases, GELU by erf.
-    pub fn nanogpt(layers: usize, hidden: usize, heads: usize, vocab: usize, context: usize) -> Self {
+    pub fn nanogpt(
+        layers: usize,
+        hidden: usize,
+        heads: usize,
+        vocab: usize,
+        context: usize,
+    ) -> Self {
         Config {
             bias: false,
             feed_forward: FeedForward::GeluErf,
@@ -123,12 +129,22 @@ impl Config {
     }
 
     /// Llama's architecture (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, grouped queries.
-    pub fn llama(layers: usize, hidden: usize, heads: usize, kv_heads: usize, vocab: usize, context: usize) -> Self {
+    pub fn llama(
+        layers: usize,
+        hidden: usize,
+        heads: usize,
+        kv_heads: usize,
+        vocab: usize,
+        context: usize,
+    ) -> Self {
         Config {
             kv_heads,
             // Two thirds of 4 c, so that three matrices cost what two did, rounded up to a multiple of 32.
             ffn: (8 * hidden).div_ceil(3).next_multiple_of(32),
-            positions: Positions::Rotary { theta: 10_000.0, scaling: RotaryScaling::None },
+            positions: Positions::Rotary {
+                theta: 10_000.0,
+                scaling: RotaryScaling::None,
+            },
             norm: Norm::RmsNorm,
             feed_forward: FeedForward::SwiGlu,
             bias: false,
@@ -149,14 +165,20 @@ impl Config {
         let bias = self.bias as usize;
         let norm_bias = (self.bias && self.norm == Norm::LayerNorm) as usize;
         let norm = c * (1 + norm_bias);
-        let attention = 2 * c * c + 2 * c * kv + bias * (2 * c + 2 * kv) + if self.qk_norm { 2 * d } else { 0 };
+        let attention =
+            2 * c * c + 2 * c * kv + bias * (2 * c + 2 * kv) + if self.qk_norm { 2 * d } else { 0 };
         let feed_forward = match self.feed_forward {
             FeedForward::SwiGlu => 3 * c * f,
             _ => 2 * c * f + bias * (c + f),
         };
-        let positions = if self.positions == Positions::Learned { self.context * c } else { 0 };
+        let positions = if self.positions == Positions::Learned {
+            self.context * c
+        } else {
+            0
+        };
         let head = if self.tied { 0 } else { v * c };
-        (v * c + positions + self.layers * (2 * norm + attention + feed_forward) + norm + head) as u64
+        (v * c + positions + self.layers * (2 * norm + attention + feed_forward) + norm + head)
+            as u64
     }
 
     /// Checks the numbers against each other and against a mesh.
@@ -194,16 +216,29 @@ impl Config {
             ));
         }
         if self.head_dim() > 256 {
-            return input(format!("heads of {} elements; at most 256 are supported: use more heads", self.head_dim()));
+            return input(format!(
+                "heads of {} elements; at most 256 are supported: use more heads",
+                self.head_dim()
+            ));
         }
         if matches!(self.positions, Positions::Rotary { .. }) && self.head_dim() % 2 != 0 {
-            return input(format!("rotary positions turn pairs, heads of {} elements are odd", self.head_dim()));
+            return input(format!(
+                "rotary positions turn pairs, heads of {} elements are odd",
+                self.head_dim()
+            ));
         }
         if !(0.0..1.0).contains(&self.dropout) {
-            return input(format!("dropout {} is not a probability below 1", self.dropout));
+            return input(format!(
+                "dropout {} is not a probability below 1",
+                self.dropout
+            ));
         }
         let tp = mesh.size_of("tp");
-        let split = [("heads", self.heads), ("kv-heads", self.kv_heads), ("ffn", self.ffn)];
+        let split = [
+            ("heads", self.heads),
+            ("kv-heads", self.kv_heads),
+            ("ffn", self.ffn),
+        ];
         match split.iter().find(|(_, n)| n % tp != 0) {
             Some((name, n)) => Err(Error::new(
                 ErrorKind::Mesh,

@@ -7,8 +7,8 @@
 
 mod config;
 
-pub use config::{Config, FeedForward, Norm, Positions};
 pub(crate) use config::nearest_divisor;
+pub use config::{Config, FeedForward, Norm, Positions};
 
 use crate::dtype::DType;
 use crate::error::Result;
@@ -36,10 +36,20 @@ impl Transformer {
     pub fn new(config: Config, mesh: &Mesh) -> Result<Self> {
         config.check(mesh)?;
         let rotary = match config.positions {
-            Positions::Rotary { theta, scaling } => Some(ops::Rotary { theta, scaling, ..Default::default() }),
+            Positions::Rotary { theta, scaling } => Some(ops::Rotary {
+                theta,
+                scaling,
+                ..Default::default()
+            }),
             Positions::Learned => None,
         };
-        Ok(Transformer { config, dtype: DType::F32, recompute: false, draw: None, rotary })
+        Ok(Transformer {
+            config,
+            dtype: DType::F32,
+            recompute: false,
+            draw: None,
+            rotary,
+        })
     }
 
     /// The type that activations and the operands of matmuls have; parameters stay in f32.
@@ -57,7 +67,10 @@ impl Transformer {
 
     /// The same model with dropout on. Each forward of a run has its own `draw`, which decides what is left out.
     pub fn training(&self, draw: u64) -> Self {
-        Transformer { draw: Some(draw), ..self.clone() }
+        Transformer {
+            draw: Some(draw),
+            ..self.clone()
+        }
     }
 
     /// The configuration.
@@ -98,9 +111,19 @@ impl Transformer {
             if self.config.tied {
                 x.matmul_transposed(&self.embedding_table(chip).cast(self.dtype))
             } else {
-                let (c, v, padded) = (self.config.hidden, self.config.vocab, self.padded_vocab(chip));
+                let (c, v, padded) = (
+                    self.config.hidden,
+                    self.config.vocab,
+                    self.padded_vocab(chip),
+                );
                 let placement = chip.placed(&[("tp", Shard(1))]);
-                let head = chip.padded_parameter("head", [c, v], [c, padded], placement, Init::normal(0.02));
+                let head = chip.padded_parameter(
+                    "head",
+                    [c, v],
+                    [c, padded],
+                    placement,
+                    Init::normal(0.02),
+                );
                 x.matmul(&head.cast(self.dtype))
             }
         })
@@ -131,13 +154,19 @@ impl Transformer {
     }
 
     fn embedding_table(&self, chip: &Chip) -> Sharded {
-        let (v, c, padded) = (self.config.vocab, self.config.hidden, self.padded_vocab(chip));
+        let (v, c, padded) = (
+            self.config.vocab,
+            self.config.hidden,
+            self.padded_vocab(chip),
+        );
         let placement = chip.placed(&[("tp", Shard(0))]);
         chip.padded_parameter("wte", [v, c], [padded, c], placement, Init::normal(0.02))
     }
 
     fn embed(&self, chip: &Chip, tokens: &Sharded) -> Sharded {
-        let op = ops::Embedding { output: Some(self.dtype) };
+        let op = ops::Embedding {
+            output: Some(self.dtype),
+        };
         let x = chip.apply_one(op.clone(), &[&self.embedding_table(chip), tokens]);
         let x = x.redistribute(tokens.placements());
         let x = match self.config.positions {
@@ -145,7 +174,12 @@ impl Transformer {
             Positions::Learned => {
                 let shape = [self.config.context, self.config.hidden];
                 let table = chip.parameter("wpe", shape, chip.replicated(), Init::normal(0.02));
-                let at = chip.input("positions", tokens.shape(), tokens.placements(), &positions(tokens.shape()[1]));
+                let at = chip.input(
+                    "positions",
+                    tokens.shape(),
+                    tokens.placements(),
+                    &positions(tokens.shape()[1]),
+                );
                 x.add(&chip.apply_one(op, &[&table, &at]))
             }
         };
@@ -156,12 +190,16 @@ impl Transformer {
         let name = format!("layers.{layer}");
         chip.scope(&name, || {
             let n = self.norm(chip, &format!("{name}.norm1"), x);
-            let y = chip.scope("attention", || self.attention(chip, &format!("{name}.attention"), &n));
+            let y = chip.scope("attention", || {
+                self.attention(chip, &format!("{name}.attention"), &n)
+            });
             drop(n);
             let x = x.add(&self.dropout(chip, &format!("{name}.attention.dropout"), &y));
             drop(y);
             let n = self.norm(chip, &format!("{name}.norm2"), &x);
-            let y = chip.scope("mlp", || self.feed_forward(chip, &format!("{name}.mlp"), &n));
+            let y = chip.scope("mlp", || {
+                self.feed_forward(chip, &format!("{name}.mlp"), &n)
+            });
             drop(n);
             x.add(&self.dropout(chip, &format!("{name}.mlp.dropout"), &y))
         })
@@ -169,35 +207,86 @@ impl Transformer {
 
     fn norm(&self, chip: &Chip, name: &str, x: &Sharded) -> Sharded {
         let (c, eps) = (self.config.hidden, self.config.eps);
-        let weight = chip.parameter(&format!("{name}.weight"), [c], chip.replicated(), Init::ones());
+        let weight = chip.parameter(
+            &format!("{name}.weight"),
+            [c],
+            chip.replicated(),
+            Init::ones(),
+        );
         match self.config.norm {
             Norm::RmsNorm => chip.apply_one(ops::RmsNorm { eps, weight: true }, &[x, &weight]),
             Norm::LayerNorm if self.config.bias => {
-                let bias = chip.parameter(&format!("{name}.bias"), [c], chip.replicated(), Init::zeros());
-                chip.apply_one(ops::LayerNorm { eps, weight: true, bias: true }, &[x, &weight, &bias])
+                let bias = chip.parameter(
+                    &format!("{name}.bias"),
+                    [c],
+                    chip.replicated(),
+                    Init::zeros(),
+                );
+                chip.apply_one(
+                    ops::LayerNorm {
+                        eps,
+                        weight: true,
+                        bias: true,
+                    },
+                    &[x, &weight, &bias],
+                )
             }
-            Norm::LayerNorm => {
-                chip.apply_one(ops::LayerNorm { eps, weight: true, bias: false }, &[x, &weight])
-            }
+            Norm::LayerNorm => chip.apply_one(
+                ops::LayerNorm {
+                    eps,
+                    weight: true,
+                    bias: false,
+                },
+                &[x, &weight],
+            ),
         }
     }
 
     /// A weight split by columns with its bias: its outputs are split over tp.
-    fn column(&self, chip: &Chip, name: &str, bias: &str, shape: [usize; 2]) -> (Sharded, Option<Sharded>) {
-        let weight = chip.parameter(name, shape, chip.placed(&[("tp", Shard(1))]), Init::normal(0.02));
+    fn column(
+        &self,
+        chip: &Chip,
+        name: &str,
+        bias: &str,
+        shape: [usize; 2],
+    ) -> (Sharded, Option<Sharded>) {
+        let weight = chip.parameter(
+            name,
+            shape,
+            chip.placed(&[("tp", Shard(1))]),
+            Init::normal(0.02),
+        );
         let bias = self.config.bias.then(|| {
-            chip.parameter(bias, [shape[1]], chip.placed(&[("tp", Shard(0))]), Init::zeros()).cast(self.dtype)
+            chip.parameter(
+                bias,
+                [shape[1]],
+                chip.placed(&[("tp", Shard(0))]),
+                Init::zeros(),
+            )
+            .cast(self.dtype)
         });
         (weight.cast(self.dtype), bias)
     }
 
     /// `x w + b` with w split by rows: partial sums are reduced over tp, and the bias is added once, behind it.
-    fn row(&self, chip: &Chip, name: &str, bias: Option<&str>, shape: [usize; 2], x: &Sharded) -> Sharded {
+    fn row(
+        &self,
+        chip: &Chip,
+        name: &str,
+        bias: Option<&str>,
+        shape: [usize; 2],
+        x: &Sharded,
+    ) -> Sharded {
         // GPT-2 scales the projections that end in the residual stream by the number of them.
         let init = Init::normal(0.02 / (2.0 * self.config.layers as f32).sqrt());
-        let weight = chip.parameter(name, shape, chip.placed(&[("tp", Shard(0))]), init).cast(self.dtype);
+        let weight = chip
+            .parameter(name, shape, chip.placed(&[("tp", Shard(0))]), init)
+            .cast(self.dtype);
         let bias = bias.filter(|_| self.config.bias);
-        let bias = bias.map(|b| chip.parameter(b, [shape[1]], chip.replicated(), Init::zeros()).cast(self.dtype));
+        let bias = bias.map(|b| {
+            chip.parameter(b, [shape[1]], chip.replicated(), Init::zeros())
+                .cast(self.dtype)
+        });
         if chip.size_of("tp") == 1 {
             return x.linear(&weight, bias.as_ref(), None);
         }
@@ -209,27 +298,57 @@ impl Transformer {
     }
 
     fn attention(&self, chip: &Chip, name: &str, x: &Sharded) -> Sharded {
-        let (c, h, g, d) = (self.config.hidden, self.config.heads, self.config.kv_heads, self.config.head_dim());
+        let (c, h, g, d) = (
+            self.config.hidden,
+            self.config.heads,
+            self.config.kv_heads,
+            self.config.head_dim(),
+        );
         let (b, t) = (x.shape()[0], x.shape()[1]);
         let project = |which: char, heads: usize| {
-            let (weight, bias) =
-                self.column(chip, &format!("{name}.w{which}"), &format!("{name}.b{which}"), [c, heads * d]);
-            x.linear(&weight, bias.as_ref(), None).reshape([b, t, heads, d])
+            let (weight, bias) = self.column(
+                chip,
+                &format!("{name}.w{which}"),
+                &format!("{name}.b{which}"),
+                [c, heads * d],
+            );
+            x.linear(&weight, bias.as_ref(), None)
+                .reshape([b, t, heads, d])
         };
         let q = self.turn(chip, &format!("{name}.q_norm"), project('q', h));
         let k = self.turn(chip, &format!("{name}.k_norm"), project('k', g));
         let v = project('v', g);
-        let op = ops::Attention { causal: true, ..Default::default() };
+        let op = ops::Attention {
+            causal: true,
+            ..Default::default()
+        };
         let o = chip.apply_one(op, &[&q, &k, &v]).reshape([b, t, c]);
         drop((q, k, v));
-        self.row(chip, &format!("{name}.wo"), Some(&format!("{name}.bo")), [c, c], &o)
+        self.row(
+            chip,
+            &format!("{name}.wo"),
+            Some(&format!("{name}.bo")),
+            [c, c],
+            &o,
+        )
     }
 
     /// Queries or keys as attention takes them: normalized per head and turned by their position, if the model does so.
     fn turn(&self, chip: &Chip, norm: &str, x: Sharded) -> Sharded {
         let x = if self.config.qk_norm {
-            let weight = chip.parameter(norm, [self.config.head_dim()], chip.replicated(), Init::ones());
-            chip.apply_one(ops::RmsNorm { eps: self.config.eps, weight: true }, &[&x, &weight])
+            let weight = chip.parameter(
+                norm,
+                [self.config.head_dim()],
+                chip.replicated(),
+                Init::ones(),
+            );
+            chip.apply_one(
+                ops::RmsNorm {
+                    eps: self.config.eps,
+                    weight: true,
+                },
+                &[&x, &weight],
+            )
         } else {
             x
         };
@@ -243,14 +362,27 @@ impl Transformer {
         let (c, f) = (self.config.hidden, self.config.ffn);
         match self.config.feed_forward.activation() {
             Some(activation) => {
-                let (w1, b1) = self.column(chip, &format!("{name}.w1"), &format!("{name}.b1"), [c, f]);
+                let (w1, b1) =
+                    self.column(chip, &format!("{name}.w1"), &format!("{name}.b1"), [c, f]);
                 let y = x.linear(&w1, b1.as_ref(), Some(activation));
-                self.row(chip, &format!("{name}.w2"), Some(&format!("{name}.b2")), [f, c], &y)
+                self.row(
+                    chip,
+                    &format!("{name}.w2"),
+                    Some(&format!("{name}.b2")),
+                    [f, c],
+                    &y,
+                )
             }
             None => {
                 let weight = |which: &str| {
                     let placement = chip.placed(&[("tp", Shard(1))]);
-                    chip.parameter(&format!("{name}.{which}"), [c, f], placement, Init::normal(0.02)).cast(self.dtype)
+                    chip.parameter(
+                        &format!("{name}.{which}"),
+                        [c, f],
+                        placement,
+                        Init::normal(0.02),
+                    )
+                    .cast(self.dtype)
                 };
                 let y = x.matmul(&weight("gate")).swiglu(&x.matmul(&weight("up")));
                 self.row(chip, &format!("{name}.down"), None, [f, c], &y)
@@ -260,9 +392,13 @@ impl Transformer {
 
     fn dropout(&self, chip: &Chip, name: &str, x: &Sharded) -> Sharded {
         match (self.config.dropout, self.draw) {
-            (p, Some(draw)) if p > 0.0 => {
-                chip.apply_one(ops::Dropout { p, name: format!("{name}@{draw}") }, &[x])
-            }
+            (p, Some(draw)) if p > 0.0 => chip.apply_one(
+                ops::Dropout {
+                    p,
+                    name: format!("{name}@{draw}"),
+                },
+                &[x],
+            ),
             _ => x.clone(),
         }
     }

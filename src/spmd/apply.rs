@@ -61,7 +61,11 @@ impl Chip {
         let began = self.now();
         if !self.is_ghost() {
             let shares = self.locals(inputs, site);
-            let at = Site { inputs: &shares, outputs: &locals, seed: self.seed() };
+            let at = Site {
+                inputs: &shares,
+                outputs: &locals,
+                seed: self.seed(),
+            };
             let tensors: Vec<&Tensor> = inputs.iter().map(|x| &x.tensor).collect();
             op.forward(&at, &tensors, &mut outputs);
         }
@@ -104,7 +108,10 @@ impl Chip {
     ) -> Vec<Sharded> {
         let recording = self.inner().tape.borrow().is_some();
         let tracked = recording && inputs.iter().any(|x| x.tracked.value.is_some());
-        let weight = tracked && inputs.iter().all(|x| x.tracked.weight || x.tracked.value.is_none());
+        let weight = tracked
+            && inputs
+                .iter()
+                .all(|x| x.tracked.weight || x.tracked.value.is_none());
         let parts = tensors.into_iter().zip(types).zip(&resolved.outputs);
         parts
             .map(|((tensor, ty), placements)| {
@@ -112,7 +119,12 @@ impl Chip {
                     Sharded::unrecorded(self, tensor, ty.shape.clone(), placements.clone());
                 if tracked && ty.dtype.is_float() {
                     let value = Some(self.new_value());
-                    result.tracked = Tracked { value, leaf: None, weight, gradient: ty.dtype };
+                    result.tracked = Tracked {
+                        value,
+                        leaf: None,
+                        weight,
+                        gradient: ty.dtype,
+                    };
                 }
                 result
             })
@@ -159,7 +171,12 @@ impl Chip {
             settled: None,
             op,
         };
-        let wanted = |weight| applied.inputs.iter().any(|x| x.differentiable && x.tracked.weight == weight);
+        let wanted = |weight| {
+            applied
+                .inputs
+                .iter()
+                .any(|x| x.differentiable && x.tracked.weight == weight)
+        };
         let (has_inputs, has_weights) = (wanted(false), wanted(true));
         if !has_inputs && !has_weights {
             return;
@@ -168,7 +185,9 @@ impl Chip {
             outputs: outputs.iter().filter_map(|o| o.tracked.value).collect(),
             has_inputs,
             has_weights,
-            backward: Box::new(move |chip, gradients, pass| applied.backward(chip, gradients, pass)),
+            backward: Box::new(move |chip, gradients, pass| {
+                applied.backward(chip, gradients, pass)
+            }),
         });
     }
 
@@ -187,7 +206,10 @@ impl Chip {
             freed: count.freed - freed,
             peak: self.memory().take_recent_peak(),
         };
-        let time = told.began.zip(self.now()).map(|(start_ns, end)| Time { start_ns, duration_ns: end - start_ns });
+        let time = told.began.zip(self.now()).map(|(start_ns, end)| Time {
+            start_ns,
+            duration_ns: end - start_ns,
+        });
         let mut recorder = self.recorder();
         let event = Event {
             kind: told.kind,
@@ -210,12 +232,28 @@ impl Chip {
     }
 
     /// Adds `more` to `sum`, in place where nothing else holds it.
-    pub(super) fn accumulate(&self, sum: Tensor, more: Tensor, p: &Placements, site: &'static Location<'static>) -> Tensor {
+    pub(super) fn accumulate(
+        &self,
+        sum: Tensor,
+        more: Tensor,
+        p: &Placements,
+        site: &'static Location<'static>,
+    ) -> Tensor {
         let began = self.now();
         let ty = sum.ty().clone();
-        let value = Value { ty: ty.clone(), placement: p.clone() };
-        let inputs = vec![value.clone(), Value { ty: more.ty().clone(), placement: p.clone() }];
-        let (mut target, other) = match (sum.is_unique(), more.is_unique() && more.ty() == sum.ty()) {
+        let value = Value {
+            ty: ty.clone(),
+            placement: p.clone(),
+        };
+        let inputs = vec![
+            value.clone(),
+            Value {
+                ty: more.ty().clone(),
+                placement: p.clone(),
+            },
+        ];
+        let (mut target, other) = match (sum.is_unique(), more.is_unique() && more.ty() == sum.ty())
+        {
             (false, true) => (more, sum),
             (true, _) => (sum, more),
             (false, false) => (self.copy_of(&sum), more),
@@ -231,7 +269,11 @@ impl Chip {
             site,
             inputs,
             outputs: vec![value],
-            cost: Cost { flops: ty.elements() as u64, bytes, scratch: 0 },
+            cost: Cost {
+                flops: ty.elements() as u64,
+                bytes,
+                scratch: 0,
+            },
             traffic: None,
             stream: Stream::Compute,
             ticket: None,
@@ -279,7 +321,12 @@ impl Chip {
         self.put_gradient(gradients, tracked, placements, total);
     }
 
-    fn take_accumulator(&self, gradients: &mut Gradients, tracked: &Tracked, p: &Placements) -> Option<Tensor> {
+    fn take_accumulator(
+        &self,
+        gradients: &mut Gradients,
+        tracked: &Tracked,
+        p: &Placements,
+    ) -> Option<Tensor> {
         match (tracked.leaf, tracked.value) {
             (Some(leaf), _) => {
                 let held = &mut self.parameters_mut()[leaf].gradient;
@@ -291,7 +338,13 @@ impl Chip {
         }
     }
 
-    fn put_gradient(&self, gradients: &mut Gradients, tracked: &Tracked, p: Placements, tensor: Tensor) {
+    fn put_gradient(
+        &self,
+        gradients: &mut Gradients,
+        tracked: &Tracked,
+        p: Placements,
+        tensor: Tensor,
+    ) {
         match (tracked.leaf, tracked.value) {
             (Some(leaf), _) => self.parameters_mut()[leaf].gradient.push((p, tensor)),
             (None, Some(value)) => gradients.put(value, p, tensor),
@@ -332,9 +385,16 @@ impl Applied {
     fn backward(&mut self, chip: &Chip, gradients: &mut Gradients, pass: Pass) {
         chip.arrive(self.op.name(), self.site);
         chip.recorder().enter_scope(self.scope);
-        let phase = if pass == Pass::Weights { Phase::Weight } else { Phase::Backward };
+        let phase = if pass == Pass::Weights {
+            Phase::Weight
+        } else {
+            Phase::Backward
+        };
         chip.phase(phase, || {
-            let settled = self.settled.take().unwrap_or_else(|| self.settle(chip, gradients));
+            let settled = self
+                .settled
+                .take()
+                .unwrap_or_else(|| self.settle(chip, gradients));
             if settled.first().is_some_and(Option::is_some) {
                 self.run(chip, gradients, pass, &settled);
             }
@@ -352,12 +412,23 @@ impl Applied {
     fn settle(&self, chip: &Chip, gradients: &mut Gradients) -> Vec<Option<Tensor>> {
         let one = |out: &Result_| {
             let contributions = gradients.take(out.tracked.value?);
-            chip.settle(contributions, &out.placements.gradient(), &out.global, self.site)
+            chip.settle(
+                contributions,
+                &out.placements.gradient(),
+                &out.global,
+                self.site,
+            )
         };
         self.outputs.iter().map(one).collect()
     }
 
-    fn run(&mut self, chip: &Chip, gradients: &mut Gradients, pass: Pass, settled: &[Option<Tensor>]) {
+    fn run(
+        &mut self,
+        chip: &Chip,
+        gradients: &mut Gradients,
+        pass: Pass,
+        settled: &[Option<Tensor>],
+    ) {
         let wants = |x: &Operand| {
             x.differentiable
                 && match pass {
@@ -368,7 +439,9 @@ impl Applied {
         };
         let wanted: Vec<bool> = self.inputs.iter().map(wants).collect();
         if self.op.passes_gradient() {
-            let dy = settled[0].as_ref().expect("the first result has a gradient");
+            let dy = settled[0]
+                .as_ref()
+                .expect("the first result has a gradient");
             for (x, _) in self.inputs.iter().zip(&wanted).filter(|(_, w)| **w) {
                 let cast = chip.gradient_as(dy, x.tracked.gradient, &x.gradient, self.site);
                 chip.contribute(gradients, &x.tracked, x.gradient.clone(), cast, self.site);
@@ -413,28 +486,59 @@ impl Applied {
             let adds = self.op.accumulates(i) && held.as_ref().is_some_and(Tensor::is_unique);
             let reuses = self.op.reuses() == Some(i)
                 && pass == Pass::Both
-                && x.saved.as_ref().is_some_and(|s| s.is_unique() && *s.ty() == ty);
+                && x.saved
+                    .as_ref()
+                    .is_some_and(|s| s.is_unique() && *s.ty() == ty);
             let (tensor, accum) = match (adds, reuses) {
-                (true, _) => (held.clone().expect("there is something to add to"), Accum::Add),
-                (false, true) => (x.saved.take().expect("the operand was saved"), Accum::Replace),
+                (true, _) => (
+                    held.clone().expect("there is something to add to"),
+                    Accum::Add,
+                ),
+                (false, true) => (
+                    x.saved.take().expect("the operand was saved"),
+                    Accum::Replace,
+                ),
                 (false, false) => (chip.allocate(&ty), Accum::Replace),
             };
             before.push(held.filter(|_| !adds));
-            slots.push(Some(Gradient { tensor, accum, reused: reuses && !adds }));
+            slots.push(Some(Gradient {
+                tensor,
+                accum,
+                reused: reuses && !adds,
+            }));
         }
         (slots, before)
     }
 
     fn compute(&self, chip: &Chip, settled: &[Option<Tensor>], slots: &mut [Option<Gradient>]) {
-        let local = |global: &[usize], dtype: DType, p: &Placements| chip.local(global, dtype, p, self.site);
-        let inputs: Vec<Local> = self.inputs.iter().map(|x| local(&x.global, x.ty.dtype, &x.placements)).collect();
-        let outputs: Vec<Local> = self.outputs.iter().map(|x| local(&x.global, x.ty.dtype, &x.placements)).collect();
+        let local = |global: &[usize], dtype: DType, p: &Placements| {
+            chip.local(global, dtype, p, self.site)
+        };
+        let inputs: Vec<Local> = self
+            .inputs
+            .iter()
+            .map(|x| local(&x.global, x.ty.dtype, &x.placements))
+            .collect();
+        let outputs: Vec<Local> = self
+            .outputs
+            .iter()
+            .map(|x| local(&x.global, x.ty.dtype, &x.placements))
+            .collect();
         let saved_in: Vec<Option<Tensor>> = self.inputs.iter().map(|x| x.saved.clone()).collect();
         let saved_out: Vec<Option<Tensor>> = self.outputs.iter().map(|x| x.saved.clone()).collect();
-        let site = Site { inputs: &inputs, outputs: &outputs, seed: chip.seed() };
+        let site = Site {
+            inputs: &inputs,
+            outputs: &outputs,
+            seed: chip.seed(),
+        };
         self.op.backward(
             &site,
-            &mut Backward { inputs: &saved_in, outputs: &saved_out, gradients: settled, wanted: slots },
+            &mut Backward {
+                inputs: &saved_in,
+                outputs: &saved_out,
+                gradients: settled,
+                wanted: slots,
+            },
         );
     }
 
@@ -451,11 +555,17 @@ impl Applied {
         let local_out: Vec<TensorType> = self.outputs.iter().map(|x| types(&x.ty)).collect();
         let dy = settled.iter().zip(&self.outputs).filter_map(|(t, x)| {
             let ty = t.as_ref()?.ty().clone();
-            Some(Value { ty, placement: x.placements.gradient() })
+            Some(Value {
+                ty,
+                placement: x.placements.gradient(),
+            })
         });
         let dx = slots.iter().zip(&self.inputs).filter_map(|(s, x)| {
             let ty = s.as_ref()?.tensor.ty().clone();
-            Some(Value { ty, placement: x.gradient.clone() })
+            Some(Value {
+                ty,
+                placement: x.gradient.clone(),
+            })
         });
         chip.tell(Told {
             kind: EventKind::Op,
@@ -474,7 +584,13 @@ impl Applied {
 
 impl Chip {
     /// A gradient in the type that its value's gradients have.
-    fn gradient_as(&self, dy: &Tensor, dtype: DType, p: &Placements, site: &'static Location<'static>) -> Tensor {
+    fn gradient_as(
+        &self,
+        dy: &Tensor,
+        dtype: DType,
+        p: &Placements,
+        site: &'static Location<'static>,
+    ) -> Tensor {
         if dy.dtype() == dtype {
             return dy.clone();
         }
@@ -484,14 +600,21 @@ impl Chip {
         if !self.is_ghost() {
             rows::cast(dy.slice(), cast.slice_mut());
         }
-        let value = |ty: &TensorType| Value { ty: ty.clone(), placement: p.clone() };
+        let value = |ty: &TensorType| Value {
+            ty: ty.clone(),
+            placement: p.clone(),
+        };
         self.tell(Told {
             kind: EventKind::Op,
             op: "cast.backward".into(),
             site,
             inputs: vec![value(dy.ty())],
             outputs: vec![value(&ty)],
-            cost: Cost { flops: 0, bytes: dy.ty().bytes() + ty.bytes(), scratch: 0 },
+            cost: Cost {
+                flops: 0,
+                bytes: dy.ty().bytes() + ty.bytes(),
+                scratch: 0,
+            },
             traffic: None,
             stream: Stream::Compute,
             ticket: None,
@@ -514,7 +637,11 @@ impl Chip {
         }
         let value: ValueId = self.new_value();
         let tracked = from.tracked;
-        to.tracked = Tracked { value: Some(value), leaf: None, ..tracked };
+        to.tracked = Tracked {
+            value: Some(value),
+            leaf: None,
+            ..tracked
+        };
         self.push_node(Node {
             outputs: vec![value],
             has_inputs: !tracked.weight,

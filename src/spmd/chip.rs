@@ -224,10 +224,17 @@ impl Chip {
         }
         if !splits_evenly(global, placements, mesh) {
             // The share's size depends on where the chip is.
-            let sharded = placements.iter().enumerate().filter(|(_, p)| matches!(p, Placement::Shard(_)));
-            self.0.read_axes.borrow_mut().extend(sharded.map(|(axis, _)| axis));
+            let sharded = placements
+                .iter()
+                .enumerate()
+                .filter(|(_, p)| matches!(p, Placement::Shard(_)));
+            self.0
+                .read_axes
+                .borrow_mut()
+                .extend(sharded.map(|(axis, _)| axis));
         }
-        let start = (0..global.len()).map(|dim| local_range(global, dim, placements, mesh, at).start);
+        let start =
+            (0..global.len()).map(|dim| local_range(global, dim, placements, mesh, at).start);
         Local {
             ty: TensorType::new(local_shape(global, placements, mesh, at), dtype),
             start: start.collect(),
@@ -349,15 +356,23 @@ impl Chip {
     pub(super) fn arrive(&self, op: &str, site: &'static Location<'static>) {
         if let Some(lane) = &self.0.lane {
             let scope = self.recorder().scope_name();
-            lane.arrive(exchange::Whereabouts { op: op.into(), scope, site })
-                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
+            lane.arrive(exchange::Whereabouts {
+                op: op.into(),
+                scope,
+                site,
+            })
+            .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
         }
     }
 }
 
 impl std::fmt::Debug for Chip {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Chip(rank {} of {}, {})", self.0.rank, self.0.mesh, self.0.coordinates)
+        write!(
+            f,
+            "Chip(rank {} of {}, {})",
+            self.0.rank, self.0.mesh, self.0.coordinates
+        )
     }
 }
 
@@ -373,7 +388,11 @@ pub trait Contents {
 fn copy_runs<T: Element>(from: &[T], local: &Local, to: &mut Tensor) -> Result<(), String> {
     let whole: usize = local.global.iter().product();
     if from.len() != whole {
-        return Err(format!("{} elements were given, the shape {:?} has {whole}", from.len(), local.global));
+        return Err(format!(
+            "{} elements were given, the shape {:?} has {whole}",
+            from.len(),
+            local.global
+        ));
     }
     let (run, start) = local.runs();
     for (r, piece) in to.slice_mut().typed::<T>().chunks_mut(run).enumerate() {
@@ -401,13 +420,19 @@ impl<T: Element> Contents for Vec<T> {
     }
 }
 
-impl<T: Element, S: ndarray::Data<Elem = T>, D: ndarray::Dimension> Contents for ndarray::ArrayBase<S, D> {
+impl<T: Element, S: ndarray::Data<Elem = T>, D: ndarray::Dimension> Contents
+    for ndarray::ArrayBase<S, D>
+{
     fn dtype(&self) -> DType {
         T::DTYPE
     }
     fn copy_share(&self, local: &Local, to: &mut Tensor) -> Result<(), String> {
         if self.shape() != local.global {
-            return Err(format!("the array is {:?}, the input was declared {:?}", self.shape(), local.global));
+            return Err(format!(
+                "the array is {:?}, the input was declared {:?}",
+                self.shape(),
+                local.global
+            ));
         }
         match self.as_slice() {
             Some(slice) => copy_runs(slice, local, to),
@@ -427,7 +452,10 @@ impl<T: Element, F: Fn(u64) -> T> Contents for FromIndex<F> {
         let (run, start) = local.runs();
         for (r, piece) in to.slice_mut().typed::<T>().chunks_mut(run).enumerate() {
             let begin = start(r);
-            piece.iter_mut().zip(begin..).for_each(|(x, i)| *x = (self.0)(i));
+            piece
+                .iter_mut()
+                .zip(begin..)
+                .for_each(|(x, i)| *x = (self.0)(i));
         }
         Ok(())
     }

@@ -13,10 +13,10 @@
 //!
 //! A chip has two lanes: its program, and its transfers that run beside it. Both wait here, each on a bell of its own.
 
+use crate::cpu::memory::Buffer;
 use crate::error::{Error, ErrorKind};
 use crate::mesh::Mesh;
 use crate::tensor::Tensor;
-use crate::cpu::memory::Buffer;
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::panic::Location;
@@ -155,7 +155,12 @@ impl Exchange {
     pub(super) fn new(mesh: Arc<Mesh>, deadline: Duration) -> Arc<Self> {
         let chips = mesh.chips();
         let state = State {
-            lanes: (0..2 * chips).map(|n| LaneState { jobs: (n + 1) % 2, waiting: None }).collect(),
+            lanes: (0..2 * chips)
+                .map(|n| LaneState {
+                    jobs: (n + 1) % 2,
+                    waiting: None,
+                })
+                .collect(),
             ended: vec![false; chips],
             last_seen: vec![None; chips],
             ..State::default()
@@ -170,12 +175,18 @@ impl Exchange {
     }
 
     pub(super) fn lane(self: &Arc<Self>, rank: usize) -> Lane {
-        Lane { exchange: self.clone(), rank, number: 2 * rank }
+        Lane {
+            exchange: self.clone(),
+            rank,
+            number: 2 * rank,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic while the lock is held is a defect of this file; the state is still the best that can be reported.
-        self.state.lock().unwrap_or_else(|broken| broken.into_inner())
+        self.state
+            .lock()
+            .unwrap_or_else(|broken| broken.into_inner())
     }
 
     /// The run's error, if it has failed.
@@ -200,11 +211,14 @@ impl Exchange {
     /// Stops the run because `rank` failed; the error gets the chip's name and its last place in the program.
     pub(super) fn fail(&self, rank: usize, error: Error) {
         let mut state = self.lock();
-        let place = match &state.last_seen[rank] {
-            Some(at) => format!("{}, at or after {at}", self.name(rank)),
-            None => self.name(rank),
+        // What concerns the whole run (a loss, a file) is no clearer for the chip that happened to say it.
+        let local = matches!(error.kind(), ErrorKind::Chip | ErrorKind::Memory);
+        let error = match &state.last_seen[rank] {
+            Some(at) if local => error.within(format!("{}, at or after {at}", self.name(rank))),
+            None if local => error.within(self.name(rank)),
+            _ => error,
         };
-        self.poison(&mut state, error.within(place));
+        self.poison(&mut state, error);
         state.ended[rank] = true;
     }
 
@@ -222,7 +236,11 @@ impl Exchange {
             return;
         }
         let stuck = |lane: &LaneState| {
-            lane.jobs == 0 || lane.waiting.as_ref().is_some_and(|w| !state.satisfied(&w.until))
+            lane.jobs == 0
+                || lane
+                    .waiting
+                    .as_ref()
+                    .is_some_and(|w| !state.satisfied(&w.until))
         };
         let waits = |lane: &LaneState| lane.jobs > 0 && lane.waiting.is_some();
         if state.lanes.iter().any(waits) && state.lanes.iter().all(stuck) {
@@ -232,7 +250,9 @@ impl Exchange {
         }
         // Someone waits for a chip that has returned: no need to let the others run on.
         for (number, lane) in state.lanes.iter().enumerate() {
-            let Some(waiting) = &lane.waiting else { continue };
+            let Some(waiting) = &lane.waiting else {
+                continue;
+            };
             if state.satisfied(&waiting.until) {
                 continue;
             }
@@ -261,13 +281,21 @@ impl Exchange {
     fn report(&self, state: &State) -> String {
         let mut lines = vec!["every chip waits for another one".to_string()];
         for (number, lane) in state.lanes.iter().enumerate() {
-            let Some(waiting) = lane.waiting.as_ref().filter(|_| lane.jobs > 0) else { continue };
+            let Some(waiting) = lane.waiting.as_ref().filter(|_| lane.jobs > 0) else {
+                continue;
+            };
             let whom = match &waiting.until {
-                Until::Message(channel) => format!("for a message from {}", self.name(channel.from)),
+                Until::Message(channel) => {
+                    format!("for a message from {}", self.name(channel.from))
+                }
                 Until::Received(_, to) => format!("for {} to receive", self.name(*to)),
                 Until::Done(_) => "for its own started transfer".to_string(),
             };
-            lines.push(format!("{} waits in {} {whom}", self.name(number / 2), waiting.header));
+            lines.push(format!(
+                "{} waits in {} {whom}",
+                self.name(number / 2),
+                waiting.header
+            ));
         }
         for (rank, _) in state.ended.iter().enumerate().filter(|(_, ended)| **ended) {
             lines.push(format!("{} has returned", self.name(rank)));
@@ -288,7 +316,10 @@ impl State {
 impl Lane {
     /// The lane of this chip's transfers beside the program.
     pub(super) fn beside(&self) -> Lane {
-        Lane { number: 2 * self.rank + 1, ..self.clone() }
+        Lane {
+            number: 2 * self.rank + 1,
+            ..self.clone()
+        }
     }
 
     /// Notes that this lane got something to do; a lane without is no reason for others to hope.
@@ -333,32 +364,53 @@ impl Lane {
         payload: Payload,
     ) -> Result<Sent, Stopped> {
         let received = Arc::new(AtomicBool::new(false));
-        let message = Message { header: header.clone(), payload, received: received.clone() };
+        let message = Message {
+            header: header.clone(),
+            payload,
+            received: received.clone(),
+        };
         let mut state = self.exchange.lock();
         if state.error.is_some() {
             return Err(Stopped);
         }
         state.queues.entry(channel).or_default().push_back(message);
         for number in [2 * channel.to, 2 * channel.to + 1] {
-            if let Some(Waiting { until: Until::Message(c), .. }) = &state.lanes[number].waiting
+            if let Some(Waiting {
+                until: Until::Message(c),
+                ..
+            }) = &state.lanes[number].waiting
                 && *c == channel
             {
                 self.exchange.bells[number].notify_all();
             }
         }
         // A receiver that has returned will never take it: say so now, not when someone waits for it.
-        Ok(Sent { received, to: channel.to, header: header.clone() })
+        Ok(Sent {
+            received,
+            to: channel.to,
+            header: header.clone(),
+        })
     }
 
     /// Waits until a message was received.
     pub(super) fn wait_sent(&self, sent: Sent) -> Result<(), Stopped> {
         let until = Until::Received(sent.received, sent.to);
-        self.wait(self.exchange.lock(), sent.header, until).map(|_| ())
+        self.wait(self.exchange.lock(), sent.header, until)
+            .map(|_| ())
     }
 
     /// Waits until `done` is set by [`Lane::set_done`].
-    pub(super) fn wait_done(&self, done: &Arc<AtomicBool>, header: &Arc<Header>) -> Result<(), Stopped> {
-        self.wait(self.exchange.lock(), header.clone(), Until::Done(done.clone())).map(|_| ())
+    pub(super) fn wait_done(
+        &self,
+        done: &Arc<AtomicBool>,
+        header: &Arc<Header>,
+    ) -> Result<(), Stopped> {
+        self.wait(
+            self.exchange.lock(),
+            header.clone(),
+            Until::Done(done.clone()),
+        )
+        .map(|_| ())
     }
 
     /// Sets a flag that the program lane of this chip may wait for.
@@ -376,9 +428,18 @@ impl Lane {
         header: &Arc<Header>,
         take: impl FnOnce(&[u8]) -> Result<(), String>,
     ) -> Result<(), Stopped> {
-        let mut state = self.wait(self.exchange.lock(), header.clone(), Until::Message(channel))?;
-        let queue = state.queues.get_mut(&channel).expect("the wait ended because a message is there");
-        let message = queue.pop_front().expect("the wait ended because a message is there");
+        let mut state = self.wait(
+            self.exchange.lock(),
+            header.clone(),
+            Until::Message(channel),
+        )?;
+        let queue = state
+            .queues
+            .get_mut(&channel)
+            .expect("the wait ended because a message is there");
+        let message = queue
+            .pop_front()
+            .expect("the wait ended because a message is there");
         if queue.is_empty() {
             state.queues.remove(&channel);
         }
@@ -402,7 +463,10 @@ impl Lane {
         drop(message.payload);
         let mut state = self.exchange.lock();
         if let Err(why) = taken {
-            let error = Error::new(ErrorKind::Chip, format!("{}: {header}: {why}", self.exchange.name(self.rank)));
+            let error = Error::new(
+                ErrorKind::Chip,
+                format!("{}: {header}: {why}", self.exchange.name(self.rank)),
+            );
             self.exchange.poison(&mut state, error);
             return Err(Stopped);
         }
@@ -459,7 +523,10 @@ impl Lane {
                 None => format!("{} computes", self.exchange.name(rank)),
             })
             .collect();
-        let waiting = state.lanes[self.number].waiting.as_ref().expect("this lane waits");
+        let waiting = state.lanes[self.number]
+            .waiting
+            .as_ref()
+            .expect("this lane waits");
         Error::new(
             ErrorKind::Deadline,
             format!(

@@ -53,11 +53,14 @@ impl Call {
                 Step::Copy { from, into } => rooms.copy(from, into),
             }
         }
-        sent.into_iter().try_for_each(|s: Sent| self.lane.wait_sent(s))
+        sent.into_iter()
+            .try_for_each(|s: Sent| self.lane.wait_sent(s))
     }
 
     fn stage(&self, bytes: usize) -> Buffer {
-        self.staging.take(bytes).unwrap_or_else(|_| unreachable!("the staging pool has no budget"))
+        self.staging
+            .take(bytes)
+            .unwrap_or_else(|_| unreachable!("the staging pool has no budget"))
     }
 
     fn send(&self, rooms: &Rooms, peer: usize, place: &Place) -> Result<Sent, Stopped> {
@@ -72,17 +75,29 @@ impl Call {
             }
         };
         let to = self.group.rank(peer);
-        let channel = Channel { from: self.lane.rank, to, call: self.call };
+        let channel = Channel {
+            from: self.lane.rank,
+            to,
+            call: self.call,
+        };
         self.lane.start_send(channel, &self.header, payload)
     }
 
     fn receive(&self, rooms: &mut Rooms, peer: usize, place: &Place) -> Result<(), Stopped> {
         let from = self.group.rank(peer);
-        let channel = Channel { from, to: self.lane.rank, call: self.call };
+        let channel = Channel {
+            from,
+            to: self.lane.rank,
+            call: self.call,
+        };
         self.lane.receive(channel, &self.header, |bytes| {
             let into = rooms.bytes_mut(place);
             if bytes.len() != into.len() {
-                return Err(format!("a message of {} bytes came where {} were expected", bytes.len(), into.len()));
+                return Err(format!(
+                    "a message of {} bytes came where {} were expected",
+                    bytes.len(),
+                    into.len()
+                ));
             }
             into.copy_from_slice(bytes);
             Ok(())
@@ -149,16 +164,28 @@ impl Rooms<'_> {
         }
     }
 
-    fn combine_as<T: Float>(&mut self, sources: &[Place], into: &Place, op: impl Fn(f32, f32) -> f32) {
+    fn combine_as<T: Float>(
+        &mut self,
+        sources: &[Place],
+        into: &Place,
+        op: impl Fn(f32, f32) -> f32,
+    ) {
         for begin in (0..into.len).step_by(BLOCK) {
             let len = BLOCK.min(into.len - begin);
-            let part = |p: &Place| Place { start: p.start + begin, len, buffer: p.buffer };
+            let part = |p: &Place| Place {
+                start: p.start + begin,
+                len,
+                buffer: p.buffer,
+            };
             let blocks: Vec<[f32; BLOCK]> = sources
                 .iter()
                 .map(|source| {
                     let mut block = [0.0; BLOCK];
                     let from = Slice::of_bytes(self.bytes(&part(source)), T::DTYPE).typed::<T>();
-                    block.iter_mut().zip(from).for_each(|(x, y)| *x = y.to_f32());
+                    block
+                        .iter_mut()
+                        .zip(from)
+                        .for_each(|(x, y)| *x = y.to_f32());
                     block
                 })
                 .collect();
@@ -168,7 +195,9 @@ impl Rooms<'_> {
             });
             let Some(total) = total else { continue };
             let to = SliceMut::of_bytes(self.bytes_mut(&part(into)), T::DTYPE).typed::<T>();
-            to.iter_mut().zip(&total).for_each(|(x, y)| *x = T::from_f32(*y));
+            to.iter_mut()
+                .zip(&total)
+                .for_each(|(x, y)| *x = T::from_f32(*y));
         }
     }
 }

@@ -26,7 +26,11 @@ pub struct Ghost {
 
 impl Ghost {
     pub(super) fn new(mesh: &Mesh) -> Self {
-        Ghost { mesh: Arc::new(mesh.clone()), seed: 0, budget: None }
+        Ghost {
+            mesh: Arc::new(mesh.clone()),
+            seed: 0,
+            budget: None,
+        }
     }
 
     /// The mesh.
@@ -49,11 +53,18 @@ impl Ghost {
         let mut open = vec![vec![None; axes]];
         let mut classes = Vec::new();
         while let Some(pattern) = open.pop() {
-            let at: Vec<usize> = pattern.iter().map(|c: &Option<usize>| c.unwrap_or(0)).collect();
+            let at: Vec<usize> = pattern
+                .iter()
+                .map(|c: &Option<usize>| c.unwrap_or(0))
+                .collect();
             let remains = self.one(self.mesh.rank_at(&at), &program)?;
-            let told_apart = |axis: &usize| pattern[*axis].is_none() && self.mesh.axes()[*axis].size() > 1;
+            let told_apart =
+                |axis: &usize| pattern[*axis].is_none() && self.mesh.axes()[*axis].size() > 1;
             match remains.read_axes.iter().copied().find(told_apart) {
-                None => classes.push(Class { pattern, chip: remains.trace }),
+                None => classes.push(Class {
+                    pattern,
+                    chip: remains.trace,
+                }),
                 Some(axis) => {
                     let with = |c: usize| {
                         let mut cut = pattern.clone();
@@ -64,7 +75,11 @@ impl Ghost {
                 }
             }
         }
-        Ok(Trace { world: "ghost".into(), mesh: (*self.mesh).clone(), classes })
+        Ok(Trace {
+            world: "ghost".into(),
+            mesh: (*self.mesh).clone(),
+            classes,
+        })
     }
 
     fn one<T>(&self, rank: usize, program: impl Fn(&Chip) -> T) -> Result<Remains> {
@@ -82,7 +97,10 @@ impl Ghost {
         };
         catch_unwind(AssertUnwindSafe(run)).map_err(|payload| {
             let place = format!("rank {rank} ({})", self.mesh.coordinates(rank));
-            debug_assert!(!payload.is::<Stopped>(), "a ghost has no peers that could stop it");
+            debug_assert!(
+                !payload.is::<Stopped>(),
+                "a ghost has no peers that could stop it"
+            );
             failure(payload).within(place)
         })
     }

@@ -15,8 +15,8 @@
 
 mod apply;
 mod chip;
-mod execute;
 mod exchange;
+mod execute;
 mod ghost;
 mod parameter;
 mod recompute;

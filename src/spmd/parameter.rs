@@ -7,8 +7,8 @@ use crate::error::Error;
 use crate::ops::Local;
 use crate::placement::Placements;
 use crate::random::Stream;
-use crate::tensor::Tensor;
 use crate::tape::ValueId;
+use crate::tensor::Tensor;
 use std::panic::Location;
 use std::rc::Rc;
 
@@ -106,7 +106,10 @@ impl Chip {
         let (shape, padded) = (shape.into(), padded.into());
         let placements = self.normalize(&placements.into());
         let fits = shape.len() == padded.len() && shape.iter().zip(&padded).all(|(s, p)| s <= p);
-        assert!(fits, "parameter '{name}': padded shape {padded:?} is smaller than {shape:?}");
+        assert!(
+            fits,
+            "parameter '{name}': padded shape {padded:?} is smaller than {shape:?}"
+        );
         let site = Location::caller();
         let known = self.parameters().iter().position(|p| *p.name == *name);
         let at = known.unwrap_or_else(|| {
@@ -166,13 +169,21 @@ impl Chip {
     /// Optimizer state beside a parameter: zeros, or what the checkpoint holds under `name`.
     pub(crate) fn state(&self, name: &str, parameter: &Parameter) -> Tensor {
         let p = parameter;
-        self.first_value(name, &p.shape, &p.padded, &p.placements, Init::zeros(), Location::caller())
+        self.first_value(
+            name,
+            &p.shape,
+            &p.padded,
+            &p.placements,
+            Init::zeros(),
+            Location::caller(),
+        )
     }
 
     /// The whole, unpadded tensor of a share, on every chip: what a checkpoint stores. No ghost has it.
     pub(crate) fn whole(&self, share: &Tensor, parameter: &Parameter) -> Vec<f32> {
         let p = parameter;
-        let value = Sharded::unrecorded(self, share.clone(), p.padded.clone(), p.placements.clone());
+        let value =
+            Sharded::unrecorded(self, share.clone(), p.padded.clone(), p.placements.clone());
         let all = value.gather().tensor().clone();
         let local = Local::whole(TensorType::new(p.padded.clone(), DType::F32));
         let from = all.slice().typed::<f32>();

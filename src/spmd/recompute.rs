@@ -42,22 +42,39 @@ impl Chip {
 
     /// Computes the gradients of weights that [`Chip::backward_inputs`] left.
     pub fn backward_weights(&self) {
-        let Some(mut tape) = self.inner().tape.borrow_mut().take() else { return };
+        let Some(mut tape) = self.inner().tape.borrow_mut().take() else {
+            return;
+        };
         let mut gradients = self.inner().gradients.take();
         tape.backward_weights(self, &mut gradients);
         *self.inner().gradients.borrow_mut() = gradients;
     }
 
-    fn begin_backward(&self, loss: &Sharded, site: &'static Location<'static>) -> (Tape<Chip>, Gradients) {
+    fn begin_backward(
+        &self,
+        loss: &Sharded,
+        site: &'static Location<'static>,
+    ) -> (Tape<Chip>, Gradients) {
         let tape = self.inner().tape.borrow_mut().take();
-        let tape = tape.unwrap_or_else(|| panic!("backward at {site}: nothing was recorded; compute the loss inside Chip::record"));
+        let tape = tape.unwrap_or_else(|| {
+            panic!("backward at {site}: nothing was recorded; compute the loss inside Chip::record")
+        });
         let value = loss.tracked.value.unwrap_or_else(|| {
             panic!("backward at {site}: {loss:?} does not depend on any parameter or variable that was recorded")
         });
-        assert_eq!(loss.tensor.elements(), 1, "backward at {site} starts from one number, not from {loss:?}");
+        assert_eq!(
+            loss.tensor.elements(),
+            1,
+            "backward at {site} starts from one number, not from {loss:?}"
+        );
         let mut one = self.allocate(&TensorType::new(loss.tensor.shape(), loss.tracked.gradient));
         if !self.is_ghost() {
-            assert_eq!(one.dtype(), DType::F32, "backward at {site}: a loss is in f32, this one is {}", one.dtype());
+            assert_eq!(
+                one.dtype(),
+                DType::F32,
+                "backward at {site}: a loss is in f32, this one is {}",
+                one.dtype()
+            );
             one.slice_mut().typed::<f32>().fill(1.0);
         }
         let mut gradients = Gradients::default();
@@ -69,10 +86,19 @@ impl Chip {
     #[track_caller]
     pub fn take_gradient(&self, variable: &Sharded) -> Option<Sharded> {
         let site = Location::caller();
-        let contributions = self.inner().gradients.borrow_mut().take(variable.tracked.value?);
+        let contributions = self
+            .inner()
+            .gradients
+            .borrow_mut()
+            .take(variable.tracked.value?);
         let target = variable.placements.gradient();
         let tensor = self.settle(contributions, &target, &variable.global, site)?;
-        Some(Sharded::unrecorded(self, tensor, variable.global.clone(), target))
+        Some(Sharded::unrecorded(
+            self,
+            tensor,
+            variable.global.clone(),
+            target,
+        ))
     }
 
     /// Runs a block of the program whose intermediate values are not kept: its backward computes them again.
@@ -98,7 +124,10 @@ impl Chip {
         let mut again = Again {
             scope: self.recorder().scope(),
             inputs: operands,
-            outputs: outputs.iter().map(|o| (o.tracked.value, o.global.clone(), o.placements.clone())).collect(),
+            outputs: outputs
+                .iter()
+                .map(|o| (o.tracked.value, o.global.clone(), o.placements.clone()))
+                .collect(),
             block: Rc::new(block),
             deferred: None,
             site,
@@ -136,7 +165,9 @@ impl Again {
         let settled: Vec<Option<Tensor>> = self
             .outputs
             .iter()
-            .map(|(value, global, p)| chip.settle(gradients.take((*value)?), &p.gradient(), global, self.site))
+            .map(|(value, global, p)| {
+                chip.settle(gradients.take((*value)?), &p.gradient(), global, self.site)
+            })
             .collect();
         let (mut tape, mut inner, variables) = self.run_again(chip, settled);
         match pass {
@@ -147,7 +178,11 @@ impl Again {
         }
         for (x, variable) in self.inputs.iter().zip(&variables) {
             // A parameter that came in as an operand got its gradient from the inner tape directly.
-            let Some(value) = variable.tracked.value.filter(|_| x.tracked.value.is_some() && x.tracked.leaf.is_none()) else {
+            let Some(value) = variable
+                .tracked
+                .value
+                .filter(|_| x.tracked.value.is_some() && x.tracked.leaf.is_none())
+            else {
                 continue;
             };
             for (p, tensor) in inner.take(value) {
@@ -161,9 +196,19 @@ impl Again {
         }
     }
 
-    fn run_again(&self, chip: &Chip, settled: Vec<Option<Tensor>>) -> (Tape<Chip>, Gradients, Vec<Sharded>) {
+    fn run_again(
+        &self,
+        chip: &Chip,
+        settled: Vec<Option<Tensor>>,
+    ) -> (Tape<Chip>, Gradients, Vec<Sharded>) {
         let fresh = |x: &Sharded| match (x.tracked.value, x.tracked.leaf) {
-            (Some(_), None) => Sharded { tracked: super::sharded::Tracked { value: Some(chip.new_value()), ..x.tracked }, ..x.clone() },
+            (Some(_), None) => Sharded {
+                tracked: super::sharded::Tracked {
+                    value: Some(chip.new_value()),
+                    ..x.tracked
+                },
+                ..x.clone()
+            },
             _ => x.clone(),
         };
         let variables: Vec<Sharded> = self.inputs.iter().map(fresh).collect();
@@ -171,7 +216,11 @@ impl Again {
         chip.recorder().enter_scope(self.scope);
         let results = chip.phase(Phase::Recompute, || (self.block)(chip, &variables));
         chip.recorder().leave();
-        let tape = chip.inner().tape.replace(outer).expect("the block leaves the tape that it was given");
+        let tape = chip
+            .inner()
+            .tape
+            .replace(outer)
+            .expect("the block leaves the tape that it was given");
         let mut inner = Gradients::default();
         for (result, dy) in results.iter().zip(settled) {
             if let (Some(value), Some(dy)) = (result.tracked.value, dy) {

@@ -75,7 +75,14 @@ impl Chip {
         if to == x.placements {
             return x.clone();
         }
-        let tensor = self.move_tensor(x.tensor.clone(), &x.global, &x.placements, &to, "redistribute", site);
+        let tensor = self.move_tensor(
+            x.tensor.clone(),
+            &x.global,
+            &x.placements,
+            &to,
+            "redistribute",
+            site,
+        );
         let mut moved = Sharded::unrecorded(self, tensor, x.global.clone(), to);
         self.record_passage(x, &mut moved, |p, t| (p, t), site);
         moved
@@ -102,9 +109,12 @@ impl Chip {
         for (axis, transition) in steps {
             let next = placed.with(axis, transition.target());
             tensor = match transition {
-                Transition::Slice { dim } => self.slice(&tensor, global, axis, dim, &placed, &next, site),
+                Transition::Slice { dim } => {
+                    self.slice(&tensor, global, axis, dim, &placed, &next, site)
+                }
                 _ => {
-                    let (input, request) = self.prepare(&tensor, global, axis, transition, &placed, &next, site);
+                    let (input, request) =
+                        self.prepare(&tensor, global, axis, transition, &placed, &next, site);
                     drop(tensor);
                     let result = self.collective(&input, &request);
                     drop(input);
@@ -118,7 +128,16 @@ impl Chip {
 
     /// Keeps this chip's piece of dimension `dim`: nothing is sent.
     #[allow(clippy::too_many_arguments)]
-    fn slice(&self, x: &Tensor, global: &[usize], axis: usize, dim: usize, before: &Placements, after: &Placements, site: Site) -> Tensor {
+    fn slice(
+        &self,
+        x: &Tensor,
+        global: &[usize],
+        axis: usize,
+        dim: usize,
+        before: &Placements,
+        after: &Placements,
+        site: Site,
+    ) -> Tensor {
         let began = self.now();
         let local = self.local(global, x.dtype(), after, site);
         let group = self.group(axis);
@@ -132,9 +151,19 @@ impl Chip {
             kind: EventKind::Op,
             op: "slice".into(),
             site,
-            inputs: vec![Value { ty: x.ty().clone(), placement: before.clone() }],
-            outputs: vec![Value { ty: local.ty.clone(), placement: after.clone() }],
-            cost: Cost { flops: 0, bytes: 2 * local.ty.bytes(), scratch: 0 },
+            inputs: vec![Value {
+                ty: x.ty().clone(),
+                placement: before.clone(),
+            }],
+            outputs: vec![Value {
+                ty: local.ty.clone(),
+                placement: after.clone(),
+            }],
+            cost: Cost {
+                flops: 0,
+                bytes: 2 * local.ty.bytes(),
+                scratch: 0,
+            },
             traffic: None,
             stream: Stream::Compute,
             ticket: None,
@@ -157,7 +186,8 @@ impl Chip {
     ) -> (Tensor, Request) {
         let n = self.mesh().axes()[axis].size();
         let ty = self.local(global, x.dtype(), after, site).ty;
-        let lengths = |whole: usize| -> Vec<usize> { (0..n).map(|i| split(whole, n, i).len()).collect() };
+        let lengths =
+            |whole: usize| -> Vec<usize> { (0..n).map(|i| split(whole, n, i).len()).collect() };
         let (kind, counts, cut) = match transition {
             Transition::AllReduce => (Kind::AllReduce, Counts::Len(x.elements()), None),
             Transition::ReduceScatter { dim } => {
@@ -183,7 +213,11 @@ impl Chip {
             None => (x.clone(), 0),
         };
         let unpacked = match transition {
-            Transition::AllGather { dim } | Transition::AllToAll { from: dim, .. } if Cut::of(&ty, dim).outer > 1 => 2 * ty.bytes(),
+            Transition::AllGather { dim } | Transition::AllToAll { from: dim, .. }
+                if Cut::of(&ty, dim).outer > 1 =>
+            {
+                2 * ty.bytes()
+            }
             _ => 0,
         };
         let request = Request {
@@ -221,8 +255,17 @@ impl Chip {
     }
 
     /// The gathered pieces, in rank order, as the tensor that they are.
-    fn unpack(&self, gathered: Tensor, global: &[usize], axis: usize, transition: Transition, after: &Placements, site: Site) -> Tensor {
-        let (Transition::AllGather { dim } | Transition::AllToAll { from: dim, .. }) = transition else {
+    fn unpack(
+        &self,
+        gathered: Tensor,
+        global: &[usize],
+        axis: usize,
+        transition: Transition,
+        after: &Placements,
+        site: Site,
+    ) -> Tensor {
+        let (Transition::AllGather { dim } | Transition::AllToAll { from: dim, .. }) = transition
+        else {
             return gathered;
         };
         let ty = self.local(global, gathered.dtype(), after, site).ty;
@@ -249,7 +292,8 @@ impl Chip {
         let mut output = self.allocate(&request.result);
         let began = self.now();
         if let Some(call) = self.call(input, request) {
-            call.run(input, &mut output).unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
+            call.run(input, &mut output)
+                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
         }
         self.tell_collective(input, request, Stream::Compute, None, began);
         output
@@ -271,7 +315,13 @@ impl Chip {
         );
         let lane = self.inner().lane.clone()?;
         let group = self.group(request.axis);
-        let schedule = collective::schedule(request.kind, request.algorithm, &request.counts, group.size(), group.index());
+        let schedule = collective::schedule(
+            request.kind,
+            request.algorithm,
+            &request.counts,
+            group.size(),
+            group.index(),
+        );
         Some(Call {
             lane,
             group,
@@ -288,13 +338,25 @@ impl Chip {
         let axis = self.mesh().axes()[request.axis].name();
         Header {
             // Shares may differ from chip to chip; their counts, which all chips know, may not.
-            signature: format!("{} over {axis} of {} {:?}", request.kind, input.dtype(), request.counts),
+            signature: format!(
+                "{} over {axis} of {} {:?}",
+                request.kind,
+                input.dtype(),
+                request.counts
+            ),
             scope: self.recorder().scope_name(),
             site: request.site,
         }
     }
 
-    fn tell_collective(&self, input: &Tensor, request: &Request, stream: Stream, ticket: Option<u64>, began: Option<u64>) {
+    fn tell_collective(
+        &self,
+        input: &Tensor,
+        request: &Request,
+        stream: Stream,
+        ticket: Option<u64>,
+        began: Option<u64>,
+    ) {
         let axis = &self.mesh().axes()[request.axis];
         let (n, size) = (axis.size(), input.dtype().size() as u64);
         // The mean over the group: shares may be uneven, the class of chips is one.
@@ -305,9 +367,19 @@ impl Chip {
             kind: EventKind::Collective,
             op: request.kind.to_string().into(),
             site: request.site,
-            inputs: vec![Value { ty: input.ty().clone(), placement: request.before.clone() }],
-            outputs: vec![Value { ty: request.result.clone(), placement: request.after.clone() }],
-            cost: Cost { flops: 0, bytes: request.packed, scratch: 0 },
+            inputs: vec![Value {
+                ty: input.ty().clone(),
+                placement: request.before.clone(),
+            }],
+            outputs: vec![Value {
+                ty: request.result.clone(),
+                placement: request.after.clone(),
+            }],
+            cost: Cost {
+                flops: 0,
+                bytes: request.packed,
+                scratch: 0,
+            },
             traffic: Some(Traffic {
                 axis: axis.name().to_string(),
                 chips: n,
@@ -360,7 +432,10 @@ impl Chip {
     pub fn broadcast(&self, x: &Sharded, axis: &str, root: usize) -> Sharded {
         let site = Location::caller();
         let size = self.size_of(axis);
-        assert!(root < size, "broadcast from chip {root} of '{axis}', which has {size} (called at {site})");
+        assert!(
+            root < size,
+            "broadcast from chip {root} of '{axis}', which has {size} (called at {site})"
+        );
         let tensor = self.whole_group(&x.tensor, axis, Kind::Broadcast { root }, site);
         Sharded::unrecorded(self, tensor, x.global.clone(), x.placements.clone())
     }
@@ -394,7 +469,11 @@ impl Chip {
         let began = self.now();
         if let Some(lane) = &self.inner().lane {
             let to = self.mesh().peer(self.rank(), axis, offset);
-            let channel = Channel { from: self.rank(), to, call: (self.mesh().axes().len(), 0) };
+            let channel = Channel {
+                from: self.rank(),
+                to,
+                call: (self.mesh().axes().len(), 0),
+            };
             let header = Arc::new(self.message_header(axis, x.tensor.ty(), site));
             let bytes = 0..x.tensor.ty().bytes() as usize;
             let sent = lane.start_send(channel, &header, Payload::Shared(x.tensor.clone(), bytes));
@@ -413,7 +492,11 @@ impl Chip {
         let began = self.now();
         if let Some(lane) = &self.inner().lane {
             let from = self.mesh().peer(self.rank(), axis, offset);
-            let channel = Channel { from, to: self.rank(), call: (self.mesh().axes().len(), 0) };
+            let channel = Channel {
+                from,
+                to: self.rank(),
+                call: (self.mesh().axes().len(), 0),
+            };
             let header = Arc::new(self.message_header(axis, ty, site));
             lane.receive(channel, &header, |bytes| {
                 tensor.bytes_mut().copy_from_slice(bytes);
@@ -422,7 +505,14 @@ impl Chip {
             .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
         }
         let value = Sharded::unrecorded(self, tensor, ty.shape.clone(), self.replicated());
-        self.tell_message(EventKind::Receive, &value.traced(), axis, offset, site, began);
+        self.tell_message(
+            EventKind::Receive,
+            &value.traced(),
+            axis,
+            offset,
+            site,
+            began,
+        );
         value
     }
 
@@ -434,13 +524,34 @@ impl Chip {
         }
     }
 
-    fn tell_message(&self, kind: EventKind, value: &Value, axis: &str, offset: isize, site: Site, began: Option<u64>) {
-        let bytes = if kind == EventKind::Send { value.ty.bytes() } else { 0 };
+    fn tell_message(
+        &self,
+        kind: EventKind,
+        value: &Value,
+        axis: &str,
+        offset: isize,
+        site: Site,
+        began: Option<u64>,
+    ) {
+        let bytes = if kind == EventKind::Send {
+            value.ty.bytes()
+        } else {
+            0
+        };
         let values = vec![value.clone()];
-        let (inputs, outputs) = if kind == EventKind::Send { (values, vec![]) } else { (vec![], values) };
+        let (inputs, outputs) = if kind == EventKind::Send {
+            (values, vec![])
+        } else {
+            (vec![], values)
+        };
         self.tell(Told {
             kind,
-            op: if kind == EventKind::Send { "send" } else { "receive" }.into(),
+            op: if kind == EventKind::Send {
+                "send"
+            } else {
+                "receive"
+            }
+            .into(),
             site,
             inputs,
             outputs,
@@ -467,10 +578,24 @@ impl Chip {
         let steps = plan(&x.placements, &to, &x.global, self.mesh())
             .unwrap_or_else(|why| panic!("start_redistribute of {x:?}: {why} (called at {site})"));
         let [(axis, transition)] = steps[..] else {
-            panic!("start_redistribute of {x:?} to {to} takes {} transitions; start one at a time (called at {site})", steps.len())
+            panic!(
+                "start_redistribute of {x:?} to {to} takes {} transitions; start one at a time (called at {site})",
+                steps.len()
+            )
         };
-        assert!(transition.communicates(), "{transition} of {x:?} sends nothing; use redistribute (called at {site})");
-        let (input, request) = self.prepare(&x.tensor, &x.global, axis, transition, &x.placements, &to, site);
+        assert!(
+            transition.communicates(),
+            "{transition} of {x:?} sends nothing; use redistribute (called at {site})"
+        );
+        let (input, request) = self.prepare(
+            &x.tensor,
+            &x.global,
+            axis,
+            transition,
+            &x.placements,
+            &to,
+            site,
+        );
         let output = self.allocate(&request.result);
         let ticket = self.inner().tickets.get();
         self.inner().tickets.set(ticket + 1);
@@ -480,8 +605,21 @@ impl Chip {
             // A ghost's result is allocated and waits for nothing.
             None => Running::finished(output),
         };
-        self.tell_collective(&input, &request, Stream::Communication, Some(ticket), self.now());
-        Pending { value: x.clone(), request, ticket, transition, input, running }
+        self.tell_collective(
+            &input,
+            &request,
+            Stream::Communication,
+            Some(ticket),
+            self.now(),
+        );
+        Pending {
+            value: x.clone(),
+            request,
+            ticket,
+            transition,
+            input,
+            running,
+        }
     }
 
     fn start(&self, call: Call, input: Tensor, output: Tensor) -> Running {
@@ -493,7 +631,10 @@ impl Chip {
         let (flag, delivery) = (done.clone(), slot.clone());
         let lane = call.lane.beside();
         lane.begin_job();
-        let call = Call { lane: lane.clone(), ..call };
+        let call = Call {
+            lane: lane.clone(),
+            ..call
+        };
         let job = move || {
             let start_ns = began + clock.elapsed().as_nanos() as u64;
             let mut output = output;
@@ -502,8 +643,12 @@ impl Chip {
             // The program's handle must be the last one, so that memory is freed in program order.
             drop(input);
             if finished.is_ok() {
-                let time = Time { start_ns, duration_ns: end - start_ns };
-                *delivery.lock().unwrap_or_else(|broken| broken.into_inner()) = Some((output, time));
+                let time = Time {
+                    start_ns,
+                    duration_ns: end - start_ns,
+                };
+                *delivery.lock().unwrap_or_else(|broken| broken.into_inner()) =
+                    Some((output, time));
                 lane.set_done(&flag);
             }
             lane.end_job();
@@ -526,15 +671,25 @@ impl Chip {
             });
             Beside { jobs }
         });
-        beside.jobs.send(job).expect("the thread ends only when this sender is dropped");
+        beside
+            .jobs
+            .send(job)
+            .expect("the thread ends only when this sender is dropped");
     }
 }
 
 impl Running {
     /// What a ghost waits for.
     fn finished(output: Tensor) -> Self {
-        let time = Time { start_ns: 0, duration_ns: 0 };
-        let header = Header { signature: String::new(), scope: "".into(), site: Location::caller() };
+        let time = Time {
+            start_ns: 0,
+            duration_ns: 0,
+        };
+        let header = Header {
+            signature: String::new(),
+            scope: "".into(),
+            site: Location::caller(),
+        };
         Running {
             done: Arc::new(AtomicBool::new(true)),
             slot: Arc::new(Mutex::new(Some((output, time)))),
@@ -556,7 +711,11 @@ impl Pending {
             lane.wait_done(&running.done, &running.header)
                 .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
         }
-        let delivered = running.slot.lock().unwrap_or_else(|broken| broken.into_inner()).take();
+        let delivered = running
+            .slot
+            .lock()
+            .unwrap_or_else(|broken| broken.into_inner())
+            .take();
         let (result, time) = delivered.expect("a transfer that is done has delivered");
         chip.inner().open_tickets.borrow_mut().remove(&self.ticket);
         if !chip.is_ghost() {
@@ -564,8 +723,18 @@ impl Pending {
         }
         drop(self.input);
         let (axis, after) = (self.request.axis, self.request.after);
-        let tensor = chip.unpack(result, &self.value.global, axis, self.transition, &after, site);
-        let value = Value { ty: tensor.ty().clone(), placement: after.clone() };
+        let tensor = chip.unpack(
+            result,
+            &self.value.global,
+            axis,
+            self.transition,
+            &after,
+            site,
+        );
+        let value = Value {
+            ty: tensor.ty().clone(),
+            placement: after.clone(),
+        };
         chip.tell(Told {
             kind: EventKind::Wait,
             op: "wait".into(),
@@ -597,7 +766,12 @@ impl Cut {
     fn of(ty: &TensorType, dim: usize) -> Self {
         let size = ty.dtype.size();
         let inner: usize = ty.shape[dim + 1..].iter().product();
-        Cut { outer: ty.shape[..dim].iter().product(), len: ty.shape[dim], inner: inner * size, size }
+        Cut {
+            outer: ty.shape[..dim].iter().product(),
+            len: ty.shape[dim],
+            inner: inner * size,
+            size,
+        }
     }
 
     /// Elements per index of the dimension.

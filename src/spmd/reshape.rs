@@ -22,15 +22,18 @@ impl Chip {
             elements(&x.global),
             elements(&shape)
         );
-        let placements = carry(&x.placements, &x.global, &shape, self.mesh())
-            .unwrap_or_else(|why| panic!("reshape of {x:?} to {shape:?}: {why} (called at {site})"));
+        let placements =
+            carry(&x.placements, &x.global, &shape, self.mesh()).unwrap_or_else(|why| {
+                panic!("reshape of {x:?} to {shape:?}: {why} (called at {site})")
+            });
         let local = self.local(&shape, x.dtype(), &placements, site);
         let tensor = x.tensor.reshape(local.ty.shape);
         let mut reshaped = Sharded::unrecorded(self, tensor, shape.clone(), placements);
         let (mesh, original) = (Arc::new(self.mesh().clone()), x.global.clone());
         let back = move |p: Placements, tensor: crate::tensor::Tensor, at: &[usize]| {
-            let placements = carry(&p, &shape, &original, &mesh)
-                .unwrap_or_else(|why| panic!("the gradient of a reshape at {site}, placed {p}: {why}"));
+            let placements = carry(&p, &shape, &original, &mesh).unwrap_or_else(|why| {
+                panic!("the gradient of a reshape at {site}, placed {p}: {why}")
+            });
             let local = local_shape(&original, &placements, &mesh, at);
             (placements, tensor.reshape(local))
         };
@@ -41,13 +44,22 @@ impl Chip {
 }
 
 /// The placements of the same shares under another shape.
-fn carry(placements: &Placements, from: &[usize], to: &[usize], mesh: &Mesh) -> Result<Placements, String> {
+fn carry(
+    placements: &Placements,
+    from: &[usize],
+    to: &[usize],
+    mesh: &Mesh,
+) -> Result<Placements, String> {
     let one = |(axis, p): (&crate::mesh::Axis, &Placement)| {
-        let Placement::Shard(dim) = *p else { return Ok(*p) };
+        let Placement::Shard(dim) = *p else {
+            return Ok(*p);
+        };
         let before: usize = from[..dim].iter().product();
         // Dimensions of length 1 make several candidates; the one that can be cut is meant.
         let fits = |&at: &usize| {
-            to[..at].iter().product::<usize>() == before && to[at] % axis.size() == 0 && from[dim] % axis.size() == 0
+            to[..at].iter().product::<usize>() == before
+                && to[at] % axis.size() == 0
+                && from[dim] % axis.size() == 0
         };
         (0..to.len()).find(fits).map(Placement::Shard).ok_or_else(|| {
             format!(

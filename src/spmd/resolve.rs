@@ -39,8 +39,14 @@ pub(crate) fn resolve(
                 list.join(", ")
             )
         })?;
-        outputs.iter_mut().zip(on_axis.0).for_each(|(to, p)| to.push(p));
-        gradients.iter_mut().zip(on_axis.1).for_each(|(to, p)| to.push(p));
+        outputs
+            .iter_mut()
+            .zip(on_axis.0)
+            .for_each(|(to, p)| to.push(p));
+        gradients
+            .iter_mut()
+            .zip(on_axis.1)
+            .for_each(|(to, p)| to.push(p));
     }
     Ok(Resolved {
         outputs: outputs.into_iter().map(Placements::from).collect(),
@@ -67,11 +73,7 @@ fn along_one(axes: &Axes, placed: &[Placement]) -> Result<OnAxis, String> {
     }
 }
 
-fn along_letter(
-    axes: &Axes,
-    placed: &[Placement],
-    letter: char,
-) -> Result<OnAxis, String> {
+fn along_letter(axes: &Axes, placed: &[Placement], letter: char) -> Result<OnAxis, String> {
     if letter.is_uppercase() {
         return Err(format!(
             "the op needs axis '{letter}' of its operands whole; redistribute it to Replicate first"
@@ -83,7 +85,9 @@ fn along_letter(
             None => Replicate,
         };
         if *p != want {
-            return Err(format!("operand {i} would have to be {want} (axis '{letter}')"));
+            return Err(format!(
+                "operand {i} would have to be {want} (axis '{letter}')"
+            ));
         }
     }
     let out = |letters: &Vec<char>| match letters.iter().position(|&l| l == letter) {
@@ -105,9 +109,7 @@ fn along_partial(axes: &Axes, placed: &[Placement]) -> Result<OnAxis, String> {
     let partials = placed.iter().filter(|p| **p == Partial).count();
     let outputs = vec![Partial; axes.outputs.len()];
     match axes.linear {
-        Linear::Jointly if partials == placed.len() => {
-            Ok((outputs, vec![Replicate; placed.len()]))
-        }
+        Linear::Jointly if partials == placed.len() => Ok((outputs, vec![Replicate; placed.len()])),
         Linear::Each if partials == 1 => {
             // The gradient of the partial operand is the whole one, that of the others a sum over chips.
             let gradient = |p: &Placement| if *p == Partial { Replicate } else { Partial };

@@ -39,14 +39,35 @@ pub(super) struct Tracked {
 
 impl Sharded {
     /// A value that no gradient flows to.
-    pub(super) fn unrecorded(chip: &Chip, tensor: Tensor, global: Vec<usize>, placements: Placements) -> Self {
-        let tracked = Tracked { value: None, leaf: None, weight: false, gradient: tensor.dtype() };
-        Sharded { chip: chip.clone(), tensor, global, placements, tracked }
+    pub(super) fn unrecorded(
+        chip: &Chip,
+        tensor: Tensor,
+        global: Vec<usize>,
+        placements: Placements,
+    ) -> Self {
+        let tracked = Tracked {
+            value: None,
+            leaf: None,
+            weight: false,
+            gradient: tensor.dtype(),
+        };
+        Sharded {
+            chip: chip.clone(),
+            tensor,
+            global,
+            placements,
+            tracked,
+        }
     }
 
     pub(super) fn leaf(chip: &Chip, parameter: &Parameter) -> Self {
         let leaf = chip.parameters().iter().position(|p| p.id == parameter.id);
-        let tracked = Tracked { value: Some(parameter.id), leaf, weight: true, gradient: DType::F32 };
+        let tracked = Tracked {
+            value: Some(parameter.id),
+            leaf,
+            weight: true,
+            gradient: DType::F32,
+        };
         Sharded {
             chip: chip.clone(),
             tensor: parameter.value.clone(),
@@ -89,17 +110,33 @@ impl Sharded {
 
     /// The same contents as a value of its own that gradients flow to: see [`Chip::take_gradient`].
     pub fn variable(&self) -> Sharded {
-        let tracked = Tracked { value: Some(self.chip.new_value()), leaf: None, weight: false, gradient: self.dtype() };
-        Sharded { tracked, ..self.clone() }
+        let tracked = Tracked {
+            value: Some(self.chip.new_value()),
+            leaf: None,
+            weight: false,
+            gradient: self.dtype(),
+        };
+        Sharded {
+            tracked,
+            ..self.clone()
+        }
     }
 
     /// The same contents, through which no gradient flows.
     pub fn detach(&self) -> Sharded {
-        Sharded::unrecorded(&self.chip, self.tensor.clone(), self.global.clone(), self.placements.clone())
+        Sharded::unrecorded(
+            &self.chip,
+            self.tensor.clone(),
+            self.global.clone(),
+            self.placements.clone(),
+        )
     }
 
     pub(super) fn traced(&self) -> Value {
-        Value { ty: self.tensor.ty().clone(), placement: self.placements.clone() }
+        Value {
+            ty: self.tensor.ty().clone(),
+            placement: self.placements.clone(),
+        }
     }
 
     /// Type of the whole.
@@ -116,13 +153,28 @@ impl Sharded {
     /// `self w^T`: [.., m, k] by [n, k].
     #[track_caller]
     pub fn matmul_transposed(&self, other: &Sharded) -> Sharded {
-        self.chip.apply_one(ops::Matmul { transpose_b: true, ..Default::default() }, &[self, other])
+        self.chip.apply_one(
+            ops::Matmul {
+                transpose_b: true,
+                ..Default::default()
+            },
+            &[self, other],
+        )
     }
 
     /// `activation(self w + bias)`; bias and activation may be absent.
     #[track_caller]
-    pub fn linear(&self, weight: &Sharded, bias: Option<&Sharded>, activation: Option<Activation>) -> Sharded {
-        let op = ops::Matmul { bias: bias.is_some(), activation, ..Default::default() };
+    pub fn linear(
+        &self,
+        weight: &Sharded,
+        bias: Option<&Sharded>,
+        activation: Option<Activation>,
+    ) -> Sharded {
+        let op = ops::Matmul {
+            bias: bias.is_some(),
+            activation,
+            ..Default::default()
+        };
         let mut operands = vec![self, weight];
         operands.extend(bias);
         self.chip.apply_one(op, &operands)
@@ -226,6 +278,13 @@ impl Sharded {
 
 impl fmt::Debug for Sharded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Sharded({}{:?} {}, share {})", self.dtype(), self.global, self.placements, self.tensor.ty())
+        write!(
+            f,
+            "Sharded({}{:?} {}, share {})",
+            self.dtype(),
+            self.global,
+            self.placements,
+            self.tensor.ty()
+        )
     }
 }

@@ -133,7 +133,9 @@ impl Threads {
                 let (exchange, program) = (&exchange, &program);
                 let body = move || self.rank(rank, exchange, began, program);
                 let name = format!("supernode rank {rank}");
-                let handle = std::thread::Builder::new().name(name).spawn_scoped(scope, body);
+                let handle = std::thread::Builder::new()
+                    .name(name)
+                    .spawn_scoped(scope, body);
                 if let Err(e) = &handle {
                     let why = format!("cannot start a thread: {e}");
                     exchange.fail(rank, Error::new(ErrorKind::Io, why));
@@ -141,24 +143,43 @@ impl Threads {
                 handle.ok()
             };
             let handles: Vec<_> = (0..self.mesh.chips()).map(one).collect();
-            handles.into_iter().map(|h| h.and_then(|h| h.join().ok().flatten())).collect()
+            handles
+                .into_iter()
+                .map(|h| h.and_then(|h| h.join().ok().flatten()))
+                .collect()
         });
         if let Some(error) = exchange.error() {
             return Err(error);
         }
         let mut run = Run {
             outputs: Vec::new(),
-            trace: Trace { world: "threads".into(), mesh: (*self.mesh).clone(), classes: Vec::new() },
+            trace: Trace {
+                world: "threads".into(),
+                mesh: (*self.mesh).clone(),
+                classes: Vec::new(),
+            },
             pool_peaks: Vec::new(),
         };
         for (rank, end) in ends.into_iter().enumerate() {
             let end = end.ok_or_else(|| {
-                Error::new(ErrorKind::Chip, format!("{} ended without a result", exchange.name(rank)))
+                Error::new(
+                    ErrorKind::Chip,
+                    format!("{} ended without a result", exchange.name(rank)),
+                )
             })?;
             run.outputs.push(end.output);
             run.pool_peaks.push(end.pool_peak);
-            let pattern = self.mesh.coordinates(rank).iter().copied().map(Some).collect();
-            run.trace.classes.push(Class { pattern, chip: end.trace });
+            let pattern = self
+                .mesh
+                .coordinates(rank)
+                .iter()
+                .copied()
+                .map(Some)
+                .collect();
+            run.trace.classes.push(Class {
+                pattern,
+                chip: end.trace,
+            });
         }
         Ok(run)
     }
@@ -194,7 +215,11 @@ impl Threads {
             let output = program(&chip);
             let trace = chip.finish().trace;
             let pool_peak = chip.memory().pool_peak().unwrap_or(0);
-            End { output, trace, pool_peak }
+            End {
+                output,
+                trace,
+                pool_peak,
+            }
         };
         match pool.install(|| catch_unwind(AssertUnwindSafe(run))) {
             Ok(end) => {

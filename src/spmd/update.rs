@@ -3,7 +3,6 @@
 use super::apply::Told;
 use super::{Chip, Sharded};
 use crate::ops::Cost;
-use crate::tensor::Tensor;
 use crate::trace::{EventKind, Phase, Stream};
 use std::panic::Location;
 
@@ -18,9 +17,15 @@ impl Chip {
         let reduce = |i: usize| {
             let (contributions, target, global, name) = {
                 let p = &mut self.parameters_mut()[i];
-                (std::mem::take(&mut p.gradient), p.placements.gradient(), p.padded.clone(), p.name.clone())
+                (
+                    std::mem::take(&mut p.gradient),
+                    p.placements.gradient(),
+                    p.padded.clone(),
+                    p.name.clone(),
+                )
             };
-            let tensor = self.scope(&name, || self.settle(contributions, &target, &global, site))?;
+            let tensor =
+                self.scope(&name, || self.settle(contributions, &target, &global, site))?;
             Some((i, Sharded::unrecorded(self, tensor, global, target)))
         };
         let count = self.parameters().len();
@@ -29,7 +34,13 @@ impl Chip {
 
     /// Runs a change in place as one event: `change` is not called in a ghost.
     #[track_caller]
-    pub(crate) fn change(&self, op: &'static str, operands: &[&Sharded], cost: Cost, change: impl FnOnce()) {
+    pub(crate) fn change(
+        &self,
+        op: &'static str,
+        operands: &[&Sharded],
+        cost: Cost,
+        change: impl FnOnce(),
+    ) {
         let site = Location::caller();
         self.arrive(op, site);
         let began = self.now();
@@ -48,11 +59,5 @@ impl Chip {
             ticket: None,
             began,
         });
-    }
-
-    /// A share of one of this chip's own tensors, placed as a parameter is, as a sharded value.
-    pub(crate) fn placed_like(&self, parameter: usize, tensor: &Tensor) -> Sharded {
-        let p = &self.parameters()[parameter];
-        Sharded::unrecorded(self, tensor.clone(), p.padded.clone(), p.placements.clone())
     }
 }

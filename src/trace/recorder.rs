@@ -128,7 +128,9 @@ impl Recorder {
     pub(crate) fn complete(&mut self, ticket: u64, time: Time) {
         let trace = &mut self.trace;
         let steps = trace.latest.iter_mut().chain(&mut trace.first);
-        let events = steps.flat_map(|s| s.events.iter_mut().rev()).chain(trace.outside.iter_mut().rev());
+        let events = steps
+            .flat_map(|s| s.events.iter_mut().rev())
+            .chain(trace.outside.iter_mut().rev());
         let started = |e: &&mut Event| e.ticket == Some(ticket) && e.kind != EventKind::Wait;
         if let Some(event) = events.into_iter().find(started) {
             event.time = Some(time);

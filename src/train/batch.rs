@@ -29,18 +29,27 @@ impl Contents for Half<'_> {
 
     fn copy_share(&self, local: &Local, to: &mut Tensor) -> Result<(), String> {
         if local.ty.shape[1] != local.global[1] {
-            return Err(format!("rows are not split: the share is {} of {:?}", local.ty, local.global));
+            return Err(format!(
+                "rows are not split: the share is {} of {:?}",
+                local.ty, local.global
+            ));
         }
         let to = to.slice_mut().typed::<u32>();
         let mut other = vec![0u32; to.len()];
-        let (tokens, labels) = if self.labels { (&mut other[..], to) } else { (to, &mut other[..]) };
+        let (tokens, labels) = if self.labels {
+            (&mut other[..], to)
+        } else {
+            (to, &mut other[..])
+        };
         let (begin, count) = (local.start[0], local.ty.shape[0]);
         match self.rows {
             Rows::Training { step, first } => {
-                self.batches.fill(step, first + begin..first + begin + count, tokens, labels);
+                self.batches
+                    .fill(step, first + begin..first + begin + count, tokens, labels);
             }
             Rows::Validation { first } => {
-                self.batches.fill_validation(first + begin..first + begin + count, tokens, labels);
+                self.batches
+                    .fill_validation(first + begin..first + begin + count, tokens, labels);
             }
         }
         Ok(())

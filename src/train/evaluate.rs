@@ -14,7 +14,9 @@ impl Training {
         // The running sum stays in f64 here: a long split in f32 would lose digits.
         for first in (0..windows).step_by(rows) {
             let (tokens, labels) = self.inputs(chip, Rows::Validation { first }, rows);
-            let loss: Sharded = chip.scope("evaluate", || self.model.losses(chip, &tokens, &labels).sum().gather());
+            let loss: Sharded = chip.scope("evaluate", || {
+                self.model.losses(chip, &tokens, &labels).sum().gather()
+            });
             sum += number_of(&loss);
         }
         (windows > 0).then(|| sum / self.batches.validation_labels() as f64)

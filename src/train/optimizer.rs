@@ -29,7 +29,13 @@ pub struct AdamW {
 impl Default for AdamW {
     /// GPT-3's and nanoGPT's choice: betas 0.9 and 0.95, decay 0.1, clipping at 1.
     fn default() -> Self {
-        AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: Some(1.0) }
+        AdamW {
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            clip: Some(1.0),
+        }
     }
 }
 
@@ -45,7 +51,11 @@ impl Optimizer {
     /// An optimizer that has done `steps` steps: 0, or what a checkpoint says. State is made on a parameter's first
     /// update, from the checkpoint if the chip restores from one.
     pub fn new(options: AdamW, steps: u64) -> Self {
-        Optimizer { options, steps, state: Vec::new() }
+        Optimizer {
+            options,
+            steps,
+            state: Vec::new(),
+        }
     }
 
     /// The name of a parameter's state in a checkpoint: `which` is 0 for the mean, 1 for the mean of squares.
@@ -77,7 +87,10 @@ impl Optimizer {
                 None => sums.push((square.placements().clone(), square)),
             }
         }
-        let total = sums.iter().map(|(_, sum)| sum.gather()).reduce(|a, b| a.add(&b));
+        let total = sums
+            .iter()
+            .map(|(_, sum)| sum.gather())
+            .reduce(|a, b| a.add(&b));
         let total = total.expect("an optimizer has parameters with gradients to update");
         let max_norm = self.options.clip.unwrap_or(f32::INFINITY);
         let mut both = chip.apply(ClipFactor { max_norm }, &[&total]);
@@ -99,7 +112,11 @@ impl Optimizer {
             beta1: self.options.beta1,
             beta2: self.options.beta2,
             eps: self.options.eps,
-            weight_decay: if p.is_matrix() { self.options.weight_decay } else { 0.0 },
+            weight_decay: if p.is_matrix() {
+                self.options.weight_decay
+            } else {
+                0.0
+            },
             step: self.steps,
         };
         let cost = rule.cost(p.value.ty(), gradient.tensor().ty());

@@ -10,8 +10,8 @@ use crate::spmd::{Chip, Threads};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// A run's checkpoints.
 pub(super) struct Persist {
@@ -34,7 +34,10 @@ impl Persist {
                 Some(Arc::new(loaded))
             }
             (None, true) => {
-                return Err(Error::new(ErrorKind::Input, "to resume, name the checkpoint's directory with --checkpoint"));
+                return Err(Error::new(
+                    ErrorKind::Input,
+                    "to resume, name the checkpoint's directory with --checkpoint",
+                ));
             }
             (Some(dir), false) => {
                 // Found now rather than after an hour of training.
@@ -53,7 +56,12 @@ impl Persist {
             (None, false) => None,
         };
         let newest = loaded.as_ref().map_or(0, |l| l.state.step + 1);
-        Ok(Persist { dir, loaded, identity, newest: AtomicU64::new(newest) })
+        Ok(Persist {
+            dir,
+            loaded,
+            identity,
+            newest: AtomicU64::new(newest),
+        })
     }
 
     pub(super) fn resumes(&self) -> bool {
@@ -83,13 +91,25 @@ impl Persist {
     /// A sentence about the newest checkpoint.
     pub(super) fn last(&self) -> String {
         match (self.newest.load(Relaxed), &self.dir) {
-            (0, _) | (_, None) => "no checkpoint was written; lower the learning rate or clip harder".into(),
-            (step, Some(dir)) => format!("the checkpoint of step {} in {} is kept", step - 1, dir.display()),
+            (0, _) | (_, None) => {
+                "no checkpoint was written; lower the learning rate or clip harder".into()
+            }
+            (step, Some(dir)) => format!(
+                "the checkpoint of step {} in {} is kept",
+                step - 1,
+                dir.display()
+            ),
         }
     }
 
     /// Gathers everything and writes it, on one chip; all chips take part in the gathering.
-    pub(super) fn save(&self, chip: &Chip, optimizer: &Optimizer, step: u64, tell: &impl Fn(Report)) {
+    pub(super) fn save(
+        &self,
+        chip: &Chip,
+        optimizer: &Optimizer,
+        step: u64,
+        tell: &impl Fn(Report),
+    ) {
         let Some(dir) = &self.dir else { return };
         let writes = chip.is_first();
         let mut tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)> = BTreeMap::new();
@@ -112,15 +132,26 @@ impl Persist {
         if !writes {
             return;
         }
-        let state = State { step, ..self.identity.clone() };
+        let state = State {
+            step,
+            ..self.identity.clone()
+        };
         let entry = |(name, (shape, data)): (&'_ String, &'_ (Vec<usize>, Vec<f32>))| -> (String, Vec<usize>, Vec<u8>) {
             (name.clone(), shape.clone(), data.iter().flat_map(|x| x.to_le_bytes()).collect())
         };
         let owned: Vec<_> = tensors.iter().map(entry).collect();
-        let entries = owned.iter().map(|(name, shape, bytes)| Entry { name, dtype: DType::F32, shape, bytes });
+        let entries = owned.iter().map(|(name, shape, bytes)| Entry {
+            name,
+            dtype: DType::F32,
+            shape,
+            bytes,
+        });
         checkpoint::save(dir, &state, entries).unwrap_or_else(|e| chip.fail(e));
         self.newest.store(step + 1, Relaxed);
-        tell(Report::Saved { step, path: dir.clone() });
+        tell(Report::Saved {
+            step,
+            path: dir.clone(),
+        });
     }
 }
 
@@ -148,14 +179,20 @@ fn belongs(found: &State, run: &State, dir: &std::path::Path) -> Result<()> {
         let (key, a, b) = first_difference(a, b);
         Error::new(
             ErrorKind::Checkpoint,
-            format!("the checkpoint in {} is of another {what}: {key}{a} there, {b} in this run", dir.display()),
+            format!(
+                "the checkpoint in {} is of another {what}: {key}{a} there, {b} in this run",
+                dir.display()
+            ),
         )
     };
     if found.seed != run.seed {
         return Err(differ("seed", &json!(found.seed), &json!(run.seed)));
     }
-    let pairs =
-        [("model", &found.model, &run.model), ("text", &found.data, &run.data), ("kind of run", &found.other, &run.other)];
+    let pairs = [
+        ("model", &found.model, &run.model),
+        ("text", &found.data, &run.data),
+        ("kind of run", &found.other, &run.other),
+    ];
     match pairs.into_iter().find(|(_, a, b)| a != b) {
         Some((what, a, b)) => Err(differ(what, a, b)),
         None => Ok(()),
@@ -167,7 +204,10 @@ fn first_difference(a: &Value, b: &Value) -> (String, String, String) {
     if let (Value::Object(x), Value::Object(y)) = (a, b) {
         let keys = x.keys().chain(y.keys());
         for key in keys {
-            let (p, q) = (x.get(key).unwrap_or(&Value::Null), y.get(key).unwrap_or(&Value::Null));
+            let (p, q) = (
+                x.get(key).unwrap_or(&Value::Null),
+                y.get(key).unwrap_or(&Value::Null),
+            );
             if p != q {
                 let (rest, p, q) = first_difference(p, q);
                 return (format!("{key} {rest}"), p, q);
@@ -176,7 +216,11 @@ fn first_difference(a: &Value, b: &Value) -> (String, String, String) {
     }
     let short = |v: &Value| {
         let text = v.to_string();
-        if text.chars().count() > 60 { format!("{}...", text.chars().take(57).collect::<String>()) } else { text }
+        if text.chars().count() > 60 {
+            format!("{}...", text.chars().take(57).collect::<String>())
+        } else {
+            text
+        }
     };
     (String::new(), short(a), short(b))
 }

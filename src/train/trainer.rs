@@ -133,10 +133,18 @@ impl Training {
     pub fn check(&self, mesh: &Mesh) -> Result<()> {
         self.model.config().check(mesh)?;
         let known = |name: &str| matches!(name, "dp" | "tp");
-        if let Some(axis) = mesh.axes().iter().find(|a| !known(a.name()) && a.size() > 1) {
+        if let Some(axis) = mesh
+            .axes()
+            .iter()
+            .find(|a| !known(a.name()) && a.size() > 1)
+        {
             return Err(Error::new(
                 ErrorKind::Mesh,
-                format!("the training loop splits over dp and tp; it does not know mesh axis {}={}", axis.name(), axis.size()),
+                format!(
+                    "the training loop splits over dp and tp; it does not know mesh axis {}={}",
+                    axis.name(),
+                    axis.size()
+                ),
             ));
         }
         let (batch, dp) = (self.batches.rows(), mesh.size_of("dp"));
@@ -163,14 +171,20 @@ impl Training {
         if self.batches.context() > self.model.config().context {
             return Err(Error::new(
                 ErrorKind::Input,
-                format!("rows of {} tokens are longer than the model's context of {}", self.batches.context(), self.model.config().context),
+                format!(
+                    "rows of {} tokens are longer than the model's context of {}",
+                    self.batches.context(),
+                    self.model.config().context
+                ),
             ));
         }
         Ok(())
     }
 
     fn micro_batch(&self, mesh: &Mesh) -> usize {
-        self.options.micro_batch.unwrap_or(self.batches.rows() / mesh.size_of("dp"))
+        self.options
+            .micro_batch
+            .unwrap_or(self.batches.rows() / mesh.size_of("dp"))
     }
 
     /// Trains on a mesh of chips of this machine. `observe` is told what happens, by one chip; setting `stop` ends the run
@@ -179,7 +193,12 @@ impl Training {
     /// # Errors
     /// What [`Training::check`] finds; a checkpoint that cannot be read or written; a loss that is not finite
     /// ([`ErrorKind::NotFinite`], the last checkpoint is kept); any chip's failure.
-    pub fn run(&self, world: &Threads, observe: &(dyn Fn(&Report) + Sync), stop: &AtomicBool) -> Result<Run<Finished>> {
+    pub fn run(
+        &self,
+        world: &Threads,
+        observe: &(dyn Fn(&Report) + Sync),
+        stop: &AtomicBool,
+    ) -> Result<Run<Finished>> {
         self.check(world.mesh())?;
         let persist = Persist::open(self, world)?;
         world.run(|chip| self.program(chip, &persist, observe, stop))
@@ -215,10 +234,17 @@ impl Training {
         }
         let mut optimizer = Optimizer::new(self.options.optimizer, done);
         let mut saved = done;
-        let mut finished = Finished { steps: done, loss: None, val_loss: None, sample: Vec::new() };
+        let mut finished = Finished {
+            steps: done,
+            loss: None,
+            val_loss: None,
+            sample: Vec::new(),
+        };
         for number in done + 1..=self.options.steps {
             if chip.agree(number, || stop.load(Relaxed)) {
-                tell(Report::Stopping { step: finished.steps });
+                tell(Report::Stopping {
+                    step: finished.steps,
+                });
                 break;
             }
             finished.loss = Some(self.timed_step(chip, &mut optimizer, number, persist, &tell));
@@ -227,7 +253,11 @@ impl Training {
                 persist.check_all_used(chip);
             }
             let last = number == self.options.steps;
-            if self.options.eval_every.is_some_and(|n| last || number % n == 0) {
+            if self
+                .options
+                .eval_every
+                .is_some_and(|n| last || number % n == 0)
+            {
                 finished.val_loss = self.evaluate_and_tell(chip, number, &tell);
                 persist.save(chip, &optimizer, number, &tell);
                 saved = number;
@@ -286,11 +316,21 @@ impl Training {
         let passes = batch / rows;
         let mut total: Option<Sharded> = None;
         for pass in 0..passes {
-            let at = Rows::Training { step: number - 1, first: pass * rows };
-            let model = self.model.training((number - 1) * passes as u64 + pass as u64);
+            let at = Rows::Training {
+                step: number - 1,
+                first: pass * rows,
+            };
+            let model = self
+                .model
+                .training((number - 1) * passes as u64 + pass as u64);
             let loss = chip.record(|| {
                 let (tokens, labels_) = self.inputs(chip, at, rows);
-                chip.scope("forward", || model.losses(chip, &tokens, &labels_).sum().scale(1.0 / labels))
+                chip.scope("forward", || {
+                    model
+                        .losses(chip, &tokens, &labels_)
+                        .sum()
+                        .scale(1.0 / labels)
+                })
             });
             loss.backward();
             let loss = loss.detach();
@@ -308,7 +348,11 @@ impl Training {
     pub(super) fn inputs(&self, chip: &Chip, rows: Rows, count: usize) -> (Sharded, Sharded) {
         let shape = [count, self.batches.context()];
         let half = |name: &str, labels: bool| {
-            let contents = Half { batches: &self.batches, rows, labels };
+            let contents = Half {
+                batches: &self.batches,
+                rows,
+                labels,
+            };
             chip.input(name, shape, Transformer::batch_placement(chip), &contents)
         };
         (half("tokens", false), half("labels", true))
@@ -317,5 +361,7 @@ impl Training {
 
 /// The number in a scalar.
 pub(super) fn number_of(scalar: &Sharded) -> f64 {
-    scalar.read().map_or(f64::NAN, |a| f64::from(*a.first().expect("a scalar has one element")))
+    scalar.read().map_or(f64::NAN, |a| {
+        f64::from(*a.first().expect("a scalar has one element"))
+    })
 }

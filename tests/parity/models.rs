@@ -20,7 +20,10 @@ struct Fixture {
 
 impl Fixture {
     fn load(name: &str) -> Arc<Self> {
-        let path = format!("{}/tests/fixtures/{name}.safetensors", env!("CARGO_MANIFEST_DIR"));
+        let path = format!(
+            "{}/tests/fixtures/{name}.safetensors",
+            env!("CARGO_MANIFEST_DIR")
+        );
         let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
         let (_, metadata) = SafeTensors::read_metadata(&bytes).expect("a safetensors file");
         let text = &metadata.metadata().as_ref().expect("metadata")["config"];
@@ -28,19 +31,35 @@ impl Fixture {
         let read = |(name, view): (String, safetensors::tensor::TensorView)| {
             let data = view.data();
             let numbers = match view.dtype() {
-                safetensors::Dtype::F64 => data.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect(),
-                safetensors::Dtype::F32 => data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()) as f64).collect(),
-                safetensors::Dtype::U32 => data.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap()) as f64).collect(),
+                safetensors::Dtype::F64 => data
+                    .chunks_exact(8)
+                    .map(|b| f64::from_le_bytes(b.try_into().unwrap()))
+                    .collect(),
+                safetensors::Dtype::F32 => data
+                    .chunks_exact(4)
+                    .map(|b| f32::from_le_bytes(b.try_into().unwrap()) as f64)
+                    .collect(),
+                safetensors::Dtype::U32 => data
+                    .chunks_exact(4)
+                    .map(|b| u32::from_le_bytes(b.try_into().unwrap()) as f64)
+                    .collect(),
                 other => panic!("{name} is {other:?}"),
             };
             (name, (view.shape().to_vec(), numbers))
         };
         let tensors = file.tensors().into_iter().map(read).collect();
-        Arc::new(Fixture { config: serde_json::from_str(text).expect("JSON"), tensors })
+        Arc::new(Fixture {
+            config: serde_json::from_str(text).expect("JSON"),
+            tensors,
+        })
     }
 
     fn numbers(&self, name: &str) -> &[f64] {
-        &self.tensors.get(name).unwrap_or_else(|| panic!("no tensor '{name}' in the fixture")).1
+        &self
+            .tensors
+            .get(name)
+            .unwrap_or_else(|| panic!("no tensor '{name}' in the fixture"))
+            .1
     }
 
     fn model(&self, mesh: &Mesh) -> Transformer {
@@ -56,10 +75,17 @@ impl Fixture {
             vocab: number("vocabulary"),
             context: number("context"),
             positions: match rotary {
-                true => Positions::Rotary { theta: c["theta"].as_f64().unwrap(), scaling: RotaryScaling::None },
+                true => Positions::Rotary {
+                    theta: c["theta"].as_f64().unwrap(),
+                    scaling: RotaryScaling::None,
+                },
                 false => Positions::Learned,
             },
-            norm: if rotary { Norm::RmsNorm } else { Norm::LayerNorm },
+            norm: if rotary {
+                Norm::RmsNorm
+            } else {
+                Norm::LayerNorm
+            },
             eps: c["eps"].as_f64().unwrap() as f32,
             feed_forward: match c["mlp"].as_str().unwrap() {
                 "swiglu" => FeedForward::SwiGlu,
@@ -101,12 +127,20 @@ impl Fixture {
 /// Mean loss over labels that count, as one number on the tape.
 fn mean_loss(chip: &Chip, model: &Transformer, tokens: &Sharded, labels: &Sharded) -> Sharded {
     let sum = model.losses(chip, tokens, labels).sum().gather();
-    let count = chip.apply_one(CountLabels { ignored: u32::MAX }, &[labels]).gather();
+    let count = chip
+        .apply_one(CountLabels { ignored: u32::MAX }, &[labels])
+        .gather();
     chip.apply_one(Ratio, &[&sum, &count])
 }
 
 fn largest(values: impl IntoIterator<Item = f64>) -> f64 {
-    values.into_iter().fold(0.0, |m, x| if x.abs() > m || x.is_nan() { x.abs() } else { m })
+    values.into_iter().fold(0.0, |m, x| {
+        if x.abs() > m || x.is_nan() {
+            x.abs()
+        } else {
+            m
+        }
+    })
 }
 
 struct Results {
@@ -122,17 +156,33 @@ fn run(fixture: &Arc<Fixture>, mesh: &Mesh) -> Results {
     let program = |chip: &Chip| {
         fixture.restore(chip);
         let (tokens, labels) = fixture.batch(chip, None);
-        let logits = model.logits(chip, &tokens).gather().read().expect("real chips");
-        let logits = logits.rows().into_iter().flat_map(|r| r.to_vec().into_iter().take(vocab)).map(f64::from);
+        let logits = model
+            .logits(chip, &tokens)
+            .gather()
+            .read()
+            .expect("real chips");
+        let logits = logits
+            .rows()
+            .into_iter()
+            .flat_map(|r| r.to_vec().into_iter().take(vocab))
+            .map(f64::from);
         let logits: Vec<f64> = logits.collect();
         let loss = chip.record(|| mean_loss(chip, &model, &tokens, &labels));
         loss.backward();
         let gradients = chip.take_gradients();
         let gradients = gradients.into_iter().map(|(i, g)| {
-            let (name, shape) = (chip.parameters()[i].name.to_string(), chip.parameters()[i].shape.clone());
+            let (name, shape) = (
+                chip.parameters()[i].name.to_string(),
+                chip.parameters()[i].shape.clone(),
+            );
             let whole = g.gather().read().expect("real chips");
-            let whole = whole.slice_each_axis(|a| (0..shape[a.axis.index()] as isize).into()).to_owned();
-            (name, whole.iter().map(|&x| f64::from(x)).collect::<Vec<_>>())
+            let whole = whole
+                .slice_each_axis(|a| (0..shape[a.axis.index()] as isize).into())
+                .to_owned();
+            (
+                name,
+                whole.iter().map(|&x| f64::from(x)).collect::<Vec<_>>(),
+            )
         });
         let gradients: BTreeMap<_, _> = gradients.collect();
         let o = &fixture.config["optimizer"];
@@ -153,13 +203,25 @@ fn run(fixture: &Arc<Fixture>, mesh: &Mesh) -> Results {
             f64::from(loss.read().expect("real chips")[0])
         });
         let losses = losses.collect();
-        (logits, f64::from(loss.read().unwrap()[0]), gradients, losses)
+        (
+            logits,
+            f64::from(loss.read().unwrap()[0]),
+            gradients,
+            losses,
+        )
     };
-    let world = World::threads(mesh, Device::cpu()).expect("a small mesh").with_threads(1);
+    let world = World::threads(mesh, Device::cpu())
+        .expect("a small mesh")
+        .with_threads(1);
     // Adam state is no weight of the fixture: it starts at zero, as the source knows no such name.
     let mut outputs = world.run(program).expect("the run succeeds").into_outputs();
     let (logits, loss, gradients, losses) = outputs.swap_remove(0);
-    Results { logits, loss, gradients, losses }
+    Results {
+        logits,
+        loss,
+        gradients,
+        losses,
+    }
 }
 
 fn check(name: &str, mesh: &Mesh) {
@@ -167,22 +229,53 @@ fn check(name: &str, mesh: &Mesh) {
     let got = run(&fixture, mesh);
     let want = fixture.numbers("logits");
     assert_eq!(got.logits.len(), want.len());
-    let error = largest(got.logits.iter().zip(want).map(|(a, b)| a - b)) / largest(want.iter().copied());
-    assert!(error <= 1e-4, "{name} on {mesh}: logits off by {error:e} of the largest");
+    let error =
+        largest(got.logits.iter().zip(want).map(|(a, b)| a - b)) / largest(want.iter().copied());
+    assert!(
+        error <= 1e-4,
+        "{name} on {mesh}: logits off by {error:e} of the largest"
+    );
     let want = fixture.numbers("loss")[0];
-    assert!((got.loss - want).abs() <= 1e-5, "{name} on {mesh}: loss {} against {want}", got.loss);
-    let names: Vec<&String> = fixture.tensors.keys().filter(|k| k.starts_with("grad/")).collect();
-    assert_eq!(names.len(), got.gradients.len(), "every parameter has a gradient");
-    let scale = largest(names.iter().flat_map(|n| fixture.numbers(n).iter().copied()));
+    assert!(
+        (got.loss - want).abs() <= 1e-5,
+        "{name} on {mesh}: loss {} against {want}",
+        got.loss
+    );
+    let names: Vec<&String> = fixture
+        .tensors
+        .keys()
+        .filter(|k| k.starts_with("grad/"))
+        .collect();
+    assert_eq!(
+        names.len(),
+        got.gradients.len(),
+        "every parameter has a gradient"
+    );
+    let scale = largest(
+        names
+            .iter()
+            .flat_map(|n| fixture.numbers(n).iter().copied()),
+    );
     for full in names {
         let want = fixture.numbers(full);
         let gradient = &got.gradients[full.trim_start_matches("grad/")];
         assert_eq!(gradient.len(), want.len(), "{full}");
         let error = largest(gradient.iter().zip(want).map(|(a, b)| a - b)) / scale;
-        assert!(error <= 1e-4, "{name} on {mesh}: {full} off by {error:e} of the largest gradient");
+        assert!(
+            error <= 1e-4,
+            "{name} on {mesh}: {full} off by {error:e} of the largest gradient"
+        );
     }
-    for (step, (a, b)) in got.losses.iter().zip(fixture.numbers("step_losses")).enumerate() {
-        assert!((a - b).abs() <= 1e-5, "{name} on {mesh}: loss of step {step} is {a}, PyTorch's {b}");
+    for (step, (a, b)) in got
+        .losses
+        .iter()
+        .zip(fixture.numbers("step_losses"))
+        .enumerate()
+    {
+        assert!(
+            (a - b).abs() <= 1e-5,
+            "{name} on {mesh}: loss of step {step} is {a}, PyTorch's {b}"
+        );
     }
 }
 

@@ -1,0 +1,54 @@
+//! The command line: arguments in, one sentence out when something is wrong.
+//!
+//! Standard output carries results (with `--json` one object a line), standard error everything else.
+
+mod preset;
+mod progress;
+mod text;
+mod train;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Transformer kernels split over many chips.
+#[derive(Debug, Parser)]
+#[command(name = "supernode", version, about, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a transformer on a text, over a mesh of chips on this machine.
+    Train(Box<train::Arguments>),
+}
+
+/// Runs the command. Status 0 if it did what was asked, 1 if not, 2 if the arguments cannot be understood.
+pub(crate) fn run() -> ExitCode {
+    keep_panics_of_chips_for_the_error();
+    let result = match Arguments::parse().command {
+        Command::Train(arguments) => train::run(&arguments),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("supernode: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A panic on a chip becomes the run's error, which is printed once; the default hook would print it a second time, in the
+/// middle of the progress line.
+fn keep_panics_of_chips_for_the_error() {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let chip = std::thread::current()
+            .name()
+            .is_some_and(|n| n.starts_with("supernode rank"));
+        if !chip || std::env::var_os("RUST_BACKTRACE").is_some() {
+            default(info);
+        }
+    }));
+}

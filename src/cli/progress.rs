@@ -1,0 +1,223 @@
+//! What a run says while it goes on, and at its end.
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::{Value, json};
+use std::io::{IsTerminal, Write};
+use std::sync::{Mutex, PoisonError};
+use supernode::mesh::Mesh;
+use supernode::model::Config;
+use supernode::spmd::Run;
+use supernode::trace::{CollectiveTotal, Trace};
+use supernode::train::data::Vocabulary;
+use supernode::train::{Finished, Report, Training};
+
+/// Without a terminal, a line after so many steps is enough.
+const LINE_EVERY: u64 = 50;
+
+/// Tells a run's progress.
+pub(super) struct Progress {
+    json: bool,
+    bar: Option<ProgressBar>,
+    steps: u64,
+    labels_per_step: f64,
+    parameters: u64,
+    vocabulary: Vocabulary,
+    seen: Mutex<Seen>,
+}
+
+#[derive(Default)]
+struct Seen {
+    ms: Vec<f64>,
+    stopped: bool,
+}
+
+impl Progress {
+    pub(super) fn new(training: &Training, json: bool) -> Self {
+        let steps = training.options.steps;
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
+            let style = ProgressStyle::with_template("{pos}/{len} [{bar:24}] {msg} {eta}");
+            bar.set_style(
+                style
+                    .unwrap_or_else(|_| ProgressStyle::default_bar())
+                    .progress_chars("=> "),
+            );
+            bar
+        });
+        Progress {
+            json,
+            bar,
+            steps,
+            labels_per_step: (training.batches.rows() * training.batches.context()) as f64,
+            parameters: training.model.config().parameters(),
+            vocabulary: training.batches.tokens().vocabulary().clone(),
+            seen: Mutex::default(),
+        }
+    }
+
+    pub(super) fn begin(&self, mesh: &Mesh, threads: usize) {
+        let chips = mesh.chips();
+        self.say(&format!(
+            "{} parameters, {chips} chip(s) ({mesh}), {threads} thread(s) each, {} steps of {} tokens",
+            self.parameters, self.steps, self.labels_per_step
+        ));
+    }
+
+    /// A line on standard error, above the bar.
+    fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(line),
+            None => eprintln!("{line}"),
+        }
+    }
+
+    pub(super) fn tell(&self, report: &Report) {
+        match report {
+            Report::Step {
+                step,
+                loss,
+                gradient_norm,
+                lr,
+                ms,
+                peak_bytes,
+            } => {
+                self.lock().ms.push(*ms);
+                if self.json {
+                    print_line(&json!({
+                        "step": step, "loss": loss, "ms": ms, "gradient_norm": finite(*gradient_norm), "lr": lr,
+                    }));
+                }
+                if !gradient_norm.is_finite() {
+                    self.say(&format!("step {step}: the gradient norm is {gradient_norm}; this update was left out"));
+                }
+                let rate = self.labels_per_step / ms * 1e3;
+                let message = format!(
+                    "loss {loss:.4}  {rate:.0} tokens/s  {:.0} MB",
+                    *peak_bytes as f64 / 1e6
+                );
+                match &self.bar {
+                    Some(bar) => {
+                        bar.set_position(*step);
+                        bar.set_message(message);
+                    }
+                    None if step % LINE_EVERY == 0 || *step == 1 => {
+                        eprintln!("step {step}: {message}")
+                    }
+                    None => {}
+                }
+            }
+            Report::Validation { step, loss } => {
+                if self.json {
+                    print_line(&json!({"step": step, "val_loss": loss}));
+                }
+                self.say(&format!("step {step}: validation loss {loss:.4}"));
+            }
+            Report::Resumed { step } => self.say(&format!("resumed after step {step}")),
+            Report::Saved { step, path } => {
+                self.say(&format!("saved step {step} in {}", path.display()))
+            }
+            Report::Stopping { step } => {
+                self.lock().stopped = true;
+                self.say(&format!("stopped after step {step}"));
+            }
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the bar away.
+    pub(super) fn end(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// The last words on a run that succeeded.
+    pub(super) fn done(&self, run: &Run<Finished>) {
+        let seen = self.lock();
+        let finished = &run.outputs()[0];
+        if !finished.sample.is_empty() {
+            let text = self.vocabulary.decode(&finished.sample);
+            match self.json {
+                true => print_line(&json!({"sample": text})),
+                false => print_text(&format!("{text}\n")),
+            }
+        }
+        let total: f64 = seen.ms.iter().sum();
+        let rate = (!seen.ms.is_empty())
+            .then(|| self.labels_per_step * seen.ms.len() as f64 / total * 1e3);
+        if self.json {
+            print_line(&json!({
+                "done": true, "steps": finished.steps, "stopped": seen.stopped, "loss": finished.loss,
+                "val_loss": finished.val_loss, "tokens_per_second": rate, "ms_per_step_median": median(&seen.ms),
+                "peak_bytes_per_chip": run.trace().peak_bytes(), "collectives": totals(run.trace().collectives()),
+            }));
+        } else {
+            print_text(&run.trace().summary());
+            let number = |x: Option<f64>| x.map_or("none".to_string(), |x| format!("{x:.4}"));
+            print_text(&format!(
+                "{} steps, loss {}, validation loss {}, {} tokens/s\n",
+                finished.steps,
+                number(finished.loss),
+                number(finished.val_loss),
+                rate.map_or("no".to_string(), |r| format!("{r:.0}")),
+            ));
+        }
+    }
+}
+
+/// What a ghost of one step found.
+pub(super) fn print_ghost(trace: &Trace, config: &Config, json: bool) {
+    // A mesh of half a million chips has few classes; a list by chip would only repeat them.
+    const LISTED: usize = 4096;
+    let chips = trace.mesh.chips();
+    if !json {
+        print_text(&format!(
+            "{} parameters; one training step\n{}",
+            config.parameters(),
+            trace.summary()
+        ));
+        return;
+    }
+    let class = |c: &supernode::trace::Class| json!({"pattern": c.pattern, "peak_bytes": c.chip.peak_bytes});
+    let mut done = json!({
+        "done": true, "ghost": true, "mesh": trace.mesh.to_string(), "chips": chips, "parameters": config.parameters(),
+        "classes": trace.classes.iter().map(class).collect::<Vec<_>>(), "collectives": totals(trace.collectives()),
+    });
+    if chips <= LISTED {
+        done["peak_bytes_per_chip"] = json!(trace.peak_bytes());
+    }
+    print_line(&done);
+}
+
+fn totals(collectives: &[CollectiveTotal]) -> Vec<Value> {
+    let one = |c: &CollectiveTotal| json!({"op": &*c.op, "axis": c.axis, "calls": c.calls, "bytes": c.bytes});
+    collectives.iter().map(one).collect()
+}
+
+fn finite(x: f64) -> Option<f64> {
+    x.is_finite().then_some(x)
+}
+
+fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => None,
+        n if n % 2 == 1 => Some(sorted[middle]),
+        _ => Some((sorted[middle - 1] + sorted[middle]) / 2.0),
+    }
+}
+
+/// Prints one object on a line. Whoever closed the pipe has read enough.
+fn print_line(value: &Value) {
+    print_text(&format!("{value}\n"));
+}
+
+fn print_text(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}

@@ -1,0 +1,291 @@
+//! `supernode train`.
+
+use super::preset::{Preset, Recipe};
+use super::progress::Progress;
+use super::text::Source;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use supernode::mesh::Mesh;
+use supernode::model::{Config, Transformer};
+use supernode::spmd::{Device, World};
+use supernode::train::data::{Batches, Split, TRAIN_SHARE, Tokens};
+use supernode::train::schedule::LearningRate;
+use supernode::train::{AdamW, Options, Training};
+use supernode::{DType, Error, ErrorKind, Result};
+
+/// Arguments of `supernode train`. Without a value, a number is the preset's.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    source: Source,
+    /// Model and recipe
+    #[arg(long, value_enum, default_value = "nanogpt-cpu")]
+    preset: Preset,
+    /// Chips along each axis, dp (data) and tp (tensor); without it one chip
+    #[arg(long, value_name = "dp=2,tp=2")]
+    mesh: Option<String>,
+    /// What chips are
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Threads of each chip; by default the cores shared out
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Most bytes of tensors per chip
+    #[arg(long, value_name = "BYTES")]
+    memory_budget: Option<u64>,
+
+    /// Blocks
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    layers: Option<usize>,
+    /// Width of the residual stream
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    hidden: Option<usize>,
+    /// Query heads
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    heads: Option<usize>,
+    /// Key and value heads
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    kv_heads: Option<usize>,
+    /// Width of the feed-forward part
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    ffn: Option<usize>,
+    /// Tokens of the vocabulary; by default the text's, or the preset's
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    vocab: Option<usize>,
+    /// Tokens of a sequence
+    #[arg(long, value_name = "N", help_heading = "Model")]
+    context: Option<usize>,
+    /// Probability of dropout
+    #[arg(long, value_name = "P", help_heading = "Model")]
+    dropout: Option<f32>,
+
+    /// Sequences per step, over the whole mesh
+    #[arg(long, value_name = "N", help_heading = "Recipe")]
+    batch: Option<usize>,
+    /// Sequences that a chip computes at a time; by default all of its share
+    #[arg(long, value_name = "N", help_heading = "Recipe")]
+    micro_batch: Option<usize>,
+    /// Steps in all
+    #[arg(long, value_name = "N", help_heading = "Recipe")]
+    steps: Option<u64>,
+    /// Highest learning rate; it falls to a tenth by a cosine
+    #[arg(long, value_name = "RATE", help_heading = "Recipe")]
+    lr: Option<f64>,
+    /// Steps of linear warm-up; by default the preset's, at most a tenth of all
+    #[arg(long, value_name = "N", help_heading = "Recipe")]
+    warmup: Option<u64>,
+    /// Type of activations and of the operands of matmuls; master weights stay in f32
+    #[arg(
+        long,
+        default_value = "f32",
+        value_name = "f32|bf16",
+        help_heading = "Recipe"
+    )]
+    dtype: DType,
+    /// Compute each block again in the backward instead of keeping its values
+    #[arg(long, help_heading = "Recipe")]
+    recompute: bool,
+    /// Seed of weights, batches, dropout and samples
+    #[arg(
+        long,
+        default_value_t = 1337,
+        value_name = "N",
+        help_heading = "Recipe"
+    )]
+    seed: u64,
+
+    /// Directory of the checkpoint; written at evaluations, at the end, and on Ctrl-C
+    #[arg(long, value_name = "DIR", help_heading = "Results")]
+    checkpoint: Option<PathBuf>,
+    /// Go on from the checkpoint
+    #[arg(long, requires = "checkpoint", help_heading = "Results")]
+    resume: bool,
+    /// Validate after every so many steps and at the end; 0 for never
+    #[arg(long, value_name = "N", help_heading = "Results")]
+    eval_every: Option<u64>,
+    /// Sample this many tokens at the end
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Results")]
+    sample: usize,
+    /// Write the trace, for this crate and for Perfetto or Chrome
+    #[arg(long, value_name = "OUT.json", help_heading = "Results")]
+    trace: Option<PathBuf>,
+    /// Trace one step without running it: peak bytes and traffic per chip of any mesh
+    #[arg(long, help_heading = "Results")]
+    ghost: bool,
+    /// Print one JSON object a line
+    #[arg(long, help_heading = "Results")]
+    json: bool,
+}
+
+/// Runs the command.
+pub(super) fn run(a: &Arguments) -> Result<()> {
+    let mesh = a
+        .mesh
+        .as_deref()
+        .map_or_else(|| Ok(Mesh::single()), Mesh::parse)?;
+    let device = Device::parse(&a.device)?;
+    if !matches!(a.dtype, DType::F32 | DType::Bf16) {
+        return Err(Error::new(
+            ErrorKind::Input,
+            format!("--dtype {}: training computes in f32 or bf16", a.dtype),
+        ));
+    }
+    let training = a.training(&mesh)?;
+    if a.ghost {
+        return a.ghost(&mesh, &training);
+    }
+    let mut world = World::threads(&mesh, device)?.with_seed(a.seed);
+    if let Some(threads) = a.threads {
+        if threads == 0 {
+            return Err(Error::new(
+                ErrorKind::Input,
+                "--threads 0: a chip needs at least one thread",
+            ));
+        }
+        world = world.with_threads(threads);
+    }
+    if let Some(bytes) = a.memory_budget {
+        world = world.with_memory_budget(bytes);
+    }
+    let stop = stop_on_interrupt()?;
+    let progress = Progress::new(&training, a.json);
+    progress.begin(&mesh, world.threads_per_chip());
+    let run = training.run(&world, &|report| progress.tell(report), &stop);
+    progress.end();
+    let run = run?;
+    if let Some(path) = &a.trace {
+        run.trace().save(path)?;
+    }
+    progress.done(&run);
+    Ok(())
+}
+
+impl Arguments {
+    fn training(&self, mesh: &Mesh) -> Result<Training> {
+        let recipe = self.preset.recipe();
+        let context = self.context.unwrap_or(recipe.config.context);
+        let vocab = self.vocab.or(recipe.vocab);
+        let tokens = self.source.read(vocab, self.ghost, context)?;
+        let config = self.config(&recipe, vocab, &tokens, context)?;
+        config.check(mesh)?;
+        let rows = self.batch.unwrap_or(recipe.batch);
+        let share = if self.source.is_empty() {
+            1.0
+        } else {
+            TRAIN_SHARE
+        };
+        let split = Split::new(tokens.len(), share)?;
+        let batches = Batches::new(tokens, split, context, rows, self.seed)?;
+        let model = Transformer::new(config, mesh)?
+            .with_dtype(self.dtype)
+            .with_recompute(self.recompute);
+        let options = self.options(&recipe)?;
+        let training = Training {
+            model,
+            batches,
+            options,
+        };
+        training.check(mesh)?;
+        Ok(training)
+    }
+
+    fn config(
+        &self,
+        recipe: &Recipe,
+        vocab: Option<usize>,
+        tokens: &Tokens,
+        context: usize,
+    ) -> Result<Config> {
+        let base = &recipe.config;
+        let text = tokens.vocabulary().len();
+        let vocab = vocab.unwrap_or(text);
+        if vocab < text && !self.source.is_empty() {
+            return Err(Error::new(
+                ErrorKind::Input,
+                format!(
+                    "--vocab {vocab} is smaller than the {text} tokens of {}",
+                    tokens.origin()
+                ),
+            ));
+        }
+        let heads = self.heads.unwrap_or(base.heads);
+        let hidden = self.hidden.unwrap_or(base.hidden);
+        // Unless given, what depends on another number keeps its proportion to it.
+        let scaled = |part: usize, whole: usize, now: usize| (part * now).div_ceil(whole).max(1);
+        let ffn = match hidden == base.hidden {
+            true => base.ffn,
+            false => scaled(base.ffn, base.hidden, hidden),
+        };
+        Ok(Config {
+            layers: self.layers.unwrap_or(base.layers),
+            hidden,
+            heads,
+            kv_heads: self
+                .kv_heads
+                .unwrap_or_else(|| scaled(base.kv_heads, base.heads, heads)),
+            ffn: self.ffn.unwrap_or(ffn),
+            vocab,
+            context,
+            dropout: self.dropout.unwrap_or(base.dropout),
+            ..base.clone()
+        })
+    }
+
+    fn options(&self, recipe: &Recipe) -> Result<Options> {
+        let steps = self.steps.unwrap_or(recipe.steps);
+        let lr = self.lr.unwrap_or(recipe.lr);
+        let learning_rate = LearningRate::Cosine {
+            lr,
+            min_lr: lr / 10.0,
+            warmup: self.warmup.unwrap_or(recipe.warmup.min(steps / 10)),
+            decay: steps,
+        };
+        learning_rate.check()?;
+        Ok(Options {
+            steps,
+            micro_batch: self.micro_batch,
+            learning_rate,
+            optimizer: AdamW {
+                beta2: recipe.beta2,
+                ..AdamW::default()
+            },
+            eval_every: match self.eval_every {
+                Some(0) => None,
+                given => given.or(recipe.eval_every),
+            },
+            checkpoint: self.checkpoint.clone(),
+            resume: self.resume,
+            sample: self.sample,
+            temperature: 0.8,
+        })
+    }
+
+    fn ghost(&self, mesh: &Mesh, training: &Training) -> Result<()> {
+        let mut ghost = World::ghost(mesh);
+        if let Some(bytes) = self.memory_budget {
+            ghost = ghost.with_memory_budget(bytes);
+        }
+        let trace = training.trace(&ghost)?;
+        if let Some(path) = &self.trace {
+            trace.save(path)?;
+        }
+        super::progress::print_ghost(&trace, training.model.config(), self.json);
+        Ok(())
+    }
+}
+
+/// The first Ctrl-C sets the flag, the second ends the process.
+fn stop_on_interrupt() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    let asked = move || {
+        if flag.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+        eprintln!("supernode: finishing the step; press Ctrl-C again to end at once");
+    };
+    ctrlc::set_handler(asked)
+        .map_err(|e| Error::new(ErrorKind::Io, format!("cannot listen for Ctrl-C: {e}")))?;
+    Ok(stop)
+}
