@@ -148,9 +148,8 @@ unsafe fn chains<S: Simd, const R: usize, const V: usize>(
 /// a stream that the hardware prefetches.
 ///
 /// # Safety
-/// Element (i, p) of A at `a + i a_row + p a_k`, (p, j) of B at `b + p b_row + j`, and (i, j) of y at `y + i y_row + j`
-/// for R rows, k and n are readable, y's also writable; nothing else refers to y.
-#[allow(clippy::too_many_arguments)]
+/// Element (i, p) of A as in [`Rows`], (p, j) of B at `b + p b_row + j`, and (i, j) of y as in [`Sums`] for R rows, k and
+/// n are readable, y's also writable; nothing else refers to y.
 #[inline(always)]
 pub(super) unsafe fn stream<S: Simd, T: Float, const R: usize, const U: usize>(
     s: S,
@@ -159,21 +158,46 @@ pub(super) unsafe fn stream<S: Simd, T: Float, const R: usize, const U: usize>(
     (b, b_row): (*const T, usize),
     y: Sums,
 ) {
-    let mut p = 0;
-    while p < k {
-        // SAFETY: U rows from p on, or one, lie within k.
-        unsafe {
-            let a = Rows {
-                data: a.data.add(p * a.k_stride),
-                ..a
-            };
-            let b = (b.add(p * b_row), b_row);
-            if p + U <= k {
-                stream_rows::<S, T, R, U>(s, n, a, b, y);
-                p += U;
-            } else {
-                stream_rows::<S, T, R, 1>(s, n, a, b, y);
-                p += 1;
+    s.run(Stream::<T, R, U> {
+        k,
+        n,
+        a,
+        b,
+        b_row,
+        y,
+    });
+}
+
+/// The arguments of [`stream`], whose promise holds wherever one is made.
+struct Stream<T, const R: usize, const U: usize> {
+    k: usize,
+    n: usize,
+    a: Rows,
+    b: *const T,
+    b_row: usize,
+    y: Sums,
+}
+
+impl<T: Float, const R: usize, const U: usize> Kernel for Stream<T, R, U> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        let mut p = 0;
+        while p < self.k {
+            // SAFETY: the promise of `stream`; U rows from p on, or one, lie within k.
+            unsafe {
+                let a = Rows {
+                    data: self.a.data.add(p * self.a.k_stride),
+                    ..self.a
+                };
+                let b = (self.b.add(p * self.b_row), self.b_row);
+                if p + U <= self.k {
+                    stream_rows::<S, T, R, U>(s, self.n, a, b, self.y);
+                    p += U;
+                } else {
+                    stream_rows::<S, T, R, 1>(s, self.n, a, b, self.y);
+                    p += 1;
+                }
             }
         }
     }

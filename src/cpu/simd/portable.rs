@@ -33,7 +33,12 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        kernel.call(self)
+        // A function of its own as on the other sets: where all of them flowed together, compiling took a minute.
+        #[inline(never)]
+        fn compiled<K: Kernel>(kernel: K) -> K::Output {
+            kernel.call(Portable)
+        }
+        compiled(kernel)
     }
     #[inline(always)]
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
