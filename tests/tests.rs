@@ -1,5 +1,6 @@
 //! One integration binary, one line per module.
 
 mod parity {
+    mod models;
     mod ops;
 }

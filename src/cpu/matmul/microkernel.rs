@@ -308,18 +308,37 @@ unsafe fn store<S: Simd>(s: S, (data, dtype): (*mut u8, DType), at: usize, n: us
 pub(super) unsafe fn widen_output<S: Simd>(
     s: S,
     c: &Output,
-    (batch, i, j): (usize, usize, usize),
-    (rows, cols): (usize, usize),
+    at: (usize, usize, usize),
+    shape: (usize, usize),
     to: Sums,
 ) {
-    for r in 0..rows {
-        let from = batch * c.batch_stride + (i + r) * c.row_stride + j;
-        for x in (0..cols).step_by(S::LANES) {
-            let n = S::LANES.min(cols - x);
-            // SAFETY: the caller's promise; n columns from x lie within `cols`.
-            unsafe {
-                let v = load(s, (c.data.cast_const(), c.dtype), from + x, n);
-                store(s, (to.data.cast(), DType::F32), r * to.row_stride + x, n, v);
+    s.run(Widen { c, at, shape, to });
+}
+
+/// The arguments of [`widen_output`], whose promise holds wherever one is made.
+struct Widen<'c> {
+    c: &'c Output,
+    at: (usize, usize, usize),
+    shape: (usize, usize),
+    to: Sums,
+}
+
+impl Kernel for Widen<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        let (batch, i, j) = self.at;
+        let (rows, cols) = self.shape;
+        for r in 0..rows {
+            let from = (self.c.at((batch, i + r, j)).cast_const(), self.c.dtype);
+            for x in (0..cols).step_by(S::LANES) {
+                let n = S::LANES.min(cols - x);
+                // SAFETY: the promise of `widen_output`; n columns from x lie within `cols`.
+                unsafe {
+                    let v = load(s, from, x, n);
+                    let to = (self.to.data.cast(), DType::F32);
+                    store(s, to, r * self.to.row_stride + x, n, v);
+                }
             }
         }
     }
@@ -359,30 +378,48 @@ pub(super) unsafe fn keep<S: Simd>(
 pub(super) unsafe fn finish<S: Simd>(
     s: S,
     c: &Output,
-    (batch, i, j): (usize, usize, usize),
-    (rows, cols): (usize, usize),
+    at: (usize, usize, usize),
+    shape: (usize, usize),
     from: Sums,
 ) {
-    for r in 0..rows {
-        let to = batch * c.batch_stride + (i + r) * c.row_stride + j;
-        for x in (0..cols).step_by(S::LANES) {
-            let n = S::LANES.min(cols - x);
-            // SAFETY: the caller's promise; n columns from x lie within `cols`. Bias and preactivation have C's columns
-            // and rows.
-            unsafe {
-                let sums = (from.data.cast_const().cast(), DType::F32);
-                let mut v = load(s, sums, r * from.row_stride + x, n);
-                if let Some(bias) = c.bias {
-                    v = s.add(v, load(s, bias, j + x, n));
+    s.run(Finish { c, at, shape, from });
+}
+
+/// The arguments of [`finish`], whose promise holds wherever one is made.
+struct Finish<'c> {
+    c: &'c Output,
+    at: (usize, usize, usize),
+    shape: (usize, usize),
+    from: Sums,
+}
+
+impl Kernel for Finish<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        let Finish { c, from, .. } = self;
+        let (batch, i, j) = self.at;
+        let (rows, cols) = self.shape;
+        for r in 0..rows {
+            for x in (0..cols).step_by(S::LANES) {
+                let n = S::LANES.min(cols - x);
+                // SAFETY: the promise of `finish`; n columns from x lie within `cols`. Bias and preactivation have C's
+                // columns and rows.
+                unsafe {
+                    let sums = (from.data.cast_const().cast(), DType::F32);
+                    let mut v = load(s, sums, r * from.row_stride + x, n);
+                    if let Some(bias) = c.bias {
+                        v = s.add(v, load(s, bias, j + x, n));
+                    }
+                    if let Some(preactivation) = c.preactivation {
+                        let row = (batch * c.rows + i + r) * c.cols;
+                        store(s, preactivation, row + j + x, n, v);
+                    }
+                    if let Some(activation) = c.activation {
+                        v = activation.apply(s, v);
+                    }
+                    store(s, (c.at((batch, i + r, j)), c.dtype), x, n, v);
                 }
-                if let Some(preactivation) = c.preactivation {
-                    let row = (batch * c.rows + i + r) * c.cols;
-                    store(s, preactivation, row + j + x, n, v);
-                }
-                if let Some(activation) = c.activation {
-                    v = activation.apply(s, v);
-                }
-                store(s, (c.data, c.dtype), to + x, n, v);
             }
         }
     }

@@ -22,7 +22,7 @@ mod region;
 #[cfg(test)]
 mod tests;
 
-use super::simd::{Isa, dispatch, isa};
+use super::simd::isa;
 use super::{Accum, Activation};
 use crate::dtype::{DType, Slice, SliceMut};
 use rayon::prelude::*;
@@ -88,7 +88,7 @@ pub(crate) fn matmul(
         rayon::current_num_threads()
     };
     let grid = Grid::new(&product, threads);
-    let run = |task: usize| product.run(isa, grid.region(task));
+    let run = |task: usize| Region::run(&product, isa, grid.region(task));
     if grid.tasks() == 1 {
         run(0);
     } else {
@@ -321,20 +321,6 @@ impl Product {
             self.batch = 1;
         }
         self
-    }
-
-    fn run(&self, isa: Isa, (batch, rows, cols): (Range<usize>, Range<usize>, Range<usize>)) {
-        for batch in batch {
-            dispatch(
-                isa,
-                Region {
-                    product: self,
-                    batch,
-                    rows: rows.clone(),
-                    cols: cols.clone(),
-                },
-            );
-        }
     }
 }
 

@@ -18,7 +18,7 @@
 
 use super::super::Accum;
 use super::super::memory::with_scratch_f32;
-use super::super::simd::{Kernel, Simd, TileKernel};
+use super::super::simd::{Isa, Kernel, Simd, TileKernel, dispatch};
 use super::Product;
 use super::microkernel::{Columns, Rows, Sums, finish, keep, stream, tile, widen_output};
 use super::pack::{Block, pack};
@@ -51,10 +51,12 @@ const STREAM_COLS: usize = 1024;
 
 /// The part of C that one thread computes.
 pub(super) struct Region<'p> {
-    pub product: &'p Product,
-    pub batch: usize,
-    pub rows: Range<usize>,
-    pub cols: Range<usize>,
+    product: &'p Product,
+    batch: usize,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    /// [`scratch_f32`] of them.
+    scratch: &'p mut [f32],
 }
 
 /// Where the pieces of one thread's scratch begin, in f32.
@@ -130,44 +132,68 @@ impl TileKernel for Region<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn call<S: Simd, const MR: usize, const V: usize>(self, s: S) {
-        let (m, n) = (self.rows.len(), self.cols.len());
-        if m == 0 || n == 0 {
+    fn call<S: Simd, const MR: usize, const V: usize>(mut self, s: S) {
+        let (m, n, p) = (self.rows.len(), self.cols.len(), self.product);
+        let layout = Layout::new(m, n, p.k, p.c.dtype);
+        if self.is_streamed() {
+            let scratch = std::mem::take(&mut self.scratch);
+            self.stream(s, &mut scratch[layout.sums..layout.tile]);
             return;
         }
-        let p = self.product;
-        let layout = Layout::new(m, n, p.k, p.c.dtype);
-        with_scratch_f32(layout.end, |scratch| {
-            if m <= STREAMED && p.b.col_stride == 1 {
-                self.stream(s, &mut scratch[layout.sums..layout.tile]);
-                return;
+        let (rows, cols) = if keeps_sums(p.k, p.c.dtype) {
+            KEPT
+        } else {
+            (m, NC)
+        };
+        for rows in pieces(self.rows.clone(), rows) {
+            for cols in pieces(self.cols.clone(), cols) {
+                let strip = Strip::<S, MR, V> {
+                    s,
+                    product: p,
+                    batch: self.batch,
+                    rows: rows.clone(),
+                    cols,
+                    pack_a: p.a.dtype != DType::F32 || (n > FEW_COLS && m * n * p.k > SMALL),
+                    pack_b: p.b.dtype != DType::F32
+                        || p.b.col_stride != 1
+                        || (m > FEW_ROWS && m * n * p.k > SMALL),
+                };
+                strip.run(self.scratch, &layout);
             }
-            let (rows, cols) = if keeps_sums(p.k, p.c.dtype) {
-                KEPT
-            } else {
-                (m, NC)
-            };
-            for rows in pieces(self.rows.clone(), rows) {
-                for cols in pieces(self.cols.clone(), cols) {
-                    let strip = Strip::<S, MR, V> {
-                        s,
-                        product: p,
-                        batch: self.batch,
-                        rows: rows.clone(),
-                        cols,
-                        pack_a: p.a.dtype != DType::F32 || (n > FEW_COLS && m * n * p.k > SMALL),
-                        pack_b: p.b.dtype != DType::F32
-                            || p.b.col_stride != 1
-                            || (m > FEW_ROWS && m * n * p.k > SMALL),
-                    };
-                    strip.run(scratch, &layout);
-                }
-            }
-        });
+        }
     }
 }
 
 impl Region<'_> {
+    /// Computes each matrix of the batch in turn.
+    pub(super) fn run(
+        product: &Product,
+        isa: Isa,
+        (batch, rows, cols): (Range<usize>, Range<usize>, Range<usize>),
+    ) {
+        let (m, n) = (rows.len(), cols.len());
+        if m == 0 || n == 0 {
+            return;
+        }
+        // Outside of `dispatch`: the closure of a function that does not inline is compiled without the token's features.
+        with_scratch_f32(scratch_f32(m, n, product.k, product.c.dtype), |scratch| {
+            for batch in batch {
+                let region = Region {
+                    product,
+                    batch,
+                    rows: rows.clone(),
+                    cols: cols.clone(),
+                    scratch,
+                };
+                dispatch(isa, region);
+            }
+        });
+    }
+
+    fn is_streamed(&self) -> bool {
+        self.rows.len() <= STREAMED && self.product.b.col_stride == 1
+    }
+
     /// Few rows: sums of a strip of columns stay in the first cache, and B streams by once.
     #[inline(always)]
     fn stream<S: Simd>(&self, s: S, scratch: &mut [f32]) {
@@ -344,6 +370,13 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
                     }
                 };
                 let shape = (MR.min(rows.len() - i), cols);
+                // The next tile's sums, which its chains cannot begin without.
+                for r in i + MR..i + 2 * MR {
+                    let next = p.c.at((self.batch, rows.start + r, self.cols.start + j));
+                    self.s.prefetch(next);
+                    self.s
+                        .prefetch(next.wrapping_add((Self::NR - 1) * p.c.dtype.size()));
+                }
                 self.tile(depth, (rows.start + i, j), shape, a, b, places);
             }
         }

@@ -92,6 +92,10 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn prefetch<T>(self, p: *const T) {
+        avx!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
+    }
+    #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
         avx!(_mm256_set1_ps(x))
     }

@@ -68,6 +68,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Transposes `LANES` vectors in place: lane j of vector i goes to lane i of vector j. Panics on another number.
     fn transpose(self, x: &mut [Self::V]);
 
+    /// Asks for the cache line of p, which need not be readable.
+    fn prefetch<T>(self, p: *const T);
+
     /// All lanes x.
     fn splat(self, x: f32) -> Self::V;
     /// a + b.

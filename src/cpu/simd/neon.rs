@@ -75,6 +75,8 @@ impl Simd for Neon {
         })
     }
     #[inline(always)]
+    fn prefetch<T>(self, _: *const T) {}
+    #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
         neon!(vdupq_n_f32(x))
     }

@@ -45,6 +45,8 @@ impl Simd for Portable {
         *x = std::array::from_fn(|i| std::array::from_fn(|j| x[j][i]));
     }
     #[inline(always)]
+    fn prefetch<T>(self, _: *const T) {}
+    #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
         [x; N]
     }
