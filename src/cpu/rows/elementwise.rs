@@ -1,0 +1,106 @@
+//! Sums, products, scales and casts of single elements. Each function computes in f32 and rounds once.
+
+use super::pointwise::{Pointwise, pointwise};
+use crate::cpu::simd::Simd;
+use crate::dtype::{Slice, SliceMut};
+
+#[derive(Clone, Copy)]
+struct Add;
+impl Pointwise<2, 1> for Add {
+    #[inline(always)]
+    fn at<S: Simd>(self, s: S, [a, b]: [S::V; 2], _: [S::V; 1]) -> [S::V; 1] {
+        [s.add(a, b)]
+    }
+}
+
+/// y = a + b. Panics unless the lengths are equal, as all functions of this file do.
+pub(crate) fn add(a: Slice, b: Slice, y: SliceMut) {
+    pointwise(Add, [a, b], [y]);
+}
+
+#[derive(Clone, Copy)]
+struct Multiply;
+impl Pointwise<2, 1> for Multiply {
+    #[inline(always)]
+    fn at<S: Simd>(self, s: S, [a, b]: [S::V; 2], _: [S::V; 1]) -> [S::V; 1] {
+        [s.mul(a, b)]
+    }
+}
+
+/// y = a b, element by element.
+pub(crate) fn multiply(a: Slice, b: Slice, y: SliceMut) {
+    pointwise(Multiply, [a, b], [y]);
+}
+
+#[derive(Clone, Copy)]
+struct Scale(f32);
+impl Pointwise<1, 1> for Scale {
+    #[inline(always)]
+    fn at<S: Simd>(self, s: S, [x]: [S::V; 1], _: [S::V; 1]) -> [S::V; 1] {
+        [s.mul(x, s.splat(self.0))]
+    }
+}
+
+/// y = factor x.
+pub(crate) fn scale(x: Slice, factor: f32, y: SliceMut) {
+    pointwise(Scale(factor), [x], [y]);
+}
+
+#[derive(Clone, Copy)]
+struct ScaleInPlace(f32);
+impl Pointwise<0, 1> for ScaleInPlace {
+    const IN_PLACE: bool = true;
+    #[inline(always)]
+    fn at<S: Simd>(self, s: S, _: [S::V; 0], [y]: [S::V; 1]) -> [S::V; 1] {
+        [s.mul(y, s.splat(self.0))]
+    }
+}
+
+/// y <- factor y.
+pub(crate) fn scale_in_place(y: SliceMut, factor: f32) {
+    pointwise(ScaleInPlace(factor), [], [y]);
+}
+
+#[derive(Clone, Copy)]
+struct AddAssign;
+impl Pointwise<1, 1> for AddAssign {
+    const IN_PLACE: bool = true;
+    #[inline(always)]
+    fn at<S: Simd>(self, s: S, [x]: [S::V; 1], [y]: [S::V; 1]) -> [S::V; 1] {
+        [s.add(y, x)]
+    }
+}
+
+/// sum <- sum + x.
+pub(crate) fn add_assign(sum: SliceMut, x: Slice) {
+    pointwise(AddAssign, [x], [sum]);
+}
+
+#[derive(Clone, Copy)]
+struct Axpy(f32);
+impl Pointwise<1, 1> for Axpy {
+    const IN_PLACE: bool = true;
+    #[inline(always)]
+    fn at<S: Simd>(self, s: S, [x]: [S::V; 1], [y]: [S::V; 1]) -> [S::V; 1] {
+        [s.fma(s.splat(self.0), x, y)]
+    }
+}
+
+/// y <- a x + y, rounded once.
+pub(crate) fn axpy(a: f32, x: Slice, y: SliceMut) {
+    pointwise(Axpy(a), [x], [y]);
+}
+
+#[derive(Clone, Copy)]
+struct Cast;
+impl Pointwise<1, 1> for Cast {
+    #[inline(always)]
+    fn at<S: Simd>(self, _: S, x: [S::V; 1], _: [S::V; 1]) -> [S::V; 1] {
+        x
+    }
+}
+
+/// y = x, in y's element type (nearest, ties to even).
+pub(crate) fn cast(x: Slice, y: SliceMut) {
+    pointwise(Cast, [x], [y]);
+}

@@ -1,0 +1,181 @@
+//! Sums over rows and over everything, in an order that nothing but the shape decides; and the bias that a column sum is
+//! the gradient of.
+
+use super::lanes::{map, sums, update, widen, written};
+use super::parallel::{Out, column_block, for_columns, for_rows, part};
+use crate::cpu::Accum;
+use crate::cpu::memory::with_scratch_f32;
+use crate::cpu::simd::{Isa, Kernel, Simd, dispatch, isa};
+use crate::dtype::{Slice, SliceMut};
+use std::ops::Range;
+
+/// Elements of a block of [`sum`] and [`sum_of_squares`].
+const BLOCK: usize = 4096;
+
+/// out[j] (+)= sum over rows i, ascending, of x[i, j]: one chain a column, which `Accum::Add` resumes.
+///
+/// x: [r, c] with c = out.len(). Panics unless c divides x's length.
+pub(crate) fn column_sum(x: Slice, out: &mut [f32], accum: Accum) {
+    let (c, isa) = (out.len(), isa());
+    let rows = x.len().checked_div(c).unwrap_or(0);
+    assert_eq!(x.len(), rows * c, "x is not [r, {c}]");
+    let block = column_block(rows, c);
+    for_columns(c, block, out, |columns, out| {
+        with_scratch_f32(columns.len(), |scratch| {
+            dispatch(
+                isa,
+                ColumnSum {
+                    c,
+                    rows,
+                    x,
+                    columns,
+                    out,
+                    accum,
+                    scratch,
+                },
+            );
+        });
+    });
+}
+
+struct ColumnSum<'a> {
+    c: usize,
+    rows: usize,
+    x: Slice<'a>,
+    columns: Range<usize>,
+    out: &'a mut [f32],
+    accum: Accum,
+    scratch: &'a mut [f32],
+}
+
+impl Kernel for ColumnSum<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        if self.accum == Accum::Replace {
+            self.out.fill(0.0);
+        }
+        for row in 0..self.rows {
+            let elements = row * self.c + self.columns.start..row * self.c + self.columns.end;
+            let x = widen(s, self.x, elements, self.scratch);
+            update(s, [x], self.out, |[x], sum| s.add(sum, x));
+        }
+    }
+}
+
+/// y[i, j] = x[i, j] + bias[j]. x, y: [r, c]; bias: [c]. Panics on other lengths.
+pub(crate) fn add_bias(x: Slice, bias: Slice, y: SliceMut) {
+    let (c, isa) = (bias.len(), isa());
+    let rows = x.len().checked_div(c).unwrap_or(0);
+    assert_eq!(x.len(), rows * c, "x is not [r, {c}]");
+    assert_eq!(y.len(), x.len(), "x and y differ in length");
+    if c == 0 {
+        return;
+    }
+    for_rows(rows, c, Out { data: y, width: c }, |range, y| {
+        with_scratch_f32(3 * c, |scratch| {
+            dispatch(
+                isa,
+                AddBias {
+                    c,
+                    x,
+                    bias,
+                    range,
+                    y: y.data,
+                    scratch,
+                },
+            );
+        });
+    });
+}
+
+struct AddBias<'a> {
+    c: usize,
+    x: Slice<'a>,
+    bias: Slice<'a>,
+    range: Range<usize>,
+    y: SliceMut<'a>,
+    scratch: &'a mut [f32],
+}
+
+impl Kernel for AddBias<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call<S: Simd>(mut self, s: S) {
+        let c = self.c;
+        let (bias, rest) = self.scratch.split_at_mut(c);
+        let (wide, narrow) = rest.split_at_mut(c);
+        let bias = widen(s, self.bias, 0..c, bias);
+        for (i, row) in self.range.enumerate() {
+            let x = widen(s, self.x, row * c..(row + 1) * c, wide);
+            written(s, &mut self.y, i * c..(i + 1) * c, narrow, |y| {
+                map(s, [x, bias], y, |[x, b]| s.add(x, b));
+            });
+        }
+    }
+}
+
+/// The sum of all elements: blocks of 4096 by 32 lanes, then a binary tree over the blocks.
+pub(crate) fn sum(x: Slice) -> f32 {
+    total(x, false)
+}
+
+/// The sum of all squares, in the order of [`sum`].
+pub(crate) fn sum_of_squares(x: Slice) -> f32 {
+    total(x, true)
+}
+
+fn total(x: Slice, squared: bool) -> f32 {
+    let isa: Isa = isa();
+    let blocks = x.len().div_ceil(BLOCK);
+    with_scratch_f32(blocks, |parts| {
+        for_rows(blocks, BLOCK, &mut *parts, |range, parts| {
+            let range = range.start * BLOCK..(range.end * BLOCK).min(x.len());
+            let x = part(x, range);
+            dispatch(isa, BlockSums { x, squared, parts });
+        });
+        tree(parts)
+    })
+}
+
+/// Neighbours are added to each other until one is left; an odd last one is handed on.
+fn tree(parts: &mut [f32]) -> f32 {
+    let mut n = parts.len();
+    while n > 1 {
+        for i in 0..n / 2 {
+            parts[i] = parts[2 * i] + parts[2 * i + 1];
+        }
+        if n % 2 == 1 {
+            parts[n / 2] = parts[n - 1];
+        }
+        n = n.div_ceil(2);
+    }
+    parts.first().copied().unwrap_or(0.0)
+}
+
+struct BlockSums<'a> {
+    x: Slice<'a>,
+    squared: bool,
+    parts: &'a mut [f32],
+}
+
+impl Kernel for BlockSums<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        let mut wide = [0f32; BLOCK];
+        let n = self.x.len();
+        for (i, sum) in self.parts.iter_mut().enumerate() {
+            let x = widen(s, self.x, i * BLOCK..((i + 1) * BLOCK).min(n), &mut wide);
+            let [total] = if self.squared {
+                sums(s, [x], |[x], [sum]| [s.fma(x, x, sum)])
+            } else {
+                sums(s, [x], |[x], [sum]| [s.add(sum, x)])
+            };
+            *sum = total;
+        }
+    }
+}
