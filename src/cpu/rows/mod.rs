@@ -34,3 +34,8 @@ pub(crate) use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backwa
 pub(crate) use optimizer::{AdamW, Sgd, adamw, sgd};
 pub(crate) use reduce::{add_bias, column_sum, sum, sum_of_squares};
 pub(crate) use rotary::{Rotary, RotaryStyle, rotary};
+
+#[cfg(test)]
+pub(crate) mod tests;
+#[cfg(test)]
+mod tests_losses;
