@@ -1,6 +1,28 @@
 //! Attention by blocks that stay in cache, with an online softmax (Dao et al. 2022, "FlashAttention").
+//!
+//! Scores are kept transposed, [keys, query rows]: a vector holds one key's scores for neighbouring query rows. Maxima and
+//! sums over keys then run down the tile without ever crossing lanes, keys and values are used as they lie, and only the
+//! queries are transposed, once a tile. The query heads that share a key head fill a tile together, token by token.
+//!
+//! Order of sums: a logit is a chain over d; a sum of exponentials is a chain over the 64 keys of a block, and blocks are
+//! added in ascending order; outputs and gradients are chains over keys or over query rows (token by token, then head by
+//! head). Blocks that nobody sees change nothing, bit for bit, so they are skipped. Nothing depends on threads.
 
+// The ops above are not there yet; the lint returns when they are.
+#![allow(dead_code)]
+
+mod backward;
+mod forward;
+mod heads;
+mod mask;
+#[cfg(test)]
+mod tests;
+mod tile;
+
+use crate::cpu::memory::with_scratch_f32;
+use crate::cpu::simd::{dispatch, isa};
 use crate::dtype::{Slice, SliceMut};
+use rayon::prelude::*;
 
 /// Heads of tokens, borrowed: element (b, h, t, d) is at b s0 + h s1 + t s2 + d.
 #[derive(Clone, Copy, Debug)]
@@ -43,4 +65,178 @@ pub(crate) struct Geometry<'a> {
     pub(crate) offset: usize,
     /// Document of each query `[batch, queries]` and key `[batch, keys]`: other documents' keys are hidden.
     pub(crate) documents: Option<(&'a [u32], &'a [u32])>,
+}
+
+impl Geometry<'_> {
+    /// Panics unless the numbers fit together.
+    fn check(&self) {
+        assert!(
+            self.kv_heads > 0 && self.heads % self.kv_heads == 0,
+            "{} key heads do not divide {} heads",
+            self.kv_heads,
+            self.heads
+        );
+        assert!(
+            (1..=256).contains(&self.head_dim),
+            "a head of {} elements; 1 to 256 are possible",
+            self.head_dim
+        );
+        if let Some((queries, keys)) = self.documents {
+            assert_eq!(
+                queries.len(),
+                self.batch * self.queries,
+                "documents of queries"
+            );
+            assert_eq!(keys.len(), self.batch * self.keys, "documents of keys");
+        }
+    }
+
+    /// Whether the work is worth more than one thread.
+    fn is_big(&self) -> bool {
+        let products = self.batch * self.heads * self.queries * self.keys * self.head_dim;
+        products > 1 << 18 && rayon::current_num_threads() > 1
+    }
+
+    /// Tile `index` of the query rows of key head `unit`, counted over all sequences.
+    fn tile(&self, unit: usize, index: usize) -> mask::Tile {
+        let first = index * mask::SIDE;
+        mask::Tile {
+            batch: unit / self.kv_heads,
+            kv_head: unit % self.kv_heads,
+            first,
+            rows: mask::SIDE.min(self.rows() - first),
+        }
+    }
+}
+
+/// Constants that are folded into the scores, so that an exponential is one power of two.
+#[derive(Clone, Copy)]
+struct Fold {
+    /// Factor of the queries: scale log2(e), or scale / c with a soft cap.
+    query: f32,
+    /// c log2(e): factor of the hyperbolic tangent.
+    cap: Option<f32>,
+}
+
+impl Fold {
+    fn new(g: &Geometry) -> Self {
+        use std::f32::consts::LOG2_E;
+        Fold {
+            query: g.soft_cap.map_or(g.scale * LOG2_E, |c| g.scale / c),
+            cap: g.soft_cap.map(|c| c * LOG2_E),
+        }
+    }
+}
+
+/// o = softmax over visible keys of (scale q k^T, capped) times v; lse = ln of the sum of e^logit over visible keys.
+///
+/// q, o: rows of [batch, heads, queries]; k, v: of [batch, kv_heads, keys], each with head_dim elements of any float type;
+/// lse: [batch, heads, queries]. A query that sees nothing gets o = 0 and lse = minus infinity. Panics on shapes that do
+/// not fit, on output rows that overlap, and on head_dim above 256.
+pub(crate) fn attention_forward(
+    g: &Geometry,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    o: HeadsMut,
+    lse: &mut [f32],
+) {
+    g.check();
+    let (d, queries) = (g.head_dim, [g.batch, g.heads, g.queries]);
+    let keys = [g.batch, g.kv_heads, g.keys];
+    q.check("q", queries, d);
+    k.check("k", keys, d);
+    v.check("v", keys, d);
+    assert_eq!(
+        lse.len(),
+        queries.iter().product::<usize>(),
+        "lse is not {queries:?}"
+    );
+    let lse = HeadsMut {
+        data: SliceMut::F32(lse),
+        strides: [g.heads * g.queries, g.queries, 1],
+    };
+    let o = heads::OutRows::new("o", o, queries, d);
+    let lse = heads::OutRows::new("lse", lse, queries, 1);
+    let isa = isa();
+    let tiles = g.rows().div_ceil(mask::SIDE);
+    let tasks = 0..g.batch * g.kv_heads * tiles;
+    let task = |i: usize| {
+        let tile = g.tile(i / tiles, i % tiles);
+        with_scratch_f32(forward::scratch(d), |scratch| {
+            dispatch(
+                isa,
+                forward::Forward {
+                    g,
+                    q,
+                    k,
+                    v,
+                    o: &o,
+                    lse: &lse,
+                    tile,
+                    scratch,
+                },
+            );
+        });
+    };
+    if g.is_big() {
+        tasks.into_par_iter().with_max_len(1).for_each(task);
+    } else {
+        tasks.for_each(task);
+    }
+}
+
+/// The gradients of [`attention_forward`], from its o and lse; dq, dk and dv are overwritten.
+///
+/// With P = e^(logit - lse), D = sum over d of dout o: dv = P^T dout, dlogit = P (dout v^T - D), and from there through cap
+/// and scale dq = scale dlogit k, dk = scale dlogit^T q. A query that sees nothing gets and gives 0. Panics as the
+/// forward does.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn attention_backward(
+    g: &Geometry,
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    o: Heads,
+    dout: Heads,
+    lse: &[f32],
+    dq: HeadsMut,
+    dk: HeadsMut,
+    dv: HeadsMut,
+) {
+    g.check();
+    let (d, queries) = (g.head_dim, [g.batch, g.heads, g.queries]);
+    let keys = [g.batch, g.kv_heads, g.keys];
+    for (what, x) in [("q", q), ("o", o), ("dout", dout)] {
+        x.check(what, queries, d);
+    }
+    k.check("k", keys, d);
+    v.check("v", keys, d);
+    assert_eq!(
+        lse.len(),
+        queries.iter().product::<usize>(),
+        "lse is not {queries:?}"
+    );
+    backward::run(
+        &backward::Arguments {
+            g,
+            q,
+            k,
+            v,
+            o,
+            dout,
+            lse,
+        },
+        &heads::OutRows::new("dq", dq, queries, d),
+        &heads::OutRows::new("dk", dk, keys, d),
+        &heads::OutRows::new("dv", dv, keys, d),
+    );
+}
+
+/// Bytes of scratch that one task of the forward and of the backward takes; they follow the shape only.
+pub(crate) fn attention_scratch(g: &Geometry) -> (usize, usize) {
+    (
+        4 * forward::scratch(g.head_dim),
+        4 * backward::scratch(g.head_dim, g.keys),
+    )
 }

@@ -1,0 +1,299 @@
+//! Attention against the textbook in f64: all masks, caps, groups, types and ragged sizes, on every instruction set of this
+//! machine, with one thread and two.
+
+use super::*;
+use crate::cpu::rows::tests::{Data, U, bits, check, everywhere};
+use crate::dtype::DType;
+
+/// A case: [batch, heads, kv_heads, queries, keys, head_dim], and a change to the plain geometry.
+type Case = ([usize; 6], fn(&mut Geometry<'static>));
+
+const PLAIN: fn(&mut Geometry<'static>) = |_| {};
+const CAUSAL: fn(&mut Geometry<'static>) = |g| g.causal = true;
+
+fn cases() -> Vec<Case> {
+    vec![
+        ([0, 2, 1, 3, 3, 4], PLAIN),
+        ([1, 1, 1, 0, 5, 4], PLAIN),
+        ([2, 2, 2, 3, 0, 4], PLAIN),
+        ([1, 1, 1, 1, 1, 1], PLAIN),
+        ([1, 2, 2, 5, 7, 3], PLAIN),
+        ([1, 1, 1, 64, 64, 16], CAUSAL),
+        ([2, 3, 1, 33, 65, 17], CAUSAL),
+        ([1, 4, 2, 67, 67, 40], |g| {
+            (g.causal, g.soft_cap) = (true, Some(1.5));
+        }),
+        ([1, 2, 1, 31, 131, 32], |g| {
+            (g.causal, g.offset, g.window) = (true, 100, Some(17));
+        }),
+        ([1, 1, 1, 70, 150, 8], |g| {
+            (g.window, g.offset) = (Some(20), 30);
+        }),
+        // Queries far behind the last key see nothing through a window.
+        ([1, 1, 1, 9, 20, 8], |g| {
+            (g.causal, g.window, g.offset) = (true, Some(5), 15);
+        }),
+        ([1, 2, 2, 150, 150, 12], |g| {
+            g.causal = true;
+            g.documents = Some(documents(150));
+        }),
+        ([1, 1, 1, 130, 130, 5], |g| {
+            g.documents = Some(documents(130))
+        }),
+        ([1, 1, 1, 3, 66, 256], |g| (g.causal, g.offset) = (true, 63)),
+        ([1, 1, 1, 129, 193, 31], |g| {
+            (g.causal, g.offset) = (true, 64)
+        }),
+    ]
+}
+
+/// Three documents of which the middle one begins inside a block, and one query whose document has no key.
+fn documents(n: usize) -> (&'static [u32], &'static [u32]) {
+    let ids: Vec<u32> = (0..n as u32)
+        .map(|i| 7 + (i > 40) as u32 + 3 * (i > 127) as u32)
+        .collect();
+    let mut queries = ids.clone();
+    queries[50] = 1_000_000_007;
+    (queries.leak(), ids.leak())
+}
+
+/// Rows of [b, h, t, d] laid out as [b, t, h, d], as a model has them.
+fn strides(heads: usize, tokens: usize, d: usize) -> [usize; 3] {
+    [tokens * heads * d, d, heads * d]
+}
+
+struct Textbook {
+    o: Vec<f64>,
+    lse: Vec<f64>,
+    dq: Vec<f64>,
+    dk: Vec<f64>,
+    dv: Vec<f64>,
+    /// The same sums over absolute values: what an error is relative to.
+    size: [Vec<f64>; 4],
+}
+
+fn textbook(g: &Geometry, q: &[f64], k: &[f64], v: &[f64], dout: &[f64]) -> Textbook {
+    let d = g.head_dim;
+    let (qs, ks) = (
+        strides(g.heads, g.queries, d),
+        strides(g.kv_heads, g.keys, d),
+    );
+    let zero = |x: &[f64]| vec![0.0; x.len()];
+    let mut out = Textbook {
+        o: zero(q),
+        lse: vec![f64::NEG_INFINITY; g.batch * g.heads * g.queries],
+        dq: zero(q),
+        dk: zero(k),
+        dv: zero(v),
+        size: [zero(q), zero(q), zero(k), zero(v)],
+    };
+    for (b, h, t) in (0..g.batch)
+        .flat_map(|b| (0..g.heads).flat_map(move |h| (0..g.queries).map(move |t| (b, h, t))))
+    {
+        let q_at = b * qs[0] + h * qs[1] + t * qs[2];
+        let k_at = |s: usize| b * ks[0] + h / (g.heads / g.kv_heads) * ks[1] + s * ks[2];
+        let sees = |s: usize| {
+            let position = g.offset + t;
+            let near = |w: usize| {
+                if g.causal {
+                    s + w > position
+                } else {
+                    s.abs_diff(position) < w
+                }
+            };
+            (!g.causal || s <= position)
+                && g.window.is_none_or(near)
+                && g.documents
+                    .is_none_or(|(q, k)| q[b * g.queries + t] == k[b * g.keys + s])
+        };
+        let keys: Vec<usize> = (0..g.keys).filter(|&s| sees(s)).collect();
+        let dot = |x: &[f64], i: usize, y: &[f64], j: usize| {
+            (0..d).map(|c| x[i + c] * y[j + c]).sum::<f64>()
+        };
+        let logit = |s: usize| {
+            let l = g.scale as f64 * dot(q, q_at, k, k_at(s));
+            g.soft_cap.map_or((l, 1.0), |c| {
+                let t = (l / c as f64).tanh();
+                (c as f64 * t, 1.0 - t * t)
+            })
+        };
+        let logits: Vec<(f64, f64)> = keys.iter().map(|&s| logit(s)).collect();
+        let max = logits.iter().fold(f64::NEG_INFINITY, |m, l| m.max(l.0));
+        let sum: f64 = logits.iter().map(|l| (l.0 - max).exp()).sum();
+        if keys.is_empty() {
+            continue;
+        }
+        out.lse[(b * g.heads + h) * g.queries + t] = max + sum.ln();
+        let p: Vec<f64> = logits.iter().map(|l| (l.0 - max).exp() / sum).collect();
+        let dp: Vec<f64> = keys.iter().map(|&s| dot(dout, q_at, v, k_at(s))).collect();
+        let mean: f64 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
+        let width: f64 = (0..d).map(|c| dout[q_at + c].abs()).sum::<f64>();
+        for (i, &s) in keys.iter().enumerate() {
+            let ds = p[i] * (dp[i] - mean) * logits[i].1 * g.scale as f64;
+            // |dP| and |D| are at most the sum of |dout|, as |v| <= 1.
+            let ds_size = p[i] * 2.0 * width * g.scale as f64;
+            let at = k_at(s);
+            for c in 0..d {
+                out.o[q_at + c] += p[i] * v[at + c];
+                out.size[0][q_at + c] += p[i] * v[at + c].abs();
+                out.dq[q_at + c] += ds * k[at + c];
+                out.size[1][q_at + c] += ds_size * k[at + c].abs();
+                out.dk[at + c] += ds * q[q_at + c];
+                out.size[2][at + c] += ds_size * q[q_at + c].abs();
+                out.dv[at + c] += p[i] * dout[q_at + c];
+                out.size[3][at + c] += p[i] * dout[q_at + c].abs();
+            }
+        }
+    }
+    out
+}
+
+fn one_case(dtype: DType, shape: [usize; 6], change: fn(&mut Geometry<'static>)) {
+    let [batch, heads, kv_heads, queries, keys, head_dim] = shape;
+    let mut g = Geometry {
+        batch,
+        heads,
+        kv_heads,
+        queries,
+        keys,
+        head_dim,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+        soft_cap: None,
+        causal: false,
+        window: None,
+        offset: 0,
+        documents: None,
+    };
+    change(&mut g);
+    let (nq, nk) = (
+        batch * heads * queries * head_dim,
+        batch * kv_heads * keys * head_dim,
+    );
+    let (qs, ks) = (
+        strides(heads, queries, head_dim),
+        strides(kv_heads, keys, head_dim),
+    );
+    let data = ["q", "k", "v", "dout"].map(|name| {
+        let n = if name == "q" || name == "dout" {
+            nq
+        } else {
+            nk
+        };
+        Data::random(dtype, name, n, if name == "v" { 1.0 } else { 2.0 })
+    });
+    let [q, k, v, dout] = &data;
+    fn view(data: Slice<'_>, strides: [usize; 3]) -> Heads<'_> {
+        Heads { data, strides }
+    }
+    let forward = |o: &mut Data, lse: &mut [f32]| {
+        let o = HeadsMut {
+            data: o.get_mut(),
+            strides: qs,
+        };
+        attention_forward(
+            &g,
+            view(q.get(), qs),
+            view(k.get(), ks),
+            view(v.get(), ks),
+            o,
+            lse,
+        );
+    };
+    let out = everywhere(
+        || {
+            let (mut o, mut lse) = (
+                Data::unwritten(dtype, nq),
+                vec![f32::NAN; batch * heads * queries],
+            );
+            forward(&mut o, &mut lse);
+            let [mut dq, mut dk, mut dv] = [nq, nk, nk].map(|n| Data::unwritten(dtype, n));
+            // The gradient's textbook knows no rounded o: give the backward an unrounded one.
+            let (mut exact, mut lse_again) = (Data::unwritten(DType::F32, nq), lse.clone());
+            forward(&mut exact, &mut lse_again);
+            attention_backward(
+                &g,
+                view(q.get(), qs),
+                view(k.get(), ks),
+                view(v.get(), ks),
+                view(exact.get(), qs),
+                view(dout.get(), qs),
+                &lse,
+                HeadsMut {
+                    data: dq.get_mut(),
+                    strides: qs,
+                },
+                HeadsMut {
+                    data: dk.get_mut(),
+                    strides: ks,
+                },
+                HeadsMut {
+                    data: dv.get_mut(),
+                    strides: ks,
+                },
+            );
+            (o, lse, [dq, dk, dv])
+        },
+        |(o, lse, grads)| {
+            let f32s = |x: &Data| x.f64().iter().map(|&x| x as f32).collect::<Vec<_>>();
+            let grads = grads.iter().flat_map(f32s).collect::<Vec<_>>();
+            [bits(&f32s(o)), bits(lse), bits(&grads)].concat()
+        },
+    );
+    let (o, lse, [dq, dk, dv]) = out;
+    let want = textbook(&g, &q.f64(), &k.f64(), &v.f64(), &dout.f64());
+    // A logit is a chain of d products of values up to 2 x 2, scaled: its error makes a relative error of P.
+    let logit = 4.0 * (head_dim as f64).sqrt() * (head_dim as f64 + 8.0) * U;
+    let over_keys = 2.0 * logit + (64.0 + keys as f64 / 32.0 + 40.0) * U + keys as f64 * U;
+    let over_rows = over_keys + (queries * heads / kv_heads) as f64 * U + head_dim as f64 * U;
+    for (got, want) in lse.iter().zip(&want.lse) {
+        let same = *got == f32::NEG_INFINITY && *want == f64::NEG_INFINITY;
+        let error = (*got as f64 - want).abs();
+        assert!(
+            same || error <= over_keys + 4.0 * U * (1.0 + want.abs()),
+            "{got} {want} {shape:?}"
+        );
+    }
+    check(&o, |i| want.o[i], |i| over_keys * want.size[0][i]);
+    check(&dq, |i| want.dq[i], |i| 2.0 * over_rows * want.size[1][i]);
+    check(&dk, |i| want.dk[i], |i| 2.0 * over_rows * want.size[2][i]);
+    check(&dv, |i| want.dv[i], |i| 2.0 * over_rows * want.size[3][i]);
+}
+
+#[test]
+fn attention_and_its_gradients_match_the_textbook() {
+    for (shape, change) in cases() {
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            one_case(dtype, shape, change);
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "overlap")]
+fn output_rows_that_overlap_panic() {
+    let x = [0.0; 8];
+    let g = Geometry {
+        batch: 1,
+        heads: 1,
+        kv_heads: 1,
+        queries: 4,
+        keys: 4,
+        head_dim: 2,
+        scale: 1.0,
+        soft_cap: None,
+        causal: true,
+        window: None,
+        offset: 0,
+        documents: None,
+    };
+    let view = Heads {
+        data: Slice::F32(&x),
+        strides: [8, 8, 2],
+    };
+    let (mut o, mut lse) = ([0.0; 8], [0.0; 4]);
+    let o = HeadsMut {
+        data: SliceMut::F32(&mut o),
+        strides: [8, 8, 1],
+    };
+    attention_forward(&g, view, view, view, o, &mut lse);
+}
