@@ -305,7 +305,13 @@ fn work<S: Simd>(
 
 #[inline(always)]
 fn scaled<S: Simd>(s: S, x: &[f32], factor: f32, y: &mut [f32]) {
-    map(s, [x], y, |[x]| s.mul(x, s.splat(factor)));
+    map(
+        s,
+        [x],
+        y,
+        #[inline(always)]
+        |[x]| s.mul(x, s.splat(factor)),
+    );
 }
 
 impl QuerySide<'_> {
@@ -332,7 +338,12 @@ impl QuerySide<'_> {
             }
             let o = widen(s, args.o.row(tile.batch, h, t, d), 0..d, other);
             let dout = &self.dout[r * line..][..d];
-            [self.d[r]] = sums(s, [dout, o], |[a, b], [sum]| [s.fma(a, b, sum)]);
+            [self.d[r]] = sums(
+                s,
+                [dout, o],
+                #[inline(always)]
+                |[a, b], [sum]| [s.fma(a, b, sum)],
+            );
             let lse = args.lse[(tile.batch * g.heads + h) * g.queries + t];
             self.lse[r] = if lse == f32::NEG_INFINITY {
                 f32::INFINITY

@@ -106,7 +106,13 @@ impl Kernel for Forward<'_> {
                 0.0
             });
             let acc = &o[r * line..][..d];
-            map(s, [acc], row, |[x]| s.mul(x, factor));
+            map(
+                s,
+                [acc],
+                row,
+                #[inline(always)]
+                |[x]| s.mul(x, factor),
+            );
             // SAFETY: tiles of distinct tasks have distinct rows, and this one is written once.
             unsafe {
                 narrow_into(s, row, self.o.row(tile.batch, h, t));
@@ -180,9 +186,13 @@ impl Online {
     #[inline(always)]
     fn finish<S: Simd>(&self, s: S) -> [f32; SIDE] {
         let mut lse = [0f32; SIDE];
-        map(s, [&self.max, &self.sum], &mut lse, |[max, sum]| {
-            s.fma(max, s.splat(LN_2), ln(s, sum))
-        });
+        map(
+            s,
+            [&self.max, &self.sum],
+            &mut lse,
+            #[inline(always)]
+            |[max, sum]| s.fma(max, s.splat(LN_2), ln(s, sum)),
+        );
         lse
     }
 }

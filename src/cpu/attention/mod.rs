@@ -71,7 +71,7 @@ impl Geometry<'_> {
     /// Panics unless the numbers fit together.
     fn check(&self) {
         assert!(
-            self.kv_heads > 0 && self.heads % self.kv_heads == 0,
+            self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads),
             "{} key heads do not divide {} heads",
             self.kv_heads,
             self.heads

@@ -103,7 +103,14 @@ impl Kernel for Maxima<'_> {
                 let start = row * self.c;
                 let x = widen(s, self.logits, start + at..start + end, &mut wide);
                 let none = f32::NEG_INFINITY;
-                let [lanes] = fold(s, [x], [none], [none], |[x], [m]| [s.max_nan(m, x)]);
+                let [lanes] = fold(
+                    s,
+                    [x],
+                    [none],
+                    [none],
+                    #[inline(always)]
+                    |[x], [m]| [s.max_nan(m, x)],
+                );
                 for x in lanes {
                     if x > *max || x.is_nan() {
                         *max = x;
@@ -173,9 +180,14 @@ impl Kernel for ExpSums<'_> {
             for at in (0..visible).step_by(BLOCK) {
                 let end = (at + BLOCK).min(visible);
                 let x = widen(s, self.logits, start + at..start + end, &mut wide);
-                let [lanes] = fold(s, [x], [f32::NEG_INFINITY], [0.0], |[x], [sum]| {
-                    [s.add(sum, exp(s, s.sub(x, max)))]
-                });
+                let [lanes] = fold(
+                    s,
+                    [x],
+                    [f32::NEG_INFINITY],
+                    [0.0],
+                    #[inline(always)]
+                    |[x], [sum]| [s.add(sum, exp(s, s.sub(x, max)))],
+                );
                 total += super::lanes::tree_sum(lanes);
             }
             self.sum[i] = total;
@@ -235,6 +247,7 @@ impl Kernel for Losses<'_> {
             s,
             [self.max, self.sum, self.target],
             self.losses,
+            #[inline(always)]
             |[max, sum, target]| s.add(ln(s, sum), s.sub(max, target)),
         );
     }
@@ -385,16 +398,27 @@ impl Kernel for Gradient<'_> {
                     }
                 }
                 let target = i * c + at..i * c + end;
-                written(s, &mut self.dlogits, target, &mut narrow, |y| {
-                    let (live, dead) = y.split_at_mut(n);
-                    map(s, [&wide[..n]], live, |[x]| {
-                        s.mul(exp(s, s.sub(x, max)), factor)
-                    });
-                    dead.fill(0.0);
-                    if let Some(y) = label.checked_sub(at).and_then(|j| live.get_mut(j)) {
-                        *y -= scale;
-                    }
-                });
+                written(
+                    s,
+                    &mut self.dlogits,
+                    target,
+                    &mut narrow,
+                    #[inline(always)]
+                    |y| {
+                        let (live, dead) = y.split_at_mut(n);
+                        map(
+                            s,
+                            [&wide[..n]],
+                            live,
+                            #[inline(always)]
+                            |[x]| s.mul(exp(s, s.sub(x, max)), factor),
+                        );
+                        dead.fill(0.0);
+                        if let Some(y) = label.checked_sub(at).and_then(|j| live.get_mut(j)) {
+                            *y -= scale;
+                        }
+                    },
+                );
             }
         }
     }
@@ -464,15 +488,46 @@ impl Kernel for Softmax<'_> {
         for (i, row) in self.range.enumerate() {
             let x = widen(s, self.x, row * c..(row + 1) * c, wide);
             let none = f32::NEG_INFINITY;
-            let [lanes] = fold(s, [x], [none], [none], |[x], [m]| [s.max_nan(m, x)]);
+            let [lanes] = fold(
+                s,
+                [x],
+                [none],
+                [none],
+                #[inline(always)]
+                |[x], [m]| [s.max_nan(m, x)],
+            );
             let max = lanes_max(lanes);
             let m = s.splat(max);
-            map(s, [x], powers, |[x]| exp(s, s.sub(x, m)));
-            let [sum] = sums(s, [&*powers], |[x], [sum]| [s.add(sum, x)]);
+            map(
+                s,
+                [x],
+                powers,
+                #[inline(always)]
+                |[x]| exp(s, s.sub(x, m)),
+            );
+            let [sum] = sums(
+                s,
+                [&*powers],
+                #[inline(always)]
+                |[x], [sum]| [s.add(sum, x)],
+            );
             let factor = s.splat(1.0 / sum);
-            written(s, &mut self.y, i * c..(i + 1) * c, wide, |y| {
-                map(s, [&*powers], y, |[x]| s.mul(x, factor));
-            });
+            written(
+                s,
+                &mut self.y,
+                i * c..(i + 1) * c,
+                wide,
+                #[inline(always)]
+                |y| {
+                    map(
+                        s,
+                        [&*powers],
+                        y,
+                        #[inline(always)]
+                        |[x]| s.mul(x, factor),
+                    );
+                },
+            );
         }
     }
 }

@@ -148,6 +148,7 @@ impl Kernel for Scatter<'_> {
                     s,
                     [dy],
                     &mut self.dtable[row * c..(row + 1) * c],
+                    #[inline(always)]
                     |[x], y| s.add(y, x),
                 );
             }

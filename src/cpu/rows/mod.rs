@@ -33,8 +33,7 @@ pub(crate) use embedding::{embedding, embedding_backward};
 pub(crate) use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
 pub(crate) use optimizer::{AdamW, Sgd, adamw, sgd};
 pub(crate) use reduce::{add_bias, column_sum, sum, sum_of_squares};
-pub use rotary::RotaryStyle;
-pub(crate) use rotary::{Rotary, rotary};
+pub(crate) use rotary::{Rotary, RotaryStyle, rotary};
 
 #[cfg(test)]
 pub(crate) mod tests;

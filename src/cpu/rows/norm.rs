@@ -161,7 +161,12 @@ impl Kernel for Forward<'_> {
             let x = widen(s, self.x, row * c..(row + 1) * c, wide);
             let mut mean = 0.0;
             if let Some(means) = &mut self.mean {
-                let [sum] = sums(s, [x], |[x], [sum]| [s.add(sum, x)]);
+                let [sum] = sums(
+                    s,
+                    [x],
+                    #[inline(always)]
+                    |[x], [sum]| [s.add(sum, x)],
+                );
                 mean = sum / c as f32;
                 means[i] = mean;
             }
@@ -170,13 +175,26 @@ impl Kernel for Forward<'_> {
             let rstd = 1.0 / (squares / c as f32 + self.eps).sqrt();
             self.rstd[i] = rstd;
             let r = s.splat(rstd);
-            written(s, &mut self.y, i * c..(i + 1) * c, narrow, |y| {
-                map(s, [x, weight, bias], y, |[x, w, b]| {
-                    let h = s.mul(s.sub(x, m), r);
-                    // Without a bias nothing is added, so that a negative zero stays one.
-                    if shifted { s.fma(h, w, b) } else { s.mul(h, w) }
-                });
-            });
+            written(
+                s,
+                &mut self.y,
+                i * c..(i + 1) * c,
+                narrow,
+                #[inline(always)]
+                |y| {
+                    map(
+                        s,
+                        [x, weight, bias],
+                        y,
+                        #[inline(always)]
+                        |[x, w, b]| {
+                            let h = s.mul(s.sub(x, m), r);
+                            // Without a bias nothing is added, so that a negative zero stays one.
+                            if shifted { s.fma(h, w, b) } else { s.mul(h, w) }
+                        },
+                    );
+                },
+            );
         }
     }
 }
@@ -186,10 +204,17 @@ impl Kernel for Forward<'_> {
 fn sums_centered<S: Simd>(s: S, x: &[f32], m: S::V) -> [f32; 1] {
     let mut first = [0f32; super::lanes::GROUP];
     s.store(&mut first, m);
-    super::lanes::fold(s, [x], [first[0]], [0.0], |[x], [sum]| {
-        let d = s.sub(x, m);
-        [s.fma(d, d, sum)]
-    })
+    super::lanes::fold(
+        s,
+        [x],
+        [first[0]],
+        [0.0],
+        #[inline(always)]
+        |[x], [sum]| {
+            let d = s.sub(x, m);
+            [s.fma(d, d, sum)]
+        },
+    )
     .map(super::lanes::tree_sum)
 }
 
@@ -269,21 +294,39 @@ impl Kernel for InputGradient<'_> {
             let dy = widen(s, self.dy, elements, wide_dy);
             let m = s.splat(self.mean.map_or(0.0, |mean| mean[row]));
             let r = s.splat(self.rstd[row]);
-            let [sum_g, sum_gh] = sums(s, [x, dy, weight], |[x, dy, w], [g_sum, gh_sum]| {
-                let g = s.mul(dy, w);
-                let h = s.mul(s.sub(x, m), r);
-                [s.add(g_sum, g), s.fma(g, h, gh_sum)]
-            });
+            let [sum_g, sum_gh] = sums(
+                s,
+                [x, dy, weight],
+                #[inline(always)]
+                |[x, dy, w], [g_sum, gh_sum]| {
+                    let g = s.mul(dy, w);
+                    let h = s.mul(s.sub(x, m), r);
+                    [s.add(g_sum, g), s.fma(g, h, gh_sum)]
+                },
+            );
             // RMS norm has no mean, so none is taken out of its gradient.
             let mean_g = s.splat(self.mean.map_or(0.0, |_| sum_g / count));
             let mean_gh = s.splat(sum_gh / count);
-            written(s, &mut self.dx, i * c..(i + 1) * c, narrow, |dx| {
-                map(s, [x, dy, weight], dx, |[x, dy, w]| {
-                    let h = s.mul(s.sub(x, m), r);
-                    let g = s.sub(s.mul(dy, w), mean_g);
-                    s.mul(s.neg_fma(h, mean_gh, g), r)
-                });
-            });
+            written(
+                s,
+                &mut self.dx,
+                i * c..(i + 1) * c,
+                narrow,
+                #[inline(always)]
+                |dx| {
+                    map(
+                        s,
+                        [x, dy, weight],
+                        dx,
+                        #[inline(always)]
+                        |[x, dy, w]| {
+                            let h = s.mul(s.sub(x, m), r);
+                            let g = s.sub(s.mul(dy, w), mean_g);
+                            s.mul(s.neg_fma(h, mean_gh, g), r)
+                        },
+                    );
+                },
+            );
         }
     }
 }
@@ -347,9 +390,13 @@ impl Kernel for WeightGradient<'_> {
             let dy = widen(s, self.dy, elements, wide_dy);
             let m = s.splat(self.mean.map_or(0.0, |mean| mean[row]));
             let r = s.splat(rstd);
-            update(s, [x, dy], self.dweight, |[x, dy], sum| {
-                s.fma(dy, s.mul(s.sub(x, m), r), sum)
-            });
+            update(
+                s,
+                [x, dy],
+                self.dweight,
+                #[inline(always)]
+                |[x, dy], sum| s.fma(dy, s.mul(s.sub(x, m), r), sum),
+            );
         }
     }
 }

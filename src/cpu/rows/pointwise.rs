@@ -59,17 +59,19 @@ impl<F: Pointwise<N, M>, const N: usize, const M: usize> Kernel for Blocks<'_, F
                     }
                 }
             }
-            let mut scratch = read.iter_mut();
-            let x = self.x.map(|x| {
-                let to = scratch.next().expect("one for each input");
-                widen(s, x, range.clone(), to)
-            });
+            // Loops, not closures: those would be compiled apart from the instruction set.
+            let mut x: [&[f32]; N] = [&[]; N];
+            for ((x, from), to) in x.iter_mut().zip(self.x).zip(&mut read) {
+                *x = widen(s, from, range.clone(), to);
+            }
             let mut outputs = self.y.iter_mut().zip(&mut write);
-            let y: [&mut [f32]; M] =
-                std::array::from_fn(|_| match outputs.next().expect("one for each output") {
+            let y: [&mut [f32]; M] = std::array::from_fn(
+                #[inline(always)]
+                |_| match outputs.next().expect("one for each output") {
                     (SliceMut::F32(y), _) => &mut y[range.clone()],
                     (_, write) => &mut write[..len],
-                });
+                },
+            );
             block(s, self.f, len, x, y);
             for (y, write) in self.y.iter_mut().zip(&write) {
                 if !matches!(y, SliceMut::F32(_)) {

@@ -59,7 +59,13 @@ impl Kernel for ColumnSum<'_> {
         for row in 0..self.rows {
             let elements = row * self.c + self.columns.start..row * self.c + self.columns.end;
             let x = widen(s, self.x, elements, self.scratch);
-            update(s, [x], self.out, |[x], sum| s.add(sum, x));
+            update(
+                s,
+                [x],
+                self.out,
+                #[inline(always)]
+                |[x], sum| s.add(sum, x),
+            );
         }
     }
 }
@@ -110,9 +116,22 @@ impl Kernel for AddBias<'_> {
         let bias = widen(s, self.bias, 0..c, bias);
         for (i, row) in self.range.enumerate() {
             let x = widen(s, self.x, row * c..(row + 1) * c, wide);
-            written(s, &mut self.y, i * c..(i + 1) * c, narrow, |y| {
-                map(s, [x, bias], y, |[x, b]| s.add(x, b));
-            });
+            written(
+                s,
+                &mut self.y,
+                i * c..(i + 1) * c,
+                narrow,
+                #[inline(always)]
+                |y| {
+                    map(
+                        s,
+                        [x, bias],
+                        y,
+                        #[inline(always)]
+                        |[x, b]| s.add(x, b),
+                    );
+                },
+            );
         }
     }
 }
@@ -171,9 +190,19 @@ impl Kernel for BlockSums<'_> {
         for (i, sum) in self.parts.iter_mut().enumerate() {
             let x = widen(s, self.x, i * BLOCK..((i + 1) * BLOCK).min(n), &mut wide);
             let [total] = if self.squared {
-                sums(s, [x], |[x], [sum]| [s.fma(x, x, sum)])
+                sums(
+                    s,
+                    [x],
+                    #[inline(always)]
+                    |[x], [sum]| [s.fma(x, x, sum)],
+                )
             } else {
-                sums(s, [x], |[x], [sum]| [s.add(sum, x)])
+                sums(
+                    s,
+                    [x],
+                    #[inline(always)]
+                    |[x], [sum]| [s.add(sum, x)],
+                )
             };
             *sum = total;
         }
