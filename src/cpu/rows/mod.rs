@@ -33,7 +33,8 @@ pub(crate) use embedding::{embedding, embedding_backward};
 pub(crate) use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
 pub(crate) use optimizer::{AdamW, Sgd, adamw, sgd};
 pub(crate) use reduce::{add_bias, column_sum, sum, sum_of_squares};
-pub(crate) use rotary::{Rotary, RotaryStyle, rotary};
+pub use rotary::RotaryStyle;
+pub(crate) use rotary::{Rotary, rotary};
 
 #[cfg(test)]
 pub(crate) mod tests;

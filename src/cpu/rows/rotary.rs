@@ -9,7 +9,7 @@ use std::ops::Range;
 
 /// Which elements of a head form a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum RotaryStyle {
+pub enum RotaryStyle {
     /// i and i + rotary_dim / 2, as in GPT-NeoX and Llama's published checkpoints.
     Halves,
     /// 2 i and 2 i + 1, as in the paper.
