@@ -233,7 +233,7 @@ impl Training {
             tell(Report::Resumed { step: done });
         }
         let mut optimizer = Optimizer::new(self.options.optimizer, done);
-        let mut saved = done;
+        let (mut saved, mut left_out) = (done, 0);
         let mut finished = Finished {
             steps: done,
             loss: None,
@@ -247,8 +247,20 @@ impl Training {
                 });
                 break;
             }
-            finished.loss = Some(self.timed_step(chip, &mut optimizer, number, persist, &tell));
+            let (loss, norm) = self.timed_step(chip, &mut optimizer, number, persist, &tell);
+            finished.loss = Some(loss);
             finished.steps = number;
+            left_out = if norm.is_finite() { 0 } else { left_out + 1 };
+            if left_out == Self::MOST_LEFT_OUT {
+                chip.fail(Error::new(
+                    ErrorKind::NotFinite,
+                    format!(
+                        "the gradient norm of step {number} is {norm}, as in the {} steps before it; {}",
+                        left_out - 1,
+                        persist.last()
+                    ),
+                ));
+            }
             if number == done + 1 {
                 persist.check_all_used(chip);
             }
@@ -259,11 +271,14 @@ impl Training {
                 .is_some_and(|n| last || number % n == 0)
             {
                 finished.val_loss = self.evaluate_and_tell(chip, number, &tell);
-                persist.save(chip, &optimizer, number, &tell);
-                saved = number;
+                // The last good checkpoint is not replaced by weights that give no gradient.
+                if left_out == 0 {
+                    persist.save(chip, &optimizer, number, &tell);
+                    saved = number;
+                }
             }
         }
-        if finished.steps > saved {
+        if finished.steps > saved && left_out == 0 {
             persist.save(chip, &optimizer, finished.steps, &tell);
         }
         if self.options.sample > 0 {
@@ -272,6 +287,9 @@ impl Training {
         finished
     }
 
+    /// A gradient that is not finite leaves the update out; so many in a row will not mend.
+    const MOST_LEFT_OUT: u32 = 3;
+
     fn timed_step(
         &self,
         chip: &Chip,
@@ -279,7 +297,7 @@ impl Training {
         number: u64,
         persist: &Persist,
         tell: &impl Fn(Report),
-    ) -> f64 {
+    ) -> (f64, f64) {
         let began = Instant::now();
         let (loss, norm) = chip.step(number, || self.step(chip, optimizer, number));
         let loss = number_of(&loss);
@@ -289,15 +307,16 @@ impl Training {
                 format!("the loss of step {number} is {loss}; {}", persist.last()),
             ));
         }
+        let norm = number_of(&norm);
         tell(Report::Step {
             step: number,
             loss,
-            gradient_norm: number_of(&norm),
+            gradient_norm: norm,
             lr: self.options.learning_rate.at(number - 1),
             ms: began.elapsed().as_secs_f64() * 1e3,
             peak_bytes: chip.memory().count().peak,
         });
-        loss
+        (loss, norm)
     }
 
     fn evaluate_and_tell(&self, chip: &Chip, step: u64, tell: &impl Fn(Report)) -> Option<f64> {
