@@ -70,6 +70,21 @@ impl Stream {
         [a, b, c, d]
     }
 
+    /// Elements `first ..` of [`Stream::normal`], as many as `out` holds.
+    pub fn fill_normal(&self, first: u64, out: &mut [f32]) {
+        let (mut i, end) = (first, first + out.len() as u64);
+        let mut rest = out;
+        while i < end {
+            let skip = (i % 4) as usize;
+            let four = self.normals(i / 4);
+            let take = (4 - skip).min(rest.len());
+            let (now, later) = rest.split_at_mut(take);
+            now.copy_from_slice(&four[skip..skip + take]);
+            i += take as u64;
+            rest = later;
+        }
+    }
+
     /// Element `i`, normal with mean 0 and variance 1.
     pub fn normal(&self, i: u64) -> f32 {
         self.normals(i / 4)[(i % 4) as usize]
@@ -129,6 +144,19 @@ mod tests {
             (variance - 1.0).abs() <= 5.0 * (2.0 / n as f64).sqrt(),
             "variance {variance}"
         );
+    }
+
+    #[test]
+    fn filling_starts_anywhere() {
+        let s = Stream::new(3, "w");
+        for first in 0..6 {
+            for len in 0..9 {
+                let mut out = vec![f32::NAN; len];
+                s.fill_normal(first, &mut out);
+                let want: Vec<f32> = (0..len as u64).map(|i| s.normal(first + i)).collect();
+                assert_eq!(out, want);
+            }
+        }
     }
 
     #[test]

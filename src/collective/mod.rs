@@ -49,7 +49,7 @@ pub use ring::{
 pub use tree::{
     barrier, tree_all_gather, tree_all_reduce, tree_all_to_all, tree_broadcast, tree_reduce_scatter,
 };
-pub use volume::{floor_elements, rounds, sent_elements};
+pub use volume::{floor_elements, rounds, scratch_elements, sent_elements};
 
 use crate::placement::split;
 use serde::{Deserialize, Serialize};

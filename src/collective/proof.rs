@@ -11,7 +11,7 @@
 use super::{Algorithm, Expression};
 use super::{
     Buffer, Counts, Kind, Place, Schedule, Step, Transfer, bounds, even_bounds, floor_elements,
-    order, rounds, schedule, sent_elements, tree_sum,
+    order, rounds, schedule, scratch_elements, sent_elements, tree_sum,
 };
 use std::collections::{HashMap, VecDeque};
 
@@ -23,7 +23,7 @@ use std::collections::{HashMap, VecDeque};
 /// - every element of every output is exactly the expression of [`order`], with every chip once if the kind reduces;
 /// - after a barrier every chip has heard of every other;
 /// - together they send [`sent_elements`], at least [`floor_elements`] (a reduction) or the input's worth, in at most
-///   [`rounds`].
+///   [`rounds`], and the chip that needs most scratch needs [`scratch_elements`].
 ///
 /// The error names the chip and the step. Takes time and memory in proportion to `n` times the elements: for tests.
 pub fn prove(kind: Kind, algorithm: Algorithm, counts: &Counts, n: usize) -> Result<(), String> {
@@ -36,6 +36,13 @@ pub fn prove(kind: Kind, algorithm: Algorithm, counts: &Counts, n: usize) -> Res
         .iter()
         .map(|chip| chip.list.sent_elements())
         .sum();
+    let most = group.chips.iter().map(|chip| chip.list.scratch as u64).max();
+    let scratch = scratch_elements(kind, algorithm, counts, n);
+    if most != Some(scratch) {
+        return Err(format!(
+            "the lists need {most:?} elements of scratch, the closed form says {scratch}"
+        ));
+    }
     let (closed, floor) = (
         sent_elements(kind, algorithm, counts, n),
         floor_elements(kind, counts, n),

@@ -153,7 +153,7 @@ fn volumes_of_half_a_million_chips_are_closed_forms() {
     );
     assert_eq!(
         sent_elements(Kind::AllReduce, Algorithm::Tree, &Counts::Len(1), 4),
-        12
+        6
     );
 }
 

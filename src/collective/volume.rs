@@ -47,6 +47,30 @@ pub fn sent_elements(kind: Kind, algorithm: Algorithm, counts: &Counts, n: usize
     })
 }
 
+/// Elements of scratch of the chip that needs most: [`Schedule::scratch`](super::Schedule::scratch) without building
+/// lists for the tree; the largest of all lists for the others.
+///
+/// Panics if the counts do not fit the kind.
+#[track_caller]
+pub fn scratch_elements(kind: Kind, algorithm: Algorithm, counts: &Counts, n: usize) -> u64 {
+    counts.check(kind, n);
+    let summands = |each: usize| (n - 1) as u64 * each as u64;
+    match (kind, algorithm, counts) {
+        (Kind::AllReduce, Algorithm::Tree, Counts::Len(len)) if sends_whole(n, *len) => {
+            summands(*len)
+        }
+        (_, Algorithm::Tree, Counts::Len(len)) if kind.reduces() => summands(len.div_ceil(n)),
+        (Kind::ReduceScatter, Algorithm::Tree, Counts::Each(each)) => {
+            summands(each.iter().copied().max().unwrap_or(0))
+        }
+        (_, Algorithm::Tree, _) => 0,
+        _ => (0..n)
+            .map(|index| super::schedule(kind, algorithm, counts, n, index).scratch as u64)
+            .max()
+            .unwrap_or(0),
+    }
+}
+
 /// The least that all `n` chips together must send if only chips add, whatever the algorithm: `2 (n-1) S` for an
 /// all-reduce, what is not already in place for the others. Switches that reduce on the way can do with less.
 ///

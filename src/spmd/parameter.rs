@@ -9,6 +9,7 @@ use crate::placement::Placements;
 use crate::random::Stream;
 use crate::tape::ValueId;
 use crate::tensor::Tensor;
+use rayon::prelude::*;
 use std::panic::Location;
 use std::rc::Rc;
 
@@ -156,11 +157,16 @@ impl Chip {
             None => None,
         };
         match (loaded, init) {
-            (Some(whole), _) => fill(&mut value, &local, shape, |i| whole[i as usize]),
-            (None, Init::Constant(c)) => fill(&mut value, &local, shape, |_| c),
+            (Some(whole), _) => fill(&mut value, &local, shape, |first, row| {
+                row.copy_from_slice(&whole[first as usize..][..row.len()]);
+            }),
+            (None, Init::Constant(c)) => fill(&mut value, &local, shape, |_, row| row.fill(c)),
             (None, Init::Normal(deviation)) => {
                 let stream = Stream::new(self.seed(), name);
-                fill(&mut value, &local, shape, |i| deviation * stream.normal(i));
+                fill(&mut value, &local, shape, |first, row| {
+                    stream.fill_normal(first, row);
+                    row.iter_mut().for_each(|x| *x *= deviation);
+                });
             }
         }
         value
@@ -188,36 +194,71 @@ impl Chip {
         let local = Local::whole(TensorType::new(p.padded.clone(), DType::F32));
         let from = all.slice().typed::<f32>();
         let mut out = vec![0.0; p.elements()];
-        each_valid(&local, &p.shape, |at, index| out[index as usize] = from[at]);
+        for (row, data) in from.chunks_exact(local.ty.last().max(1)).enumerate() {
+            if let Some((first, len)) = valid_row(&local, &p.shape, row) {
+                out[first as usize..][..len].copy_from_slice(&data[..len]);
+            }
+        }
         out
     }
 }
 
-/// Writes `value(index in the unpadded whole)` to each element of a share, and zero where the share is padding.
-fn fill(tensor: &mut Tensor, local: &Local, shape: &[usize], value: impl Fn(u64) -> f32 + Sync) {
+/// Lets `write(index of the first element in the unpadded whole, row)` fill each row of a share, as far as it is no
+/// padding; padding is zero.
+fn fill(
+    tensor: &mut Tensor,
+    local: &Local,
+    shape: &[usize],
+    write: impl Fn(u64, &mut [f32]) + Sync,
+) {
+    let width = local.ty.last().max(1);
     let data = tensor.slice_mut().typed::<f32>();
-    data.fill(0.0);
-    each_valid(local, shape, |at, index| data[at] = value(index));
+    let rows = data.par_chunks_exact_mut(width).enumerate();
+    rows.with_min_len(ROWS.div_ceil(width)).for_each(|(row, data)| {
+        let (first, len) = valid_row(local, shape, row).unwrap_or((0, 0));
+        data[len..].fill(0.0);
+        if len > 0 {
+            write(first, &mut data[..len]);
+        }
+    });
 }
 
-/// Calls `visit(index in the share, index in the unpadded whole)` for every element of the share that is no padding.
-fn each_valid(local: &Local, shape: &[usize], mut visit: impl FnMut(usize, u64)) {
-    let axes = shape.len();
-    let mut at = vec![0usize; axes];
-    for i in 0..local.ty.elements() {
-        let index = (0..axes).try_fold(0u64, |index, axis| {
-            let global = local.start[axis] + at[axis];
-            (global < shape[axis]).then_some(index * shape[axis] as u64 + global as u64)
-        });
-        if let Some(index) = index {
-            visit(i, index);
+/// Elements that are worth a task of their own.
+const ROWS: usize = 1 << 14;
+
+/// Row `row` of a share, a row being its last axis: the index of its first element in the unpadded whole, and how many
+/// elements from there on are no padding; none if the whole row is padding.
+fn valid_row(local: &Local, shape: &[usize], row: usize) -> Option<(u64, usize)> {
+    let Some(last) = shape.len().checked_sub(1) else {
+        return Some((0, 1));
+    };
+    let (mut rest, mut index, mut stride) = (row, local.start[last] as u64, shape[last] as u64);
+    for axis in (0..last).rev() {
+        let at = local.start[axis] + rest % local.ty.shape[axis];
+        rest /= local.ty.shape[axis];
+        if at >= shape[axis] {
+            return None;
         }
-        for axis in (0..axes).rev() {
-            at[axis] += 1;
-            if at[axis] < local.ty.shape[axis] {
-                break;
-            }
-            at[axis] = 0;
-        }
+        index += at as u64 * stride;
+        stride *= shape[axis] as u64;
+    }
+    let len = local.ty.shape[last].min(shape[last].saturating_sub(local.start[last]));
+    (len > 0).then_some((index, len))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_a_share_know_their_place_in_the_unpadded_whole() {
+        // [5, 3] padded to [6, 4]; the share is rows 3..6, columns 2..4.
+        let local = Local {
+            ty: TensorType::new([3, 2], DType::F32),
+            global: vec![6, 4],
+            start: vec![3, 2],
+        };
+        let rows: Vec<_> = (0..3).map(|row| valid_row(&local, &[5, 3], row)).collect();
+        assert_eq!(rows, [Some((11, 1)), Some((14, 1)), None]);
     }
 }

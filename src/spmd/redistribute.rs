@@ -363,6 +363,8 @@ impl Chip {
         let per_chip = |elements: u64| (elements * size).div_ceil(n as u64);
         let sent = collective::sent_elements(request.kind, request.algorithm, &request.counts, n);
         let floor = collective::floor_elements(request.kind, &request.counts, n);
+        let scratch =
+            collective::scratch_elements(request.kind, request.algorithm, &request.counts, n);
         self.tell(Told {
             kind: EventKind::Collective,
             op: request.kind.to_string().into(),
@@ -378,7 +380,7 @@ impl Chip {
             cost: Cost {
                 flops: 0,
                 bytes: request.packed,
-                scratch: 0,
+                scratch: scratch * size,
             },
             traffic: Some(Traffic {
                 axis: axis.name().to_string(),

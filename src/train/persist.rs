@@ -136,15 +136,12 @@ impl Persist {
             step,
             ..self.identity.clone()
         };
-        let entry = |(name, (shape, data)): (&'_ String, &'_ (Vec<usize>, Vec<f32>))| -> (String, Vec<usize>, Vec<u8>) {
-            (name.clone(), shape.clone(), data.iter().flat_map(|x| x.to_le_bytes()).collect())
-        };
-        let owned: Vec<_> = tensors.iter().map(entry).collect();
-        let entries = owned.iter().map(|(name, shape, bytes)| Entry {
+        const { assert!(cfg!(target_endian = "little"), "checkpoints are little endian") };
+        let entries = tensors.iter().map(|(name, (shape, data))| Entry {
             name,
             dtype: DType::F32,
             shape,
-            bytes,
+            bytes: bytemuck::cast_slice(data),
         });
         checkpoint::save(dir, &state, entries).unwrap_or_else(|e| chip.fail(e));
         self.newest.store(step + 1, Relaxed);
