@@ -36,7 +36,11 @@ pub fn prove(kind: Kind, algorithm: Algorithm, counts: &Counts, n: usize) -> Res
         .iter()
         .map(|chip| chip.list.sent_elements())
         .sum();
-    let most = group.chips.iter().map(|chip| chip.list.scratch as u64).max();
+    let most = group
+        .chips
+        .iter()
+        .map(|chip| chip.list.scratch as u64)
+        .max();
     let scratch = scratch_elements(kind, algorithm, counts, n);
     if most != Some(scratch) {
         return Err(format!(

@@ -214,13 +214,14 @@ fn fill(
     let width = local.ty.last().max(1);
     let data = tensor.slice_mut().typed::<f32>();
     let rows = data.par_chunks_exact_mut(width).enumerate();
-    rows.with_min_len(ROWS.div_ceil(width)).for_each(|(row, data)| {
-        let (first, len) = valid_row(local, shape, row).unwrap_or((0, 0));
-        data[len..].fill(0.0);
-        if len > 0 {
-            write(first, &mut data[..len]);
-        }
-    });
+    rows.with_min_len(ROWS.div_ceil(width))
+        .for_each(|(row, data)| {
+            let (first, len) = valid_row(local, shape, row).unwrap_or((0, 0));
+            data[len..].fill(0.0);
+            if len > 0 {
+                write(first, &mut data[..len]);
+            }
+        });
 }
 
 /// Elements that are worth a task of their own.

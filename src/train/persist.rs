@@ -136,7 +136,12 @@ impl Persist {
             step,
             ..self.identity.clone()
         };
-        const { assert!(cfg!(target_endian = "little"), "checkpoints are little endian") };
+        const {
+            assert!(
+                cfg!(target_endian = "little"),
+                "checkpoints are little endian"
+            )
+        };
         let entries = tensors.iter().map(|(name, (shape, data))| Entry {
             name,
             dtype: DType::F32,
