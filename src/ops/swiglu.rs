@@ -56,7 +56,7 @@ impl Op for SwiGlu {
 
     fn backward(&self, _: &Site, backward: &mut Backward) {
         let (gate, up, dy) = (backward.input(0), backward.input(1), backward.gradient(0));
-        let mut run = |dgate: SliceMut, dup: SliceMut| {
+        let run = |dgate: SliceMut, dup: SliceMut| {
             rows::swiglu_backward(gate.slice(), up.slice(), dy.slice(), dgate, dup);
         };
         // The kernel writes both; what nobody wants goes to scratch.
