@@ -62,7 +62,7 @@ impl Op for Concatenate {
         let y = &mut outputs[0];
         let sizes = inputs.iter().map(|x| x.shape()[self.axis]);
         for (x, (start, end)) in inputs.iter().zip(self.places(sizes)) {
-            let blocks = Blocks::new(&y.shape().to_vec(), self.axis, start..end);
+            let blocks = Blocks::new(y.shape(), self.axis, start..end);
             blocks.put(x.slice(), y.slice_mut());
         }
     }
