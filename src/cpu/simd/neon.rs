@@ -1,5 +1,8 @@
 //! NEON: four lanes, thirty-two registers.
 
+// NEON is part of the target, so that its register operations are safe on newer compilers and unsafe on older ones.
+#![allow(unused_unsafe)]
+
 use super::{Isa, Kernel, Simd, TileKernel};
 use crate::dtype::{DType, Float};
 use core::arch::aarch64::*;
@@ -20,10 +23,7 @@ impl Neon {
 macro_rules! neon {
     ($e:expr) => {
         // SAFETY: the token proves NEON; the intrinsics called here touch registers only.
-        #[allow(unused_unsafe)]
-        unsafe {
-            $e
-        }
+        unsafe { $e }
     };
 }
 
@@ -51,10 +51,7 @@ impl Simd for Neon {
             kernel.call(s)
         }
         // SAFETY: the token proves the feature.
-        #[allow(unused_unsafe)]
-        unsafe {
-            compiled(self, kernel)
-        }
+        unsafe { compiled(self, kernel) }
     }
     #[inline(always)]
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
