@@ -1,5 +1,7 @@
 //! One integration binary, one line per module.
 
+#[cfg(feature = "cli")]
+mod command;
 mod parity {
     mod models;
     mod ops;

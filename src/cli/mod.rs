@@ -12,7 +12,7 @@ use std::process::ExitCode;
 
 /// Transformer kernels split over many chips.
 #[derive(Debug, Parser)]
-#[command(name = "supernode", version, about, max_term_width = 100)]
+#[command(name = "supernode", version, about, max_term_width = 100, args_override_self = true)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -20,7 +20,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Train a transformer on a text, over a mesh of chips on this machine.
+    /// Train a transformer on a text, over a mesh of chips on this machine
+    #[command(args_override_self = true)]
     Train(Box<train::Arguments>),
 }
 
