@@ -6,6 +6,7 @@ pub mod collective;
 mod cpu;
 pub mod dtype;
 pub mod error;
+pub mod kernels;
 pub mod mesh;
 pub mod model;
 pub mod ops;
@@ -21,3 +22,6 @@ pub mod train;
 pub use dtype::DType;
 pub use error::{Error, ErrorKind, Result};
 pub use half::{bf16, f16};
+pub use kernels::{
+    Mask, attention, gelu, gelu_tanh, layer_norm, matmul, matmul_batched, rms_norm, silu, softmax,
+};
