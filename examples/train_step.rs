@@ -21,25 +21,14 @@ use supernode::train::{Finished, Options, Report, Training};
 const TEXT: &str = concat!(
     include_str!("../src/mesh.rs"),
     include_str!("../src/placement.rs"),
-    include_str!("../src/tape.rs"),
     include_str!("../src/tensor.rs"),
-    include_str!("../src/dtype.rs"),
-    include_str!("../src/random.rs"),
-    include_str!("../src/error.rs"),
-    include_str!("../src/collective/mod.rs"),
-    include_str!("../src/collective/ring.rs"),
-    include_str!("../src/collective/tree.rs"),
     include_str!("../src/ops/mod.rs"),
     include_str!("../src/ops/matmul.rs"),
-    include_str!("../src/ops/attention.rs"),
     include_str!("../src/spmd/chip.rs"),
     include_str!("../src/spmd/apply.rs"),
     include_str!("../src/spmd/sharded.rs"),
-    include_str!("../src/spmd/threads.rs"),
     include_str!("../src/spmd/redistribute.rs"),
     include_str!("../src/model/mod.rs"),
-    include_str!("../src/train/trainer.rs"),
-    include_str!("../src/trace/mod.rs"),
 );
 
 /// A Llama of 0.8 million parameters that reads characters, for a mesh.
