@@ -1,4 +1,88 @@
 //! Transformer kernels split over many chips.
+//!
+//! A program says what each chip of a [`Mesh`](mesh::Mesh) does. It is written once, as a closure over a
+//! [`Chip`](spmd::Chip), and runs in one of two worlds:
+//!
+//! | [`World`](spmd::World) | chips | numbers |
+//! |---|---|---|
+//! | [`threads`](spmd::World::threads) | slices of this machine's CPU | real |
+//! | [`ghost`](spmd::World::ghost) | none: tensors have shapes and no contents | every chip's [`Trace`](trace::Trace), traffic and peak memory, exactly |
+//!
+//! ```
+//! use supernode::mesh::Mesh;
+//! use supernode::placement::Placement::{Replicate, Shard};
+//! use supernode::spmd::{Chip, Device, FromIndex, Init, World};
+//!
+//! let program = |chip: &Chip| {
+//!     let numbers = FromIndex(|i| i as f32);
+//!     let x = chip.input("x", [4, 6], [Shard(0), Replicate], &numbers); // a placement per mesh axis
+//!     let w = chip.parameter("w", [6, 8], [Replicate, Shard(1)], Init::ones());
+//!     let y = x.matmul(&w); // [Shard(0), Shard(1)]: nothing sent
+//!     let all = y.gather(); // an all-gather per axis, seen in the trace
+//!     all.read() // this chip's numbers; a ghost has none
+//! };
+//!
+//! let mesh = Mesh::new([("dp", 2), ("tp", 2)]);
+//! let run = World::threads(&mesh, Device::cpu())?.run(program)?;
+//! let y = run.outputs()[0].as_ref().expect("real chips have contents");
+//! assert_eq!((y.shape(), y[[0, 0]]), (&[4, 8][..], 15.0));
+//!
+//! let ghost = World::ghost(&mesh).trace(program)?;
+//! assert_eq!(run.trace().difference(&ghost), None); // the same events, bytes and memory
+//! # Ok::<(), supernode::Error>(())
+//! ```
+//!
+//! # The rooms
+//!
+//! Arrows point one way, from what uses to what is used.
+//!
+//! ```text
+//!   train          text, batches, AdamW, checkpoints, the loop
+//!     |
+//!     v
+//!   model          the transformer, once, for every mesh
+//!     |
+//!     v
+//!   spmd           a chip, sharded tensors, the worlds: threads and ghost
+//!     |
+//!     v
+//!   ops            one op per file: shapes, placements, cost, forward, backward         kernels
+//!     |                                                            straight on ndarray     |
+//!     +---> tape   reverse mode                                                            |
+//!     v                                                                                    |
+//!   tensor         shape, element type, storage: real or ghost                             |
+//!     |                                                                                    |
+//!     v                                                                                    |
+//!   cpu            private: SIMD, memory, matmul, attention, rows   <----------------------+
+//!
+//!   the floor, values and tables, used by all: mesh, placement, collective, trace, random, dtype, error
+//!   reference      the textbook in f64: the oracle of tests, to be read
+//! ```
+//!
+//! # The letters
+//!
+//! | letter | meaning |
+//! |---|---|
+//! | `b t h d c v` | batch, tokens, heads, size of a head, channels (the model's width), vocabulary |
+//! | `m n k` | a matrix product: [m, k] by [k, n] is [m, n] |
+//! | `dp fsdp tp cp pp ep` | mesh axes: data, fully sharded data, tensor, context, pipeline, expert parallel |
+//!
+//! The training loop splits over `dp` and `tp`; a program of one's own may name its axes as it likes.
+//!
+//! # The order of sums
+//!
+//! It is part of the contract: an element of a matrix product is one chain of fused multiply-adds over ascending k, row sums
+//! use 32 virtual lanes and a fixed tree, sums over chips a fixed binary tree over ranks. So a run repeats bit for bit on any
+//! number of threads and any instruction set.
+//!
+//! # Mistakes and failures
+//!
+//! Wrong shapes, placements and names panic with both sides in the message. What the program cannot help (a file, a
+//! memory budget, a chip that failed) is an [`Error`]. A panic on one chip ends the whole run with one error that names it.
+//!
+//! # Features
+//!
+//! `cli` (on by default) is the `supernode` command; without it no command-line crates are pulled in.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

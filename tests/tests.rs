@@ -2,6 +2,8 @@
 
 #[cfg(feature = "cli")]
 mod command;
+mod examples;
+
 mod parity {
     mod models;
     mod ops;

@@ -32,7 +32,7 @@ pub enum Norm {
 
 /// The feed-forward part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum FeedForward {
     /// `w2 f(w1 x)` with f the GELU by tanh.
     GeluTanh,
