@@ -140,7 +140,7 @@ pub fn attention<T: Float>(
     o
 }
 
-/// `y = (x - mean) / sqrt(variance + eps) weight + bias` over the last axis (Ba et al. 2016): x, y [.., c]; weight, bias [c].
+/// `y = (x - mean) / sqrt(variance + eps) weight + bias` over the last axis (Ba et al. 2016): x, y [.., c]; weight, bias `[c]`.
 ///
 /// # Panics
 /// If weight or bias has not c elements.
@@ -172,7 +172,7 @@ pub fn layer_norm<T: Float, D: Dimension>(
     })
 }
 
-/// `y = x / sqrt(mean of x^2 + eps) weight` over the last axis (Zhang and Sennrich 2019): x, y [.., c]; weight [c].
+/// `y = x / sqrt(mean of x^2 + eps) weight` over the last axis (Zhang and Sennrich 2019): x, y [.., c]; weight `[c]`.
 ///
 /// # Panics
 /// If weight has not c elements.

@@ -39,7 +39,7 @@ impl Default for AdamW {
 impl AdamW {
     /// One update of p by the gradient g; p, m and v in f32, g in any float type, all of one shape.
     ///
-    /// g is multiplied by `factor` f32 [1] first (see [`ClipFactor`](super::ClipFactor)); if that is not finite, p, m and v
+    /// g is multiplied by `factor` f32 `[1]` first (see [`ClipFactor`](super::ClipFactor)); if that is not finite, p, m and v
     /// keep their values.
     ///
     /// # Panics

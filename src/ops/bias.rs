@@ -4,7 +4,7 @@ use super::{Axes, Backward, Cost, Linear, Op, Site, letters, misfit};
 use crate::cpu::rows;
 use crate::tensor::{Tensor, TensorType};
 
-/// `y[.., j] = x[.., j] + bias[j]`, where bias has the shape of the last axis of x, or of its last axes: [n] for a linear
+/// `y[.., j] = x[.., j] + bias[j]`, where bias has the shape of the last axis of x, or of its last axes: `[n]` for a linear
 /// layer, [t, c] for learned positions on [b, t, c].
 ///
 /// Use it where a matmul's own bias cannot be: after the reduction of a partial sum. Backward: `dx = dy`,

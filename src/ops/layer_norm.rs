@@ -8,7 +8,7 @@ use crate::tensor::{Tensor, TensorType};
 
 /// `y = (x - mean) rstd weight + bias` of each row, with `rstd = 1 / sqrt(variance + eps)` (Ba et al. 2016).
 ///
-/// - x [.., c]; then weight [c] and bias [c], each only if asked for;
+/// - x [.., c]; then weight `[c]` and bias `[c]`, each only if asked for;
 /// - results: y in the type of x, and the statistics mean and rstd [..] in f32, which backward reads.
 ///
 /// Letters: `abC,C,C->abC,ab,ab`. Backward, with `n = (x - mean) rstd` and `g = dy weight`:
@@ -33,7 +33,7 @@ impl Default for LayerNorm {
     }
 }
 
-/// Checks x [.., c] and `vectors` operands [c]; gives the type of a statistic.
+/// Checks x [.., c] and `vectors` operands `[c]`; gives the type of a statistic.
 pub(crate) fn infer_norm(
     op: &str,
     vectors: usize,

@@ -19,7 +19,7 @@ use crate::tensor::{Tensor, TensorType};
 /// - a: [.., m, k], or [.., k, m] with `transpose_a`;
 /// - b: [k, n], or [n, k] with `transpose_b`, shared by all leading axes of a (which are then rows; `transpose_a` wants a
 ///   with two axes); or with a's leading axes: one product for each of their indices;
-/// - bias: [n], a third operand, with `bias`;
+/// - bias: `[n]`, a third operand, with `bias`;
 /// - result 0: c [.., m, n] in `output`, or in the type of a;
 /// - result 1, with an `activation`: the preactivation `a b + bias`, in the type of c, kept for backward.
 ///
@@ -35,7 +35,7 @@ pub struct Matmul {
     pub transpose_a: bool,
     /// b is stored [.., n, k].
     pub transpose_b: bool,
-    /// A third operand [n] is added to every row.
+    /// A third operand `[n]` is added to every row.
     pub bias: bool,
     /// What follows the sum and the bias.
     pub activation: Option<Activation>,

@@ -4,8 +4,8 @@ use super::sum::scalar;
 use super::{Axes, Cost, Op, Site, misfit};
 use crate::tensor::{Tensor, TensorType};
 
-/// `norm = sqrt(s)`, `factor = min(1, max_norm / (norm + 1e-6))`: s f32 [1], the sum of squares over all gradients (see
-/// [`SumOfSquares`](super::SumOfSquares)), reduced over the chips. Results: factor and norm, f32 [1] each (Pascanu et al.
+/// `norm = sqrt(s)`, `factor = min(1, max_norm / (norm + 1e-6))`: s f32 `[1]`, the sum of squares over all gradients (see
+/// [`SumOfSquares`](super::SumOfSquares)), reduced over the chips. Results: factor and norm, f32 `[1]` each (Pascanu et al.
 /// 2013).
 ///
 /// If s is infinite or not a number, factor is NaN: an optimizer that is given it keeps all old values. No gradient.

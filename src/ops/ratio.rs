@@ -4,7 +4,7 @@ use super::sum::scalar;
 use super::{Axes, Backward, Cost, Op, Saved, Site, misfit};
 use crate::tensor::{Tensor, TensorType};
 
-/// `y = a / b`: all f32 [1]. A mean loss is the sum of the losses over the count of labels, both reduced over the chips
+/// `y = a / b`: all f32 `[1]`. A mean loss is the sum of the losses over the count of labels, both reduced over the chips
 /// first. Backward: `da = dy / b`; there is no gradient to b.
 #[derive(Clone, Debug, Default)]
 pub struct Ratio;

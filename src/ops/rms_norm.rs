@@ -8,7 +8,7 @@ use crate::tensor::{Tensor, TensorType};
 
 /// `y = x rstd weight` of each row, with `rstd = 1 / sqrt(mean of x^2 + eps)` (Zhang and Sennrich 2019).
 ///
-/// - x [.., c]; then weight [c], only if asked for. Per head, on q or k: x [b, t, h, d] and weight [d];
+/// - x [.., c]; then weight `[c]`, only if asked for. Per head, on q or k: x [b, t, h, d] and weight `[d]`;
 /// - results: y in the type of x, and rstd [..] in f32, which backward reads.
 ///
 /// Letters: `abC,C->abC,ab`. Backward, with `n = x rstd` and `g = dy weight`: `dx = rstd (g - n mean of g n)`,

@@ -45,7 +45,7 @@ impl Op for Scale {
     }
 }
 
-/// `y = s x` with s [1] in f32, a number that the program computed: programs do not branch on it, they multiply by it.
+/// `y = s x` with s `[1]` in f32, a number that the program computed: programs do not branch on it, they multiply by it.
 ///
 /// Backward: `dx = s dy`; there is no gradient to s.
 #[derive(Clone, Debug, Default)]

@@ -20,7 +20,7 @@ pub struct Sgd {
 impl Sgd {
     /// One update of p by the gradient g; p and the momentum in f32, g in any float type, all of one shape.
     ///
-    /// g is multiplied by `factor` f32 [1] first; if that is not finite, p and the momentum keep their values.
+    /// g is multiplied by `factor` f32 `[1]` first; if that is not finite, p and the momentum keep their values.
     ///
     /// # Panics
     /// If shapes differ, a tensor is shared, or p or the momentum is not f32.

@@ -17,7 +17,7 @@ pub(crate) fn reduction(x: &TensorType) -> Axes {
     Axes::new(&format!("{all}->Z"))
 }
 
-/// `y = sum of all x`: x of any shape, y f32 [1].
+/// `y = sum of all x`: x of any shape, y f32 `[1]`.
 ///
 /// Blocks of 4096 elements are summed in 32 lanes each and combined by a fixed binary tree, in f32. Backward: `dx = dy`
 /// everywhere.
@@ -69,7 +69,7 @@ pub(crate) fn fill(x: SliceMut, value: f32) {
     }
 }
 
-/// `y = sum of all x^2`: x of any shape, y f32 [1], in the order of [`Sum`]. A part of the global gradient norm; split
+/// `y = sum of all x^2`: x of any shape, y f32 `[1]`, in the order of [`Sum`]. A part of the global gradient norm; split
 /// operands give partial sums. Backward: `dx = 2 x dy`.
 #[derive(Clone, Debug, Default)]
 pub struct SumOfSquares;
@@ -116,7 +116,7 @@ impl Op for SumOfSquares {
     }
 }
 
-/// `count = how many labels are not ignored`: labels [..] in u32, count f32 [1] (exact up to 2^24). No gradient.
+/// `count = how many labels are not ignored`: labels [..] in u32, count f32 `[1]` (exact up to 2^24). No gradient.
 #[derive(Clone, Debug)]
 pub struct CountLabels {
     /// The label that does not count.
