@@ -9,6 +9,7 @@
 //! | `sharded` | a tensor over the mesh and the ops on it |
 //! | `apply` | one op on placed operands, forward and backward |
 //! | `redistribute` | moving between placements; collectives as events |
+//! | `started`, `message` | transfers beside the program; messages to one peer |
 //! | `execute` | walks a collective's list of steps over a wire |
 //! | `exchange` | the wire between threads: messages, waits, diagnosis |
 //! | `threads`, `ghost` | the worlds |
@@ -18,20 +19,22 @@ mod chip;
 mod exchange;
 mod execute;
 mod ghost;
+mod message;
 mod parameter;
 mod recompute;
 mod redistribute;
 mod reshape;
 mod resolve;
 mod sharded;
+mod started;
 mod threads;
 mod update;
 
 pub use chip::{Chip, Contents, FromIndex};
 pub use ghost::Ghost;
 pub use parameter::{Init, Parameter};
-pub use redistribute::Pending;
 pub use sharded::Sharded;
+pub use started::Pending;
 pub use threads::{Run, Threads};
 
 use crate::error::{Error, Result};
