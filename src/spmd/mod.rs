@@ -7,7 +7,8 @@
 //! |---|---|
 //! | `chip` | rank, coordinates, parameters, inputs, scopes, steps |
 //! | `sharded` | a tensor over the mesh and the ops on it |
-//! | `apply` | one op on placed operands, forward and backward |
+//! | `apply`, `resolve` | one op on placed operands: shapes, placements, event |
+//! | `gradient`, `recompute` | backward: settling, adding, computing again |
 //! | `redistribute` | moving between placements; collectives as events |
 //! | `execute` | walks a collective's list of steps over a wire |
 //! | `exchange` | the wire between threads: messages, waits, diagnosis |
@@ -18,6 +19,7 @@ mod chip;
 mod exchange;
 mod execute;
 mod ghost;
+mod gradient;
 mod parameter;
 mod recompute;
 mod redistribute;
