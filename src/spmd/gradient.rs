@@ -5,8 +5,8 @@
 //! holds them, by the same rule in a ghost, so that memory is the same there.
 
 use super::apply::Told;
-use super::sharded::Tracked;
 use super::resolve::Resolved;
+use super::sharded::Tracked;
 use super::{Chip, Sharded};
 use crate::cpu::rows;
 use crate::dtype::{DType, TensorType};
