@@ -7,7 +7,8 @@
 //! |---|---|
 //! | `chip` | rank, coordinates, parameters, inputs, scopes, steps |
 //! | `sharded` | a tensor over the mesh and the ops on it |
-//! | `apply` | one op on placed operands, forward and backward |
+//! | `apply`, `resolve` | one op on placed operands: shapes, placements, event |
+//! | `gradient`, `recompute` | backward: settling, adding, computing again |
 //! | `redistribute` | moving between placements; collectives as events |
 //! | `started`, `message` | transfers beside the program; messages to one peer |
 //! | `execute` | walks a collective's list of steps over a wire |
@@ -19,6 +20,7 @@ mod chip;
 mod exchange;
 mod execute;
 mod ghost;
+mod gradient;
 mod message;
 mod parameter;
 mod recompute;
