@@ -3,8 +3,28 @@
 #[cfg(feature = "cli")]
 mod command;
 mod examples;
+mod house;
+mod tiny;
+mod watchdog;
 
 mod parity {
     mod models;
     mod ops;
+}
+
+mod spmd {
+    mod classes;
+    mod counts;
+    mod diagnosis;
+    mod ghost;
+    mod own_op;
+    mod placements;
+    mod started;
+    mod transposes;
+}
+
+mod train {
+    mod meshes;
+    mod resume;
+    mod separate;
 }
