@@ -38,29 +38,26 @@ impl Op for LayerScale {
         Cost::elementwise(inputs, outputs, 1)
     }
     fn forward(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
-        write(&mut outputs[0], &inputs[0].view() * &inputs[1].view());
+        write(&mut outputs[0], inputs[0].to_array() * inputs[1].to_array());
     }
     fn saves(&self) -> Saved {
         Saved::INPUTS
     }
     fn backward(&self, _: &Site, backward: &mut Backward) {
-        let (x, s) = (backward.input(0).view(), backward.input(1).view());
-        let dy = backward.gradient(0).view();
+        let (x, s) = (backward.input(0).to_array(), backward.input(1).to_array());
+        let dy = backward.gradient(0).to_array();
         if let Some(dx) = &mut backward.wanted[0] {
             write(&mut dx.tensor, &dy * &s);
         }
         if let Some(ds) = &mut backward.wanted[1] {
-            write(&mut ds.tensor, (&dy * &x).sum_axis(Axis(0)));
+            write(&mut ds.tensor, (dy * x).sum_axis(Axis(0)));
         }
     }
 }
 
 fn write(to: &mut Tensor, from: ArrayD<f32>) {
-    to.slice_mut()
-        .typed()
-        .iter_mut()
-        .zip(from)
-        .for_each(|(to, x)| *to = x);
+    let to = to.slice_mut().typed::<f32>();
+    to.copy_from_slice(&from.into_iter().collect::<Vec<_>>());
 }
 
 /// `loss = sum of (x s)^2` with s = 1: the gradient of s, twice the sum of x^2 over b.
