@@ -2,7 +2,7 @@
 
 use super::exchange::{Lane, Stopped};
 use super::parameter::{Parameter, Source};
-use super::redistribute::Beside;
+use super::started::Beside;
 use super::{Sharded, exchange};
 use crate::cpu::memory::Pool;
 use crate::dtype::{DType, Element, TensorType};
@@ -223,15 +223,15 @@ impl Chip {
             }
         }
         if !splits_evenly(global, placements, mesh) {
-            // The share's size depends on where the chip is.
-            let sharded = placements
-                .iter()
-                .enumerate()
-                .filter(|(_, p)| matches!(p, Placement::Shard(_)));
-            self.0
-                .read_axes
-                .borrow_mut()
-                .extend(sharded.map(|(axis, _)| axis));
+            // The share's size depends on where the chip is along the axes that cut unevenly, and on those alone.
+            let size = |axis: usize| mesh.axes()[axis].size();
+            let uneven = |dim: &usize| {
+                !global[*dim].is_multiple_of(placements.axes_of(*dim).map(size).product())
+            };
+            let axes = (0..global.len())
+                .filter(uneven)
+                .flat_map(|dim| placements.axes_of(dim));
+            self.0.read_axes.borrow_mut().extend(axes);
         }
         let start =
             (0..global.len()).map(|dim| local_range(global, dim, placements, mesh, at).start);
