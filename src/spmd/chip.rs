@@ -4,6 +4,7 @@ use super::exchange::{Lane, Stopped};
 use super::parameter::{Parameter, Source};
 use super::started::Beside;
 use super::{Sharded, exchange};
+use crate::collective::Algorithm;
 use crate::cpu::memory::Pool;
 use crate::dtype::{DType, Element, TensorType};
 use crate::error::{Error, ErrorKind};
@@ -33,6 +34,7 @@ pub(super) struct Inner {
     coordinates: Coordinates,
     memory: Memory,
     seed: u64,
+    algorithm: Algorithm,
     began: Instant,
     pub(super) lane: Option<Lane>,
     pub(super) staging: Pool,
@@ -57,6 +59,7 @@ pub(super) struct Setup {
     pub rank: usize,
     pub memory: Memory,
     pub seed: u64,
+    pub algorithm: Algorithm,
     pub began: Instant,
     pub lane: Option<Lane>,
 }
@@ -76,6 +79,7 @@ impl Chip {
             rank: setup.rank,
             memory: setup.memory,
             seed: setup.seed,
+            algorithm: setup.algorithm,
             began: setup.began,
             lane: setup.lane,
             staging: Pool::new(None),
@@ -145,6 +149,11 @@ impl Chip {
     /// True on chips without contents: [`Sharded::read`] gives nothing there.
     pub fn is_ghost(&self) -> bool {
         self.0.memory.is_ghost()
+    }
+
+    /// How collectives are done in this run.
+    pub fn algorithm(&self) -> Algorithm {
+        self.0.algorithm
     }
 
     /// The run's seed.
