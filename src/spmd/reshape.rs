@@ -58,8 +58,8 @@ fn carry(
         // Dimensions of length 1 make several candidates; the one that can be cut is meant.
         let fits = |&at: &usize| {
             to[..at].iter().product::<usize>() == before
-                && to[at] % axis.size() == 0
-                && from[dim] % axis.size() == 0
+                && to[at].is_multiple_of(axis.size())
+                && from[dim].is_multiple_of(axis.size())
         };
         (0..to.len()).find(fits).map(Placement::Shard).ok_or_else(|| {
             format!(
