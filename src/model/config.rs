@@ -221,7 +221,8 @@ impl Config {
                 self.head_dim()
             ));
         }
-        if matches!(self.positions, Positions::Rotary { .. }) && !self.head_dim().is_multiple_of(2) {
+        if matches!(self.positions, Positions::Rotary { .. }) && !self.head_dim().is_multiple_of(2)
+        {
             return input(format!(
                 "rotary positions turn pairs, heads of {} elements are odd",
                 self.head_dim()
