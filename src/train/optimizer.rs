@@ -63,7 +63,7 @@ impl Optimizer {
         format!("adamw.{}/{parameter}", ["m", "v"][which])
     }
 
-    /// Updates every parameter that has a gradient, and returns the global gradient norm before clipping, [1].
+    /// Updates every parameter that has a gradient, and returns the global gradient norm before clipping, `[1]`.
     #[track_caller]
     pub fn step(&mut self, chip: &Chip, lr: f64) -> Sharded {
         chip.phase(Phase::Update, || {
