@@ -12,7 +12,13 @@ use std::process::ExitCode;
 
 /// Transformer kernels split over many chips.
 #[derive(Debug, Parser)]
-#[command(name = "supernode", version, about, max_term_width = 100, args_override_self = true)]
+#[command(
+    name = "supernode",
+    version,
+    about,
+    max_term_width = 100,
+    args_override_self = true
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

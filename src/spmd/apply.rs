@@ -102,10 +102,8 @@ impl Chip {
     ) -> Vec<Sharded> {
         let recording = self.inner().tape.borrow().is_some();
         let tracked = recording && inputs.iter().any(|x| x.tracked.value.is_some());
-        let weight = tracked
-            && inputs
-                .iter()
-                .all(|x| x.tracked.weight || x.tracked.value.is_none());
+        // Data make a result an activation, though no gradient flows to them: an embedding is no weight.
+        let weight = tracked && inputs.iter().all(|x| x.tracked.weight);
         let parts = tensors.into_iter().zip(types).zip(&resolved.outputs);
         parts
             .map(|((tensor, ty), placements)| {

@@ -2,8 +2,9 @@
 
 use super::exchange::{Lane, Stopped};
 use super::parameter::{Parameter, Source};
-use super::redistribute::Beside;
+use super::started::Beside;
 use super::{Sharded, exchange};
+use crate::collective::Algorithm;
 use crate::cpu::memory::Pool;
 use crate::dtype::{DType, Element, TensorType};
 use crate::error::{Error, ErrorKind};
@@ -33,6 +34,7 @@ pub(super) struct Inner {
     coordinates: Coordinates,
     memory: Memory,
     seed: u64,
+    algorithm: Algorithm,
     began: Instant,
     pub(super) lane: Option<Lane>,
     pub(super) staging: Pool,
@@ -57,6 +59,7 @@ pub(super) struct Setup {
     pub rank: usize,
     pub memory: Memory,
     pub seed: u64,
+    pub algorithm: Algorithm,
     pub began: Instant,
     pub lane: Option<Lane>,
 }
@@ -76,6 +79,7 @@ impl Chip {
             rank: setup.rank,
             memory: setup.memory,
             seed: setup.seed,
+            algorithm: setup.algorithm,
             began: setup.began,
             lane: setup.lane,
             staging: Pool::new(None),
@@ -145,6 +149,11 @@ impl Chip {
     /// True on chips without contents: [`Sharded::read`] gives nothing there.
     pub fn is_ghost(&self) -> bool {
         self.0.memory.is_ghost()
+    }
+
+    /// How collectives are done in this run.
+    pub fn algorithm(&self) -> Algorithm {
+        self.0.algorithm
     }
 
     /// The run's seed.
@@ -223,15 +232,15 @@ impl Chip {
             }
         }
         if !splits_evenly(global, placements, mesh) {
-            // The share's size depends on where the chip is.
-            let sharded = placements
-                .iter()
-                .enumerate()
-                .filter(|(_, p)| matches!(p, Placement::Shard(_)));
-            self.0
-                .read_axes
-                .borrow_mut()
-                .extend(sharded.map(|(axis, _)| axis));
+            // The share's size depends on where the chip is along the axes that cut unevenly, and on those alone.
+            let size = |axis: usize| mesh.axes()[axis].size();
+            let uneven = |dim: &usize| {
+                !global[*dim].is_multiple_of(placements.axes_of(*dim).map(size).product())
+            };
+            let axes = (0..global.len())
+                .filter(uneven)
+                .flat_map(|dim| placements.axes_of(dim));
+            self.0.read_axes.borrow_mut().extend(axes);
         }
         let start =
             (0..global.len()).map(|dim| local_range(global, dim, placements, mesh, at).start);

@@ -235,20 +235,8 @@ impl Exchange {
         if state.error.is_some() {
             return;
         }
-        let stuck = |lane: &LaneState| {
-            lane.jobs == 0
-                || lane
-                    .waiting
-                    .as_ref()
-                    .is_some_and(|w| !state.satisfied(&w.until))
-        };
-        let waits = |lane: &LaneState| lane.jobs > 0 && lane.waiting.is_some();
-        if state.lanes.iter().any(waits) && state.lanes.iter().all(stuck) {
-            let report = self.report(state);
-            self.poison(state, Error::new(ErrorKind::Deadlock, report));
-            return;
-        }
-        // Someone waits for a chip that has returned: no need to let the others run on.
+        // Someone waits for a chip that has returned: no need to let the others run on. This comes first, so that the
+        // error is the same whether or not the others wait by now.
         for (number, lane) in state.lanes.iter().enumerate() {
             let Some(waiting) = &lane.waiting else {
                 continue;
@@ -275,6 +263,18 @@ impl Exchange {
                 self.poison(state, error);
                 return;
             }
+        }
+        let stuck = |lane: &LaneState| {
+            lane.jobs == 0
+                || lane
+                    .waiting
+                    .as_ref()
+                    .is_some_and(|w| !state.satisfied(&w.until))
+        };
+        let waits = |lane: &LaneState| lane.jobs > 0 && lane.waiting.is_some();
+        if state.lanes.iter().any(waits) && state.lanes.iter().all(stuck) {
+            let report = self.report(state);
+            self.poison(state, Error::new(ErrorKind::Deadlock, report));
         }
     }
 

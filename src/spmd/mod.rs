@@ -10,6 +10,7 @@
 //! | `apply`, `resolve` | one op on placed operands: shapes, placements, event |
 //! | `gradient`, `recompute` | backward: settling, adding, computing again |
 //! | `redistribute` | moving between placements; collectives as events |
+//! | `started`, `message` | transfers beside the program; messages to one peer |
 //! | `execute` | walks a collective's list of steps over a wire |
 //! | `exchange` | the wire between threads: messages, waits, diagnosis |
 //! | `threads`, `ghost` | the worlds |
@@ -20,20 +21,22 @@ mod exchange;
 mod execute;
 mod ghost;
 mod gradient;
+mod message;
 mod parameter;
 mod recompute;
 mod redistribute;
 mod reshape;
 mod resolve;
 mod sharded;
+mod started;
 mod threads;
 mod update;
 
 pub use chip::{Chip, Contents, FromIndex};
 pub use ghost::Ghost;
 pub use parameter::{Init, Parameter};
-pub use redistribute::Pending;
 pub use sharded::Sharded;
+pub use started::Pending;
 pub use threads::{Run, Threads};
 
 use crate::error::{Error, Result};

@@ -150,15 +150,17 @@ struct Again {
     inputs: Vec<Sharded>,
     outputs: Vec<(Option<crate::tape::ValueId>, Vec<usize>, Placements)>,
     block: Rc<Block>,
-    deferred: Option<(Tape<Chip>, Gradients)>,
+    deferred: Option<(Tape<Chip>, Gradients, Vec<Sharded>)>,
     site: &'static Location<'static>,
 }
 
 impl Again {
     fn backward(&mut self, chip: &Chip, gradients: &mut Gradients, pass: Pass) {
         if pass == Pass::Weights {
-            if let Some((mut tape, mut inner)) = self.deferred.take() {
+            if let Some((mut tape, mut inner, variables)) = self.deferred.take() {
                 tape.backward_weights(chip, &mut inner);
+                self.hand_over(chip, gradients, &mut inner, &variables);
+                self.inputs.clear();
             }
             return;
         }
@@ -176,7 +178,24 @@ impl Again {
             }
             _ => tape.backward(chip, &mut inner),
         }
-        for (x, variable) in self.inputs.iter().zip(&variables) {
+        self.hand_over(chip, gradients, &mut inner, &variables);
+        if pass == Pass::Inputs {
+            self.deferred = Some((tape, inner, variables));
+        } else {
+            self.inputs.clear();
+        }
+    }
+
+    /// Hands the gradients that the block's operands have got to the outer tape: those of weights that came in as
+    /// operands arrive in the second pass.
+    fn hand_over(
+        &self,
+        chip: &Chip,
+        gradients: &mut Gradients,
+        inner: &mut Gradients,
+        variables: &[Sharded],
+    ) {
+        for (x, variable) in self.inputs.iter().zip(variables) {
             // A parameter that came in as an operand got its gradient from the inner tape directly.
             let Some(value) = variable
                 .tracked
@@ -188,11 +207,6 @@ impl Again {
             for (p, tensor) in inner.take(value) {
                 chip.contribute(gradients, &x.tracked, p, tensor, self.site);
             }
-        }
-        if pass == Pass::Inputs {
-            self.deferred = Some((tape, inner));
-        } else {
-            self.inputs.clear();
         }
     }
 

@@ -8,7 +8,7 @@
 //! all-gather whose consumers differ is answered by a reduce-scatter, one whose consumers agree by a slice.
 
 use super::apply::Told;
-use super::exchange::{Channel, Header, Payload, Stopped};
+use super::exchange::{Header, Stopped};
 use super::execute::Call;
 use super::{Chip, Sharded};
 use crate::collective::{self, Algorithm, Counts, Kind, Reduce};
@@ -16,13 +16,12 @@ use crate::dtype::TensorType;
 use crate::ops::Cost;
 use crate::placement::{Placement, Placements, Transition, plan, split};
 use crate::tensor::Tensor;
-use crate::trace::{EventKind, Stream, Time, Traffic, Value};
+use crate::trace::{EventKind, Stream, Traffic, Value};
 use std::ops::Range;
 use std::panic::Location;
-use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::Arc;
 
-type Site = &'static Location<'static>;
+pub(super) type Site = &'static Location<'static>;
 
 /// A collective as one event: what is called, over which axis, with what.
 #[derive(Clone)]
@@ -38,33 +37,6 @@ pub(super) struct Request {
     /// Bytes packed and unpacked on the chip.
     pub packed: u64,
     pub site: Site,
-}
-
-/// Where a transfer that was started delivers: the result, and when it ran.
-type Slot = Arc<Mutex<Option<(Tensor, Time)>>>;
-
-type Job = Box<dyn FnOnce() + Send>;
-
-/// The thread that runs a chip's started transfers, in order.
-pub(super) struct Beside {
-    jobs: mpsc::Sender<Job>,
-}
-
-/// A transfer that was started and not yet waited for.
-#[must_use = "a started transfer has to be waited for"]
-pub struct Pending {
-    value: Sharded,
-    request: Request,
-    ticket: u64,
-    transition: Transition,
-    input: Tensor,
-    running: Running,
-}
-
-struct Running {
-    done: Arc<AtomicBool>,
-    slot: Slot,
-    header: Arc<Header>,
 }
 
 impl Chip {
@@ -174,7 +146,7 @@ impl Chip {
 
     /// The collective behind a transition, and its input with pieces in rank order.
     #[allow(clippy::too_many_arguments)]
-    fn prepare(
+    pub(super) fn prepare(
         &self,
         x: &Tensor,
         global: &[usize],
@@ -201,7 +173,13 @@ impl Chip {
                 (Kind::AllGather, Counts::Each(each), None)
             }
             Transition::AllToAll { from, to } => {
-                let rest = x.elements() / (x.shape()[from] * x.shape()[to]).max(1);
+                // Not elements over lengths: a chip whose piece is empty has to count as the others do.
+                let others = x
+                    .shape()
+                    .iter()
+                    .enumerate()
+                    .filter(|&(dim, _)| dim != from && dim != to);
+                let rest: usize = others.map(|(_, len)| len).product();
                 let (rows, columns) = (lengths(ty.shape[from]), lengths(x.shape()[to]));
                 let rows = rows.iter().map(|r| r * rest).collect();
                 (Kind::AllToAll, Counts::Product { rows, columns }, Some(to))
@@ -222,7 +200,7 @@ impl Chip {
         };
         let request = Request {
             kind,
-            algorithm: Algorithm::Tree,
+            algorithm: self.algorithm(),
             reduce: Reduce::Sum,
             axis,
             counts,
@@ -255,7 +233,7 @@ impl Chip {
     }
 
     /// The gathered pieces, in rank order, as the tensor that they are.
-    fn unpack(
+    pub(super) fn unpack(
         &self,
         gathered: Tensor,
         global: &[usize],
@@ -300,7 +278,7 @@ impl Chip {
     }
 
     /// This chip's side of a collective call; none in a ghost, which only counts it.
-    fn call(&self, input: &Tensor, request: &Request) -> Option<Call> {
+    pub(super) fn call(&self, input: &Tensor, request: &Request) -> Option<Call> {
         let number = {
             let mut sequence = self.inner().sequence.borrow_mut();
             sequence[request.axis] += 1;
@@ -349,7 +327,7 @@ impl Chip {
         }
     }
 
-    fn tell_collective(
+    pub(super) fn tell_collective(
         &self,
         input: &Tensor,
         request: &Request,
@@ -408,7 +386,7 @@ impl Chip {
         let after = x.placements.with(number, Placement::Replicate);
         let request = Request {
             kind: Kind::AllReduce,
-            algorithm: Algorithm::Tree,
+            algorithm: self.algorithm(),
             reduce: Reduce::Max,
             axis: number,
             counts: Counts::Len(x.tensor.elements()),
@@ -450,7 +428,7 @@ impl Chip {
         let p = self.replicated();
         let request = Request {
             kind,
-            algorithm: Algorithm::Tree,
+            algorithm: self.algorithm(),
             reduce: Reduce::Sum,
             axis: self.mesh().axis_index(axis),
             counts: Counts::Len(x.elements()),
@@ -461,297 +439,6 @@ impl Chip {
             site,
         };
         self.collective(x, &request)
-    }
-
-    /// Sends this chip's share to the chip `offset` further along `axis` (cyclic), and returns when it was received.
-    #[track_caller]
-    pub fn send(&self, x: &Sharded, axis: &str, offset: isize) {
-        let site = Location::caller();
-        self.arrive("send", site);
-        let began = self.now();
-        if let Some(lane) = &self.inner().lane {
-            let to = self.mesh().peer(self.rank(), axis, offset);
-            let channel = Channel {
-                from: self.rank(),
-                to,
-                call: (self.mesh().axes().len(), 0),
-            };
-            let header = Arc::new(self.message_header(axis, x.tensor.ty(), site));
-            let bytes = 0..x.tensor.ty().bytes() as usize;
-            let sent = lane.start_send(channel, &header, Payload::Shared(x.tensor.clone(), bytes));
-            sent.and_then(|s| lane.wait_sent(s))
-                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
-        }
-        self.tell_message(EventKind::Send, &x.traced(), axis, offset, site, began);
-    }
-
-    /// Receives a share of known type from the chip `offset` further along `axis` (cyclic).
-    #[track_caller]
-    pub fn receive(&self, ty: &TensorType, axis: &str, offset: isize) -> Sharded {
-        let site = Location::caller();
-        self.arrive("receive", site);
-        let mut tensor = self.allocate(ty);
-        let began = self.now();
-        if let Some(lane) = &self.inner().lane {
-            let from = self.mesh().peer(self.rank(), axis, offset);
-            let channel = Channel {
-                from,
-                to: self.rank(),
-                call: (self.mesh().axes().len(), 0),
-            };
-            let header = Arc::new(self.message_header(axis, ty, site));
-            lane.receive(channel, &header, |bytes| {
-                tensor.bytes_mut().copy_from_slice(bytes);
-                Ok(())
-            })
-            .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
-        }
-        let value = Sharded::unrecorded(self, tensor, ty.shape.clone(), self.replicated());
-        self.tell_message(
-            EventKind::Receive,
-            &value.traced(),
-            axis,
-            offset,
-            site,
-            began,
-        );
-        value
-    }
-
-    fn message_header(&self, axis: &str, ty: &TensorType, site: Site) -> Header {
-        Header {
-            signature: format!("message over {axis} of {ty}"),
-            scope: self.recorder().scope_name(),
-            site,
-        }
-    }
-
-    fn tell_message(
-        &self,
-        kind: EventKind,
-        value: &Value,
-        axis: &str,
-        offset: isize,
-        site: Site,
-        began: Option<u64>,
-    ) {
-        let bytes = if kind == EventKind::Send {
-            value.ty.bytes()
-        } else {
-            0
-        };
-        let values = vec![value.clone()];
-        let (inputs, outputs) = if kind == EventKind::Send {
-            (values, vec![])
-        } else {
-            (vec![], values)
-        };
-        self.tell(Told {
-            kind,
-            op: if kind == EventKind::Send {
-                "send"
-            } else {
-                "receive"
-            }
-            .into(),
-            site,
-            inputs,
-            outputs,
-            cost: Cost::default(),
-            traffic: Some(Traffic {
-                axis: axis.to_string(),
-                chips: self.size_of(axis),
-                collective: None,
-                offset: Some(offset),
-                bytes,
-                floor_bytes: bytes,
-            }),
-            stream: Stream::Compute,
-            ticket: None,
-            began,
-        });
-    }
-
-    #[track_caller]
-    pub(super) fn start_redistribute(&self, x: &Sharded, to: &Placements) -> Pending {
-        let site = Location::caller();
-        let to = self.normalize(to);
-        self.arrive("redistribute", site);
-        let steps = plan(&x.placements, &to, &x.global, self.mesh())
-            .unwrap_or_else(|why| panic!("start_redistribute of {x:?}: {why} (called at {site})"));
-        let [(axis, transition)] = steps[..] else {
-            panic!(
-                "start_redistribute of {x:?} to {to} takes {} transitions; start one at a time (called at {site})",
-                steps.len()
-            )
-        };
-        assert!(
-            transition.communicates(),
-            "{transition} of {x:?} sends nothing; use redistribute (called at {site})"
-        );
-        let (input, request) = self.prepare(
-            &x.tensor,
-            &x.global,
-            axis,
-            transition,
-            &x.placements,
-            &to,
-            site,
-        );
-        let output = self.allocate(&request.result);
-        let ticket = self.inner().tickets.get();
-        self.inner().tickets.set(ticket + 1);
-        self.inner().open_tickets.borrow_mut().insert(ticket);
-        let running = match self.call(&input, &request) {
-            Some(call) => self.start(call, input.clone(), output),
-            // A ghost's result is allocated and waits for nothing.
-            None => Running::finished(output),
-        };
-        self.tell_collective(
-            &input,
-            &request,
-            Stream::Communication,
-            Some(ticket),
-            self.now(),
-        );
-        Pending {
-            value: x.clone(),
-            request,
-            ticket,
-            transition,
-            input,
-            running,
-        }
-    }
-
-    fn start(&self, call: Call, input: Tensor, output: Tensor) -> Running {
-        let done = Arc::new(AtomicBool::new(false));
-        let slot: Slot = Arc::default();
-        let header = call.header.clone();
-        let began = self.now().unwrap_or(0);
-        let clock = std::time::Instant::now();
-        let (flag, delivery) = (done.clone(), slot.clone());
-        let lane = call.lane.beside();
-        lane.begin_job();
-        let call = Call {
-            lane: lane.clone(),
-            ..call
-        };
-        let job = move || {
-            let start_ns = began + clock.elapsed().as_nanos() as u64;
-            let mut output = output;
-            let finished = call.run(&input, &mut output);
-            let end = began + clock.elapsed().as_nanos() as u64;
-            // The program's handle must be the last one, so that memory is freed in program order.
-            drop(input);
-            if finished.is_ok() {
-                let time = Time {
-                    start_ns,
-                    duration_ns: end - start_ns,
-                };
-                *delivery.lock().unwrap_or_else(|broken| broken.into_inner()) =
-                    Some((output, time));
-                lane.set_done(&flag);
-            }
-            lane.end_job();
-        };
-        self.beside(Box::new(job));
-        Running { done, slot, header }
-    }
-
-    /// Hands a job to the thread for started transfers, which lives as long as the chip.
-    fn beside(&self, job: Job) {
-        let mut beside = self.inner().beside.borrow_mut();
-        let beside = beside.get_or_insert_with(|| {
-            let (jobs, queue) = mpsc::channel::<Job>();
-            let name = format!("transfers of rank {}", self.rank());
-            let work = move || queue.into_iter().for_each(|job| job());
-            let started = std::thread::Builder::new().name(name).spawn(work);
-            started.unwrap_or_else(|e| {
-                let what = format!("cannot start a thread for transfers: {e}");
-                self.fail(crate::Error::new(crate::ErrorKind::Io, what))
-            });
-            Beside { jobs }
-        });
-        beside
-            .jobs
-            .send(job)
-            .expect("the thread ends only when this sender is dropped");
-    }
-}
-
-impl Running {
-    /// What a ghost waits for.
-    fn finished(output: Tensor) -> Self {
-        let time = Time {
-            start_ns: 0,
-            duration_ns: 0,
-        };
-        let header = Header {
-            signature: String::new(),
-            scope: "".into(),
-            site: Location::caller(),
-        };
-        Running {
-            done: Arc::new(AtomicBool::new(true)),
-            slot: Arc::new(Mutex::new(Some((output, time)))),
-            header: Arc::new(header),
-        }
-    }
-}
-
-impl Pending {
-    /// Waits for the transfer and returns the moved tensor.
-    #[track_caller]
-    pub fn wait(self) -> Sharded {
-        let site = Location::caller();
-        let chip = self.value.chip.clone();
-        chip.arrive("wait", site);
-        let began = chip.now();
-        let running = self.running;
-        if let Some(lane) = &chip.inner().lane {
-            lane.wait_done(&running.done, &running.header)
-                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
-        }
-        let delivered = running
-            .slot
-            .lock()
-            .unwrap_or_else(|broken| broken.into_inner())
-            .take();
-        let (result, time) = delivered.expect("a transfer that is done has delivered");
-        chip.inner().open_tickets.borrow_mut().remove(&self.ticket);
-        if !chip.is_ghost() {
-            chip.recorder().complete(self.ticket, time);
-        }
-        drop(self.input);
-        let (axis, after) = (self.request.axis, self.request.after);
-        let tensor = chip.unpack(
-            result,
-            &self.value.global,
-            axis,
-            self.transition,
-            &after,
-            site,
-        );
-        let value = Value {
-            ty: tensor.ty().clone(),
-            placement: after.clone(),
-        };
-        chip.tell(Told {
-            kind: EventKind::Wait,
-            op: "wait".into(),
-            site,
-            inputs: vec![],
-            outputs: vec![value],
-            cost: Cost::default(),
-            traffic: None,
-            stream: Stream::Compute,
-            ticket: Some(self.ticket),
-            began,
-        });
-        let mut moved = Sharded::unrecorded(&chip, tensor, self.value.global.clone(), after);
-        chip.record_passage(&self.value, &mut moved, |p, t| (p, t), site);
-        moved
     }
 }
 

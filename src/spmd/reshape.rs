@@ -57,9 +57,10 @@ fn carry(
         let before: usize = from[..dim].iter().product();
         // Dimensions of length 1 make several candidates; the one that can be cut is meant.
         let fits = |&at: &usize| {
-            to[..at].iter().product::<usize>() == before
-                && to[at].is_multiple_of(axis.size())
-                && from[dim].is_multiple_of(axis.size())
+            let even =
+                || to[at].is_multiple_of(axis.size()) && from[dim].is_multiple_of(axis.size());
+            // A dimension that stays as it is stays cut as it is, evenly or not.
+            to[..at].iter().product::<usize>() == before && (to[at] == from[dim] || even())
         };
         (0..to.len()).find(fits).map(Placement::Shard).ok_or_else(|| {
             format!(

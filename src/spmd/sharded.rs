@@ -239,7 +239,7 @@ impl Sharded {
     ///
     /// # Panics
     /// If the number of elements differs, or a split dimension is torn apart: it must keep what is before it, and
-    /// its new length must be divisible by the chips that split it.
+    /// either its length or be divisible, before and after, by the chips that split it.
     #[track_caller]
     pub fn reshape(&self, shape: impl Into<Vec<usize>>) -> Sharded {
         self.chip.reshape(self, shape.into())

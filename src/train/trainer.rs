@@ -270,7 +270,7 @@ impl Training {
                 .eval_every
                 .is_some_and(|n| last || number % n == 0)
             {
-                finished.val_loss = self.evaluate_and_tell(chip, number, &tell);
+                finished.val_loss = self.evaluate_and_tell(chip, number, persist, &tell);
                 // The last good checkpoint is not replaced by weights that give no gradient.
                 if left_out == 0 {
                     persist.save(chip, &optimizer, number, &tell);
@@ -319,12 +319,26 @@ impl Training {
         (loss, norm)
     }
 
-    fn evaluate_and_tell(&self, chip: &Chip, step: u64, tell: &impl Fn(Report)) -> Option<f64> {
-        let loss = self.evaluate(chip);
-        if let Some(loss) = loss {
-            tell(Report::Validation { step, loss });
+    fn evaluate_and_tell(
+        &self,
+        chip: &Chip,
+        step: u64,
+        persist: &Persist,
+        tell: &impl Fn(Report),
+    ) -> Option<f64> {
+        let loss = self.evaluate(chip)?;
+        // Before the checkpoint that follows takes the place of the last good one.
+        if !loss.is_finite() {
+            chip.fail(Error::new(
+                ErrorKind::NotFinite,
+                format!(
+                    "the validation loss after step {step} is {loss}; {}",
+                    persist.last()
+                ),
+            ));
         }
-        loss
+        tell(Report::Validation { step, loss });
+        Some(loss)
     }
 
     /// Step `number`, from 1: mean loss and gradient norm, [1] each, on every chip.

@@ -1,0 +1,225 @@
+//! Transfers that are started and waited for later: they run in order on a thread beside the chip's program.
+
+use super::apply::Told;
+use super::exchange::{Header, Stopped};
+use super::execute::Call;
+use super::redistribute::Request;
+use super::{Chip, Sharded};
+use crate::ops::Cost;
+use crate::placement::{Placements, Transition, plan};
+use crate::tensor::Tensor;
+use crate::trace::{EventKind, Stream, Time, Value};
+use std::panic::Location;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, mpsc};
+
+/// Where a transfer that was started delivers: the result, and when it ran.
+type Slot = Arc<Mutex<Option<(Tensor, Time)>>>;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// The thread that runs a chip's started transfers, in order.
+pub(super) struct Beside {
+    jobs: mpsc::Sender<Job>,
+}
+
+/// A transfer that was started and not yet waited for.
+#[must_use = "a started transfer has to be waited for"]
+pub struct Pending {
+    value: Sharded,
+    request: Request,
+    ticket: u64,
+    transition: Transition,
+    input: Tensor,
+    running: Running,
+}
+
+struct Running {
+    done: Arc<AtomicBool>,
+    slot: Slot,
+    header: Arc<Header>,
+}
+
+impl Chip {
+    #[track_caller]
+    pub(super) fn start_redistribute(&self, x: &Sharded, to: &Placements) -> Pending {
+        let site = Location::caller();
+        let to = self.normalize(to);
+        self.arrive("redistribute", site);
+        let steps = plan(&x.placements, &to, &x.global, self.mesh())
+            .unwrap_or_else(|why| panic!("start_redistribute of {x:?}: {why} (called at {site})"));
+        let [(axis, transition)] = steps[..] else {
+            panic!(
+                "start_redistribute of {x:?} to {to} takes {} transitions; start one at a time (called at {site})",
+                steps.len()
+            )
+        };
+        assert!(
+            transition.communicates(),
+            "{transition} of {x:?} sends nothing; use redistribute (called at {site})"
+        );
+        let (input, request) = self.prepare(
+            &x.tensor,
+            &x.global,
+            axis,
+            transition,
+            &x.placements,
+            &to,
+            site,
+        );
+        let output = self.allocate(&request.result);
+        let ticket = self.inner().tickets.get();
+        self.inner().tickets.set(ticket + 1);
+        self.inner().open_tickets.borrow_mut().insert(ticket);
+        let running = match self.call(&input, &request) {
+            Some(call) => self.start(call, input.clone(), output),
+            // A ghost's result is allocated and waits for nothing.
+            None => Running::finished(output),
+        };
+        self.tell_collective(
+            &input,
+            &request,
+            Stream::Communication,
+            Some(ticket),
+            self.now(),
+        );
+        Pending {
+            value: x.clone(),
+            request,
+            ticket,
+            transition,
+            input,
+            running,
+        }
+    }
+
+    fn start(&self, call: Call, input: Tensor, output: Tensor) -> Running {
+        let done = Arc::new(AtomicBool::new(false));
+        let slot: Slot = Arc::default();
+        let header = call.header.clone();
+        let began = self.now().unwrap_or(0);
+        let clock = std::time::Instant::now();
+        let (flag, delivery) = (done.clone(), slot.clone());
+        let lane = call.lane.beside();
+        lane.begin_job();
+        let call = Call {
+            lane: lane.clone(),
+            ..call
+        };
+        let job = move || {
+            let start_ns = began + clock.elapsed().as_nanos() as u64;
+            let mut output = output;
+            let finished = call.run(&input, &mut output);
+            let end = began + clock.elapsed().as_nanos() as u64;
+            // The program's handle must be the last one, so that memory is freed in program order.
+            drop(input);
+            if finished.is_ok() {
+                let time = Time {
+                    start_ns,
+                    duration_ns: end - start_ns,
+                };
+                *delivery.lock().unwrap_or_else(|broken| broken.into_inner()) =
+                    Some((output, time));
+                lane.set_done(&flag);
+            }
+            lane.end_job();
+        };
+        self.beside(Box::new(job));
+        Running { done, slot, header }
+    }
+
+    /// Hands a job to the thread for started transfers, which lives as long as the chip.
+    fn beside(&self, job: Job) {
+        let mut beside = self.inner().beside.borrow_mut();
+        let beside = beside.get_or_insert_with(|| {
+            let (jobs, queue) = mpsc::channel::<Job>();
+            let name = format!("transfers of rank {}", self.rank());
+            let work = move || queue.into_iter().for_each(|job| job());
+            let started = std::thread::Builder::new().name(name).spawn(work);
+            started.unwrap_or_else(|e| {
+                let what = format!("cannot start a thread for transfers: {e}");
+                self.fail(crate::Error::new(crate::ErrorKind::Io, what))
+            });
+            Beside { jobs }
+        });
+        beside
+            .jobs
+            .send(job)
+            .expect("the thread ends only when this sender is dropped");
+    }
+}
+
+impl Running {
+    /// What a ghost waits for.
+    fn finished(output: Tensor) -> Self {
+        let time = Time {
+            start_ns: 0,
+            duration_ns: 0,
+        };
+        let header = Header {
+            signature: String::new(),
+            scope: "".into(),
+            site: Location::caller(),
+        };
+        Running {
+            done: Arc::new(AtomicBool::new(true)),
+            slot: Arc::new(Mutex::new(Some((output, time)))),
+            header: Arc::new(header),
+        }
+    }
+}
+
+impl Pending {
+    /// Waits for the transfer and returns the moved tensor.
+    #[track_caller]
+    pub fn wait(self) -> Sharded {
+        let site = Location::caller();
+        let chip = self.value.chip.clone();
+        chip.arrive("wait", site);
+        let began = chip.now();
+        let running = self.running;
+        if let Some(lane) = &chip.inner().lane {
+            lane.wait_done(&running.done, &running.header)
+                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
+        }
+        let delivered = running
+            .slot
+            .lock()
+            .unwrap_or_else(|broken| broken.into_inner())
+            .take();
+        let (result, time) = delivered.expect("a transfer that is done has delivered");
+        chip.inner().open_tickets.borrow_mut().remove(&self.ticket);
+        if !chip.is_ghost() {
+            chip.recorder().complete(self.ticket, time);
+        }
+        drop(self.input);
+        let (axis, after) = (self.request.axis, self.request.after);
+        let tensor = chip.unpack(
+            result,
+            &self.value.global,
+            axis,
+            self.transition,
+            &after,
+            site,
+        );
+        let value = Value {
+            ty: tensor.ty().clone(),
+            placement: after.clone(),
+        };
+        chip.tell(Told {
+            kind: EventKind::Wait,
+            op: "wait".into(),
+            site,
+            inputs: vec![],
+            outputs: vec![value],
+            cost: Cost::default(),
+            traffic: None,
+            stream: Stream::Compute,
+            ticket: Some(self.ticket),
+            began,
+        });
+        let mut moved = Sharded::unrecorded(&chip, tensor, self.value.global.clone(), after);
+        chip.record_passage(&self.value, &mut moved, |p, t| (p, t), site);
+        moved
+    }
+}
