@@ -97,7 +97,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn copysign(self, a: Self::V, b: Self::V) -> Self::V;
     /// To the nearest integer, ties to even.
     fn round(self, a: Self::V) -> Self::V;
-    /// a 2^n, rounded once, for integral n, |n| <= 252.
+    /// a 2^n, rounded once, for integral n, |n| <= 252, and a = 0 or |a| >= 2^-100. (Below that the instruction sets
+    /// without such an instruction may round twice.)
     fn scale2(self, a: Self::V, n: Self::V) -> Self::V;
     /// (m, e) with a = m 2^e, 2/3 <= m < 4/3, e integral; a positive, finite and normal.
     fn split(self, a: Self::V) -> (Self::V, Self::V);

@@ -90,7 +90,7 @@ impl Kernel for Operations<'_> {
                 s.copysign(a, s.select(s.eq(b, b), b, s.splat(1.0))),
                 s.round(a),
                 s.scale2(
-                    s.select(s.lt(s.abs(a), s.splat(2.0)), a, s.splat(1.25)),
+                    s.select(s.le(s.splat(2f32.powi(-100)), s.abs(a)), a, s.zero()),
                     whole,
                 ),
                 s.swap_pairs(a),
