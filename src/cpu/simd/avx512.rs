@@ -2,7 +2,7 @@
 //!
 //! bf16 is narrowed in integers, not by `vcvtneps2bf16`, which flushes subnormals.
 
-use super::{Isa, Kernel, Simd, TileKernel};
+use super::{Kernel, Simd, TileKernel};
 use crate::dtype::{DType, Float};
 use core::arch::x86_64::*;
 
@@ -62,7 +62,6 @@ impl Simd for Avx512 {
     type V = __m512;
     type M = __mmask16;
     const LANES: usize = 16;
-    const ISA: Isa = Isa::Avx512;
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -188,10 +187,6 @@ impl Simd for Avx512 {
         })
     }
     #[inline(always)]
-    fn swap_pairs(self, a: Self::V) -> Self::V {
-        avx!(_mm512_permute_ps::<0b10_11_00_01>(a))
-    }
-    #[inline(always)]
     fn lt(self, a: Self::V, b: Self::V) -> Self::M {
         avx!(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b))
     }
@@ -214,18 +209,6 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn mask_and(self, a: Self::M, b: Self::M) -> Self::M {
         a & b
-    }
-    #[inline(always)]
-    fn mask_or(self, a: Self::M, b: Self::M) -> Self::M {
-        a | b
-    }
-    #[inline(always)]
-    fn mask_not(self, a: Self::M) -> Self::M {
-        !a
-    }
-    #[inline(always)]
-    fn mask_any(self, a: Self::M) -> bool {
-        a != 0
     }
     #[inline(always)]
     unsafe fn load_ptr<T: Float>(self, p: *const T) -> Self::V {

@@ -55,8 +55,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type M: Copy;
     /// f32 in a vector; divides 32.
     const LANES: usize;
-    /// The instruction set's name.
-    const ISA: Isa;
 
     /// Calls `kernel` compiled for this instruction set.
     fn run<K: Kernel>(self, kernel: K) -> K::Output;
@@ -87,7 +85,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn neg_fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// a if a > b, else b: a NaN in b stays, a NaN in a is dropped (see [`Simd::max_nan`]).
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
-    /// a if a < b, else b: a NaN in b stays, a NaN in a is dropped (see [`Simd::min_nan`]).
+    /// a if a < b, else b: a NaN in b stays, a NaN in a is dropped.
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
     /// Square root, correctly rounded.
     fn sqrt(self, a: Self::V) -> Self::V;
@@ -102,8 +100,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn scale2(self, a: Self::V, n: Self::V) -> Self::V;
     /// (m, e) with a = m 2^e, 2/3 <= m < 4/3, e integral; a positive, finite and normal.
     fn split(self, a: Self::V) -> (Self::V, Self::V);
-    /// Exchanges lanes 0 and 1, 2 and 3, ...
-    fn swap_pairs(self, a: Self::V) -> Self::V;
 
     /// a < b; false with a NaN.
     fn lt(self, a: Self::V, b: Self::V) -> Self::M;
@@ -117,12 +113,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn mask_first(self, n: usize) -> Self::M;
     /// Both.
     fn mask_and(self, a: Self::M, b: Self::M) -> Self::M;
-    /// Either.
-    fn mask_or(self, a: Self::M, b: Self::M) -> Self::M;
-    /// The complement.
-    fn mask_not(self, a: Self::M) -> Self::M;
-    /// Whether some lane is true.
-    fn mask_any(self, a: Self::M) -> bool;
 
     /// Widens `LANES` elements from p.
     ///
@@ -161,12 +151,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn max_nan(self, a: Self::V, b: Self::V) -> Self::V {
         self.select(self.eq(a, a), self.max(a, b), a)
-    }
-
-    /// The smaller, or NaN if either is.
-    #[inline(always)]
-    fn min_nan(self, a: Self::V, b: Self::V) -> Self::V {
-        self.select(self.eq(a, a), self.min(a, b), a)
     }
 
     /// Widens the first `LANES` elements. Panics if there are fewer.

@@ -3,6 +3,7 @@
 use super::*;
 use crate::dtype::{DType, Float};
 use half::{bf16, f16};
+use std::any::type_name;
 
 fn numbers() -> Vec<f32> {
     let mut x = vec![
@@ -65,7 +66,7 @@ impl Kernel for Operations<'_> {
     #[inline(always)]
     fn call<S: Simd>(self, s: S) -> Self::Output {
         let n = self.0.len() / 32 * 32;
-        let mut out: Vec<Vec<u32>> = vec![Vec::new(); 20];
+        let mut out: Vec<Vec<u32>> = vec![Vec::new(); 18];
         for i in (0..n).step_by(S::LANES) {
             let a = s.load(&self.0[i..]);
             // Another order of the same numbers; 7 and 13 lanes on are the same numbers for all widths.
@@ -84,7 +85,6 @@ impl Kernel for Operations<'_> {
                 s.max(a, b),
                 s.min(a, b),
                 s.max_nan(a, b),
-                s.min_nan(a, b),
                 s.sqrt(a),
                 s.abs(a),
                 s.copysign(a, s.select(s.eq(b, b), b, s.splat(1.0))),
@@ -93,14 +93,9 @@ impl Kernel for Operations<'_> {
                     s.select(s.le(s.splat(2f32.powi(-100)), s.abs(a)), a, s.zero()),
                     whole,
                 ),
-                s.swap_pairs(a),
                 s.select(s.lt(a, b), a, c),
                 s.select(s.le(a, b), a, c),
-                s.select(
-                    s.mask_or(s.mask_not(s.eq(a, a)), s.mask_and(s.lt(a, b), s.lt(b, c))),
-                    b,
-                    c,
-                ),
+                s.select(s.mask_and(s.lt(a, b), s.lt(b, c)), b, c),
                 s.neg(a),
             ];
             for (list, v) in out.iter_mut().zip(results) {
@@ -178,8 +173,8 @@ impl<T: Float> Kernel for LoadStore<'_, T> {
                 assert_eq!(
                     bits(*value),
                     bits(want),
-                    "lane {lane} of {n} on {:?}",
-                    S::ISA
+                    "lane {lane} of {n} on {}",
+                    type_name::<S>()
                 );
             }
             assert_eq!((lanes[0], lanes[1 + S::LANES]), (9.0, 9.0));
@@ -192,7 +187,12 @@ impl<T: Float> Kernel for LoadStore<'_, T> {
                 } else {
                     guard
                 };
-                assert_eq!(bits(value.to_f32()), bits(want.to_f32()), "{:?}", S::ISA);
+                assert_eq!(
+                    bits(value.to_f32()),
+                    bits(want.to_f32()),
+                    "{}",
+                    type_name::<S>()
+                );
             }
             assert_eq!(out[0], guard);
         }
@@ -259,7 +259,6 @@ fn masks_count_lanes() {
                 s.store(&mut lanes, s.select(m, s.splat(1.0), s.splat(2.0)));
                 let ones = lanes.iter().filter(|&&x| x == 1.0).count();
                 assert_eq!(ones, n.min(S::LANES));
-                assert_eq!(s.mask_any(m), n > 0);
             }
         }
     }
@@ -282,7 +281,7 @@ fn transposing_moves_lane_j_of_vector_i() {
                 let mut lanes = [0f32; 32];
                 s.store(&mut lanes, v);
                 for (i, &lane) in lanes[..S::LANES].iter().enumerate() {
-                    assert_eq!(lane, (i * S::LANES + j) as f32, "{:?}", S::ISA);
+                    assert_eq!(lane, (i * S::LANES + j) as f32, "{}", type_name::<S>());
                 }
             }
         }
