@@ -2,7 +2,7 @@
 //!
 //! bf16 is narrowed in integers, not by `vcvtneps2bf16`, which flushes subnormals.
 
-use super::{Kernel, Simd, TileKernel};
+use super::{Kernel, Simd, TILE_OF_16, TileKernel};
 use crate::dtype::{DType, Float};
 use core::arch::x86_64::*;
 
@@ -74,8 +74,7 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
-        // 28 accumulators, 2 vectors of B, 1 broadcast: 31 of 32 registers.
-        kernel.call::<Self, 14, 2>(self)
+        kernel.call::<Self, { TILE_OF_16.0 }, { TILE_OF_16.1 }>(self)
     }
     #[inline(always)]
     fn transpose(self, x: &mut [Self::V]) {

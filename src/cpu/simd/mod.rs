@@ -14,6 +14,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(test)]
+mod emulated;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
@@ -27,9 +29,18 @@ use std::sync::OnceLock;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+#[cfg(test)]
+use emulated::{Emulated4, Emulated16};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
+
+/// Rows and vectors of a tile on AVX-512: 28 accumulators, 2 vectors of B, 1 broadcast: 31 of 32 registers.
+#[cfg(any(test, target_arch = "x86_64"))]
+const TILE_OF_16: (usize, usize) = (14, 2);
+/// Rows and vectors of a tile on NEON: 24 accumulators, 4 vectors of B, 1 broadcast: 29 of 32 registers.
+#[cfg(any(test, target_arch = "aarch64"))]
+const TILE_OF_4: (usize, usize) = (6, 4);
 
 /// Code that runs on any instruction set. Write `call` with `#[inline(always)]`.
 pub(crate) trait Kernel {
@@ -204,6 +215,12 @@ pub(crate) enum Isa {
     /// NEON, part of every 64-bit ARM.
     #[cfg(target_arch = "aarch64")]
     Neon,
+    /// Arrays in the shape of AVX-512.
+    #[cfg(test)]
+    Emulated16,
+    /// Arrays in the shape of NEON.
+    #[cfg(test)]
+    Emulated4,
     /// Plain Rust.
     Portable,
 }
@@ -216,6 +233,10 @@ impl Isa {
         Isa::Avx2,
         #[cfg(target_arch = "aarch64")]
         Isa::Neon,
+        #[cfg(test)]
+        Isa::Emulated16,
+        #[cfg(test)]
+        Isa::Emulated4,
         Isa::Portable,
     ];
 
@@ -232,6 +253,10 @@ impl Isa {
             Isa::Avx2 => Avx2::new().is_some(),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => Neon::new().is_some(),
+            #[cfg(test)]
+            Isa::Emulated16 => Emulated16::new().is_some(),
+            #[cfg(test)]
+            Isa::Emulated4 => Emulated4::new().is_some(),
             Isa::Portable => true,
         }
     }
@@ -276,6 +301,10 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         Isa::Avx2 => Avx2::new().expect("this CPU lacks AVX2").run(kernel),
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => Neon::new().expect("this CPU lacks NEON").run(kernel),
+        #[cfg(test)]
+        Isa::Emulated16 => Emulated16::new().expect("no FMA").run(kernel),
+        #[cfg(test)]
+        Isa::Emulated4 => Emulated4::new().expect("no FMA").run(kernel),
         Isa::Portable => Portable.run(kernel),
     }
 }

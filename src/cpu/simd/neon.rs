@@ -3,7 +3,7 @@
 // NEON is part of the target, so that its register operations are safe on newer compilers and unsafe on older ones.
 #![allow(unused_unsafe)]
 
-use super::{Kernel, Simd, TileKernel};
+use super::{Kernel, Simd, TILE_OF_4, TileKernel};
 use crate::dtype::{DType, Float};
 use core::arch::aarch64::*;
 
@@ -54,8 +54,7 @@ impl Simd for Neon {
     }
     #[inline(always)]
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
-        // 24 accumulators, 4 vectors of B, 1 broadcast: 29 of 32 registers.
-        kernel.call::<Self, 6, 4>(self)
+        kernel.call::<Self, { TILE_OF_4.0 }, { TILE_OF_4.1 }>(self)
     }
     #[inline(always)]
     fn transpose(self, x: &mut [Self::V]) {

@@ -300,3 +300,44 @@ fn a_chosen_instruction_set_holds_inside_only() {
     assert_eq!(isa(), best);
     assert_eq!(Isa::available().last(), Some(&Isa::Portable));
 }
+
+struct Shape;
+
+impl Kernel for Shape {
+    type Output = [usize; 3];
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) -> Self::Output {
+        s.tiled(self)
+    }
+}
+
+impl TileKernel for Shape {
+    type Output = [usize; 3];
+    #[inline(always)]
+    fn call<S: Simd, const ROWS: usize, const VECTORS: usize>(self, _: S) -> Self::Output {
+        [S::LANES, ROWS, VECTORS]
+    }
+}
+
+/// What the emulated sets are there for: code that this machine's registers would not let run.
+#[test]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+fn arrays_take_the_shape_of_the_sets_that_they_stand_for() {
+    let here = Isa::available();
+    #[cfg(target_arch = "x86_64")]
+    if !here.contains(&Isa::Avx2) {
+        return;
+    }
+    assert_eq!(dispatch(Isa::Emulated16, Shape), [16, 14, 2]);
+    assert_eq!(dispatch(Isa::Emulated4, Shape), [4, 6, 4]);
+    for isa in here {
+        let shape = dispatch(isa, Shape);
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => assert_eq!(shape, dispatch(Isa::Emulated16, Shape)),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => assert_eq!(shape, dispatch(Isa::Emulated4, Shape)),
+            _ => assert!(shape[1] <= 14 && 32 % (shape[0] * shape[2]) == 0),
+        }
+    }
+}
