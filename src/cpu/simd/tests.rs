@@ -341,3 +341,73 @@ fn arrays_take_the_shape_of_the_sets_that_they_stand_for() {
         }
     }
 }
+
+/// Two stretches of memory of which the second may not be touched.
+#[cfg(target_os = "linux")]
+struct Guarded(*mut u8);
+
+#[cfg(target_os = "linux")]
+impl Guarded {
+    /// No page is larger, on any CPU that runs Linux.
+    const BYTES: usize = 1 << 16;
+
+    fn new() -> Self {
+        use std::ffi::{c_int, c_long, c_void};
+        unsafe extern "C" {
+            fn mmap(
+                at: *mut c_void,
+                bytes: usize,
+                access: c_int,
+                flags: c_int,
+                file: c_int,
+                offset: c_long,
+            ) -> *mut c_void;
+            fn mprotect(at: *mut c_void, bytes: usize, access: c_int) -> c_int;
+        }
+        // Read and write; private and anonymous; no access.
+        // SAFETY: new memory, at a place of the system's choice; it lives until the process ends.
+        unsafe {
+            let data = mmap(std::ptr::null_mut(), 2 * Self::BYTES, 3, 0x22, -1, 0);
+            assert_ne!(data as isize, -1, "no memory");
+            assert_eq!(mprotect(data.byte_add(Self::BYTES), Self::BYTES, 0), 0);
+            Guarded(data.cast())
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+struct AtTheEnd<'a, T>(&'a Guarded, std::marker::PhantomData<T>);
+
+#[cfg(target_os = "linux")]
+impl<T: Float> Kernel for AtTheEnd<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        for n in 1..=S::LANES {
+            let at = Guarded::BYTES - n * T::DTYPE.size();
+            // SAFETY: n elements end where the readable memory does.
+            let x: &mut [T] = unsafe {
+                let data = self.0.0.add(at).cast();
+                std::slice::from_raw_parts_mut(data, n)
+            };
+            s.store_first(x, s.splat(n as f32));
+            assert!(x.iter().all(|x| x.to_f32() == n as f32));
+            let mut lanes = [0f32; 32];
+            s.store(&mut lanes, s.load_first(x));
+            assert_eq!(lanes.iter().sum::<f32>(), (n * n) as f32);
+        }
+    }
+}
+
+/// A lane beyond the end may lie on a page that does not exist.
+#[cfg(target_os = "linux")]
+#[test]
+fn partial_vectors_touch_nothing_beyond_the_end() {
+    use std::marker::PhantomData;
+    let memory = Guarded::new();
+    for isa in Isa::available() {
+        dispatch(isa, AtTheEnd::<f32>(&memory, PhantomData));
+        dispatch(isa, AtTheEnd::<bf16>(&memory, PhantomData));
+        dispatch(isa, AtTheEnd::<f16>(&memory, PhantomData));
+    }
+}
