@@ -3,6 +3,15 @@
 //! `cargo run --release --example all_reduce` prints
 //!
 //! ```text
+//! sum of rows: [[1.394953, 0.865183, 0.673934, 0.569820, 0.501932, 0.452976]]
+//! the same bits in 12 results: true
+//! all-reduce over dp: 2 calls, 72 bytes sent by a chip (no algorithm sends less than 72), 36 beside computation
+//! reduce-scatter over dp: 1 calls, 18 bytes sent by a chip (no algorithm sends less than 18), 0 beside computation
+//! all-gather over dp: 1 calls, 18 bytes sent by a chip (no algorithm sends less than 18), 0 beside computation
+//! an all-reduce of 6 elements over 4 chips, as chip 0 does it:
+//!   tree: 2 rounds, 6 messages, 8 elements sent
+//!   ring: 6 rounds, 6 messages, 9 elements sent
+//!   recursive: 4 rounds, 4 messages, 9 elements sent
 //! ```
 
 use ndarray::ArrayD;

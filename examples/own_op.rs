@@ -3,6 +3,20 @@
 //! `cargo run --release --example own_op` prints
 //!
 //! ```text
+//! gradient of s: [1008, 1160, 1328, 1512, 1712, 1928]
+//! 6 chips (dp=2,tp=3), world ghost, 1 class(es)
+//! op (chip 0)                    calls        flop       bytes          ms
+//! multiply.backward                  1          8          96         0.00
+//! layer_scale.backward               1          8          80         0.00
+//! multiply                           1          4          48         0.00
+//! accumulate                         1          4          48         0.00
+//! layer_scale                        1          4          40         0.00
+//! sum                                1          4          20         0.00
+//! sum.backward                       1          0          20         0.00
+//! moved (chip 0)          axis   calls       bytes       floor     overlap
+//! all-reduce                dp       1          8           8          0 %
+//! all-gather                tp       1         16          16          0 %
+//! peak memory per chip: 512 B of tensors, 8 B of scratch
 //! ```
 
 use ndarray::{ArrayD, Axis};
@@ -38,29 +52,26 @@ impl Op for LayerScale {
         Cost::elementwise(inputs, outputs, 1)
     }
     fn forward(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
-        write(&mut outputs[0], &inputs[0].view() * &inputs[1].view());
+        write(&mut outputs[0], inputs[0].to_array() * inputs[1].to_array());
     }
     fn saves(&self) -> Saved {
         Saved::INPUTS
     }
     fn backward(&self, _: &Site, backward: &mut Backward) {
-        let (x, s) = (backward.input(0).view(), backward.input(1).view());
-        let dy = backward.gradient(0).view();
+        let (x, s) = (backward.input(0).to_array(), backward.input(1).to_array());
+        let dy = backward.gradient(0).to_array();
         if let Some(dx) = &mut backward.wanted[0] {
             write(&mut dx.tensor, &dy * &s);
         }
         if let Some(ds) = &mut backward.wanted[1] {
-            write(&mut ds.tensor, (&dy * &x).sum_axis(Axis(0)));
+            write(&mut ds.tensor, (dy * x).sum_axis(Axis(0)));
         }
     }
 }
 
 fn write(to: &mut Tensor, from: ArrayD<f32>) {
-    to.slice_mut()
-        .typed()
-        .iter_mut()
-        .zip(from)
-        .for_each(|(to, x)| *to = x);
+    let to = to.slice_mut().typed::<f32>();
+    to.copy_from_slice(&from.into_iter().collect::<Vec<_>>());
 }
 
 /// `loss = sum of (x s)^2` with s = 1: the gradient of s, twice the sum of x^2 over b.

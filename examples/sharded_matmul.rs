@@ -3,6 +3,15 @@
 //! `cargo run --release --example sharded_matmul` prints
 //!
 //! ```text
+//! dp=2,tp=2: [512, 3072], bit for bit what one chip gives: true
+//! 4 chips (dp=2,tp=2), world threads:
+//!   all-gather over tp: each chip sends 1572864 bytes
+//!   all-gather over dp: each chip sends 3145728 bytes
+//!   peak memory of a chip: 16515072 bytes
+//! 1024 chips (dp=64,tp=16), world ghost:
+//!   all-gather over tp: each chip sends 92160 bytes
+//!   all-gather over dp: each chip sends 6193152 bytes
+//!   peak memory of a chip: 7010304 bytes
 //! ```
 
 use std::fmt::Write;

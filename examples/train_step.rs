@@ -4,6 +4,18 @@
 //! `cargo run --release --example train_step` prints, within a minute on two cores (numbers change with the text):
 //!
 //! ```text
+//! 762240 parameters on the mesh dp=2,tp=2
+//! step    1  loss 4.5657  695 ms
+//! step   20  loss 2.8729  242 ms
+//! ...
+//! step  140  loss 1.7604  309 ms
+//! 2549 tokens per second; each chip sent in a step
+//!   all-reduce over tp: 22 calls, 4724740 bytes
+//!   all-reduce over dp: 40 calls, 1527300 bytes
+//! peak bytes per chip: [15807040, 15807040, 15807040, 15807040]
+//! one chip ends at loss 1.9891
+//! largest difference: 5e-7 in the first 20 steps, 3e-5 in all
+//! (and 200 characters that it writes)
 //! ```
 
 use std::sync::atomic::AtomicBool;
@@ -25,37 +37,24 @@ const TEXT: &str = concat!(
     include_str!("../src/ops/mod.rs"),
     include_str!("../src/ops/matmul.rs"),
     include_str!("../src/spmd/chip.rs"),
-    include_str!("../src/spmd/apply.rs"),
-    include_str!("../src/spmd/sharded.rs"),
     include_str!("../src/spmd/redistribute.rs"),
     include_str!("../src/model/mod.rs"),
 );
 
 /// A Llama of 0.8 million parameters that reads characters, for a mesh.
 pub fn training(mesh: &Mesh, steps: u64, sample: usize) -> Result<Training> {
-    let tokens = Arc::new(Tokens::from_text(
-        TEXT.as_bytes(),
-        Alphabet::Characters,
-        "this crate's source",
-    )?);
-    let (layers, hidden, heads, kv_heads, context) = (4, 128, 4, 2, 64);
-    let config = Config::llama(
-        layers,
-        hidden,
-        heads,
-        kv_heads,
-        tokens.vocabulary().len(),
-        context,
-    );
+    let tokens = Tokens::from_text(TEXT.as_bytes(), Alphabet::Characters, "the source")?;
+    let (lr, context, batch) = (2e-3, 64, 16);
+    let config = Config::llama(4, 128, 4, 2, tokens.vocabulary().len(), context);
     let split = Split::new(tokens.len(), 0.9)?;
     Ok(Training {
         model: Transformer::new(config, mesh)?,
-        batches: Batches::new(tokens, split, context, 16, 0)?,
+        batches: Batches::new(Arc::new(tokens), split, context, batch, 0)?,
         options: Options {
             steps,
             learning_rate: LearningRate::Cosine {
-                lr: 3e-3,
-                min_lr: 3e-4,
+                lr,
+                min_lr: lr / 10.0,
                 warmup: 10,
                 decay: steps,
             },
@@ -84,60 +83,35 @@ pub fn train(mesh: &Mesh, training: &Training, show: bool) -> Result<(Vec<f64>, 
 
 /// The largest difference between two runs' losses.
 pub fn difference(a: &[f64], b: &[f64]) -> f64 {
-    a.iter()
-        .zip(b)
-        .fold(0.0, |m, (x, y)| f64::max(m, (x - y).abs()))
+    let each = a.iter().zip(b).map(|(x, y)| (x - y).abs());
+    each.fold(0.0, f64::max)
 }
 
 fn main() -> Result<()> {
-    let steps = 200;
-    let (mesh, single) = (Mesh::new([("dp", 2), ("tp", 2)]), Mesh::single());
+    let steps = 150;
+    let mesh = Mesh::new([("dp", 2), ("tp", 2)]);
     let on_four = training(&mesh, steps, 0)?;
-    let tokens = (on_four.batches.rows() * on_four.batches.context()) as f64 * steps as f64;
-    let (parameters, characters) = (
-        on_four.model.config().parameters(),
-        on_four.batches.tokens().len(),
-    );
-    println!(
-        "{parameters} parameters, {characters} characters of source, {} chips ({mesh})",
-        mesh.chips()
-    );
+    let (model, batches) = (&on_four.model, &on_four.batches);
+    let parameters = model.config().parameters();
+    println!("{parameters} parameters on the mesh {mesh}");
 
     let began = Instant::now();
     let (four, run) = train(&mesh, &on_four, true)?;
-    println!(
-        "{:.0} tokens per second",
-        tokens / began.elapsed().as_secs_f64()
-    );
+    let tokens = steps as usize * batches.rows() * batches.context();
+    let rate = tokens as f64 / began.elapsed().as_secs_f64();
+    println!("{rate:.0} tokens per second; each chip sent in a step");
     for c in run.trace().collectives() {
-        let bytes = c.bytes as f64 / steps as f64 / 1e6;
-        println!(
-            "{} over {}: {} calls, {bytes:.3} MB a step sent by each chip",
-            c.op, c.axis, c.calls
-        );
+        let (calls, bytes) = (c.calls / steps, c.bytes / steps);
+        println!("  {} over {}: {calls} calls, {bytes} bytes", c.op, c.axis);
     }
-    println!(
-        "peak memory per chip in bytes: {:?}",
-        run.trace().peak_bytes()
-    );
+    println!("peak bytes per chip: {:?}", run.trace().peak_bytes());
 
-    let began = Instant::now();
-    let on_one = training(&single, steps, 300)?;
-    let (one, run) = train(&single, &on_one, false)?;
-    let (last, first) = (one[one.len() - 1], difference(&four[..20], &one[..20]));
-    println!(
-        "one chip ends at loss {last:.4}, after {:.0} s, and peaks at {} bytes",
-        began.elapsed().as_secs_f64(),
-        run.trace().peak_bytes()[0]
-    );
-    println!(
-        "largest difference of a loss: {first:.1e} in the first 20 steps, {:.1e} in all",
-        difference(&four, &one)
-    );
-    let vocabulary = on_one.batches.tokens().vocabulary();
-    println!(
-        "it writes:\n{}",
-        vocabulary.decode(&run.outputs()[0].sample)
-    );
+    let on_one = training(&Mesh::single(), steps, 200)?;
+    let (one, run) = train(&Mesh::single(), &on_one, false)?;
+    let (early, all) = (difference(&four[..20], &one[..20]), difference(&four, &one));
+    println!("one chip ends at loss {:.4}", one[one.len() - 1]);
+    println!("largest difference: {early:.0e} in the first 20 steps, {all:.0e} in all");
+    let vocabulary = batches.tokens().vocabulary();
+    println!("{}", vocabulary.decode(&run.outputs()[0].sample));
     Ok(())
 }

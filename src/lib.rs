@@ -109,3 +109,6 @@ pub use half::{bf16, f16};
 pub use kernels::{
     Mask, attention, gelu, gelu_tanh, layer_norm, matmul, matmul_batched, rms_norm, silu, softmax,
 };
+pub use mesh::Mesh;
+pub use placement::Placement;
+pub use spmd::{Chip, Device, Init, Sharded, World};

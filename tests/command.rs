@@ -158,10 +158,12 @@ fn meshes_and_threads_agree_and_runs_repeat() {
         losses(&bench.json(&["--steps", "8", "--threads", "1"])),
         "threads change no bit"
     );
-    for mesh in ["dp=2", "tp=2", "dp=2,tp=2"] {
-        let split = losses(&bench.json(&["--steps", "8", "--mesh", mesh]));
-        for (a, b) in one.iter().zip(&split) {
-            assert!((a - b).abs() <= 1e-5, "{mesh}: {a} against {b}");
+    for mesh in ["dp=2", "tp=2", "dp=2,tp=2", "dp=4"] {
+        for how in ["tree", "ring", "recursive"] {
+            let run = ["--steps", "8", "--mesh", mesh, "--collectives", how];
+            for (a, b) in one.iter().zip(&losses(&bench.json(&run))) {
+                assert!((a - b).abs() <= 1e-5, "{mesh} by {how}: {a} against {b}");
+            }
         }
     }
 }
@@ -344,6 +346,7 @@ fn a_ghost_says_what_a_run_would_need() {
     let bench = Bench::new();
     for more in [
         vec!["--mesh", "dp=2,tp=2"],
+        vec!["--mesh", "dp=4", "--collectives", "ring"],
         vec!["--mesh", "tp=2", "--dtype", "bf16", "--recompute"],
         vec![],
     ] {

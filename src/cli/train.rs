@@ -6,6 +6,7 @@ use super::text::Source;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use supernode::collective::Algorithm;
 use supernode::mesh::Mesh;
 use supernode::model::{Config, Transformer};
 use supernode::spmd::{Device, World};
@@ -25,6 +26,9 @@ pub(super) struct Arguments {
     /// Chips along each axis, dp (data) and tp (tensor); without it one chip
     #[arg(long, value_name = "dp=2,tp=2")]
     mesh: Option<String>,
+    /// How collectives are done: tree, ring or recursive
+    #[arg(long, default_value = "tree", value_name = "ALGORITHM")]
+    collectives: Algorithm,
     /// What chips are
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -135,7 +139,9 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
     if a.ghost {
         return a.ghost(&mesh, &training);
     }
-    let mut world = World::threads(&mesh, device)?.with_seed(a.seed);
+    let mut world = World::threads(&mesh, device)?
+        .with_seed(a.seed)
+        .with_algorithm(a.collectives);
     if let Some(threads) = a.threads {
         if threads == 0 {
             return Err(Error::new(
@@ -262,7 +268,7 @@ impl Arguments {
     }
 
     fn ghost(&self, mesh: &Mesh, training: &Training) -> Result<()> {
-        let mut ghost = World::ghost(mesh);
+        let mut ghost = World::ghost(mesh).with_algorithm(self.collectives);
         if let Some(bytes) = self.memory_budget {
             ghost = ghost.with_memory_budget(bytes);
         }

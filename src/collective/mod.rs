@@ -129,6 +129,17 @@ impl Algorithm {
     }
 }
 
+impl std::str::FromStr for Algorithm {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        [Algorithm::Tree, Algorithm::Ring, Algorithm::Recursive]
+            .into_iter()
+            .find(|a| a.name() == s)
+            .ok_or_else(|| format!("'{s}' is no algorithm; choose tree, ring or recursive"))
+    }
+}
+
 impl fmt::Display for Algorithm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())

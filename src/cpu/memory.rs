@@ -39,11 +39,6 @@ fn poison(block: &mut [Line]) {
     }
 }
 
-/// The bytes that a tensor of `bytes` bytes counts for: the next multiple of 64.
-pub(crate) const fn rounded(bytes: usize) -> usize {
-    bytes.div_ceil(LINE) * LINE
-}
-
 /// `len` bytes at a 64-byte boundary; goes back to its pool when dropped.
 pub(crate) struct Buffer {
     block: Block,

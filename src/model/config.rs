@@ -199,7 +199,7 @@ impl Config {
         if let Some((name, _)) = sizes.iter().find(|(_, n)| *n == 0) {
             return input(format!("the model has 0 {name}; it needs at least 1"));
         }
-        if self.hidden % self.heads != 0 {
+        if !self.hidden.is_multiple_of(self.heads) {
             return input(format!(
                 "hidden {} is not divisible by {} heads; {} is",
                 self.hidden,
@@ -207,7 +207,7 @@ impl Config {
                 self.hidden.next_multiple_of(self.heads)
             ));
         }
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             return input(format!(
                 "{} heads are not divisible by {} kv-heads; {} are",
                 self.heads,
@@ -221,7 +221,8 @@ impl Config {
                 self.head_dim()
             ));
         }
-        if matches!(self.positions, Positions::Rotary { .. }) && self.head_dim() % 2 != 0 {
+        if matches!(self.positions, Positions::Rotary { .. }) && !self.head_dim().is_multiple_of(2)
+        {
             return input(format!(
                 "rotary positions turn pairs, heads of {} elements are odd",
                 self.head_dim()
@@ -254,6 +255,6 @@ impl Config {
 
 /// The divisor of `n` that is nearest to `wish`, the smaller of two.
 pub(crate) fn nearest_divisor(n: usize, wish: usize) -> usize {
-    let divisors = (1..=n).filter(|d| n % d == 0);
+    let divisors = (1..=n).filter(|d| n.is_multiple_of(*d));
     divisors.min_by_key(|d| d.abs_diff(wish)).unwrap_or(1)
 }

@@ -14,8 +14,8 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::mesh::Mesh;
 use crate::ops;
-use crate::placement::Placement::Shard;
-use crate::placement::Placements;
+use crate::placement::Placement::{Partial, Replicate, Shard};
+use crate::placement::{Placement, Placements};
 use crate::spmd::{Chip, Init, Sharded};
 
 /// A decoder-only transformer: GPT-2's, Llama's, and what lies between, by its [`Config`].
@@ -290,7 +290,11 @@ impl Transformer {
         if chip.size_of("tp") == 1 {
             return x.linear(&weight, bias.as_ref(), None);
         }
-        let y = x.matmul(&weight).redistribute(Self::batch_placement(chip));
+        let y = x.matmul(&weight);
+        // A batch need not be split over dp: a sampled text is on every chip.
+        let whole = |p: &Placement| if *p == Partial { Replicate } else { *p };
+        let placements: Placements = y.placements().iter().map(whole).collect();
+        let y = y.redistribute(placements);
         match bias {
             Some(bias) => y.add_bias(&bias),
             None => y,

@@ -4,7 +4,7 @@
 //! [`vocabulary`](super::vocabulary) holds the same over a split vocabulary.
 
 use super::{Axes, Backward, Cost, Gradient, Op, Saved, Site, letters_besides, misfit, traffic};
-use crate::cpu::rows::{self, RowScale, Shard};
+use crate::cpu::rows::{self, Shard};
 use crate::dtype::DType;
 use crate::tensor::{Tensor, TensorType};
 
@@ -100,15 +100,14 @@ impl Statistics<'_> {
             labels,
             ignored,
         } = *self;
-        let scale = RowScale::PerRow(dlosses);
         let out = dx.tensor.slice_mut();
         if dx.reused {
-            rows::cross_entropy_gradient_in_place(out, shard, max, sum, labels, ignored, scale);
+            rows::cross_entropy_gradient_in_place(out, shard, max, sum, labels, ignored, dlosses);
         } else {
             let x = logits
                 .expect("logits are saved where the gradient does not replace them")
                 .slice();
-            rows::cross_entropy_gradient(x, shard, max, sum, labels, ignored, scale, out);
+            rows::cross_entropy_gradient(x, shard, max, sum, labels, ignored, dlosses, out);
         }
     }
 }

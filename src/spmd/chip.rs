@@ -4,6 +4,7 @@ use super::exchange::{Lane, Stopped};
 use super::parameter::{Parameter, Source};
 use super::started::Beside;
 use super::{Sharded, exchange};
+use crate::collective::Algorithm;
 use crate::cpu::memory::Pool;
 use crate::dtype::{DType, Element, TensorType};
 use crate::error::{Error, ErrorKind};
@@ -33,6 +34,7 @@ pub(super) struct Inner {
     coordinates: Coordinates,
     memory: Memory,
     seed: u64,
+    algorithm: Algorithm,
     began: Instant,
     pub(super) lane: Option<Lane>,
     pub(super) staging: Pool,
@@ -46,6 +48,7 @@ pub(super) struct Inner {
     next_value: Cell<ValueId>,
     parameters: RefCell<Vec<Parameter>>,
     source: RefCell<Option<Source>>,
+    pub(super) state_names: RefCell<Vec<&'static str>>,
     pub(super) sequence: RefCell<Vec<u64>>,
     pub(super) tickets: Cell<u64>,
     pub(super) open_tickets: RefCell<BTreeSet<u64>>,
@@ -57,6 +60,7 @@ pub(super) struct Setup {
     pub rank: usize,
     pub memory: Memory,
     pub seed: u64,
+    pub algorithm: Algorithm,
     pub began: Instant,
     pub lane: Option<Lane>,
 }
@@ -76,6 +80,7 @@ impl Chip {
             rank: setup.rank,
             memory: setup.memory,
             seed: setup.seed,
+            algorithm: setup.algorithm,
             began: setup.began,
             lane: setup.lane,
             staging: Pool::new(None),
@@ -89,6 +94,7 @@ impl Chip {
             next_value: Cell::new(0),
             parameters: RefCell::default(),
             source: RefCell::new(None),
+            state_names: RefCell::default(),
             sequence: RefCell::new(vec![0; axes + 1]),
             tickets: Cell::new(0),
             open_tickets: RefCell::default(),
@@ -145,6 +151,11 @@ impl Chip {
     /// True on chips without contents: [`Sharded::read`] gives nothing there.
     pub fn is_ghost(&self) -> bool {
         self.0.memory.is_ghost()
+    }
+
+    /// How collectives are done in this run.
+    pub fn algorithm(&self) -> Algorithm {
+        self.0.algorithm
     }
 
     /// The run's seed.

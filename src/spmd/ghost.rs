@@ -8,6 +8,7 @@
 use super::chip::{Remains, Setup};
 use super::threads::failure;
 use super::{Chip, exchange::Stopped};
+use crate::collective::Algorithm;
 use crate::error::Result;
 use crate::mesh::Mesh;
 use crate::tensor::Memory;
@@ -21,6 +22,7 @@ use std::time::Instant;
 pub struct Ghost {
     mesh: Arc<Mesh>,
     seed: u64,
+    algorithm: Algorithm,
     budget: Option<u64>,
 }
 
@@ -29,6 +31,7 @@ impl Ghost {
         Ghost {
             mesh: Arc::new(mesh.clone()),
             seed: 0,
+            algorithm: Algorithm::Tree,
             budget: None,
         }
     }
@@ -36,6 +39,13 @@ impl Ghost {
     /// The mesh.
     pub fn mesh(&self) -> &Mesh {
         &self.mesh
+    }
+
+    /// How collectives are done; by default [`Algorithm::Tree`], whose sums follow the fixed binary tree over ranks. Another
+    /// choice may change the last bits of sums: `collective::order` states its order.
+    pub fn with_algorithm(mut self, algorithm: Algorithm) -> Self {
+        self.algorithm = algorithm;
+        self
     }
 
     /// The budget of each chip's tensors, in bytes: exceeding it is an error, as on a real chip.
@@ -89,6 +99,7 @@ impl Ghost {
                 rank,
                 memory: Memory::ghost(self.budget),
                 seed: self.seed,
+                algorithm: self.algorithm,
                 began: Instant::now(),
                 lane: None,
             });

@@ -315,7 +315,8 @@ impl Applied {
                 Some(sum) => chip.accumulate(sum, slot.tensor, &x.gradient, self.site),
                 None => slot.tensor,
             };
-            chip.put_gradient(gradients, &x.tracked, x.gradient.clone(), tensor);
+            // Not put but added: an op may have been given the same value twice.
+            chip.contribute(gradients, &x.tracked, x.gradient.clone(), tensor, self.site);
         }
     }
 

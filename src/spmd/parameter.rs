@@ -52,6 +52,8 @@ pub struct Parameter {
     pub placements: Placements,
     /// The chip's share, in f32.
     pub value: Tensor,
+    /// What an optimizer keeps beside it, placed as it is; see [`Chip::keep_state`].
+    pub state: Vec<Tensor>,
     /// Contributions to the gradient, by placement.
     pub gradient: Vec<(Placements, Tensor)>,
     pub(super) id: ValueId,
@@ -115,16 +117,19 @@ impl Chip {
         let known = self.parameters().iter().position(|p| *p.name == *name);
         let at = known.unwrap_or_else(|| {
             let value = self.first_value(name, &shape, &padded, &placements, init, site);
-            let mut all = self.parameters_mut();
-            all.push(Parameter {
+            let mut parameter = Parameter {
                 name: name.into(),
                 shape: shape.clone(),
                 padded: padded.clone(),
                 placements: placements.clone(),
                 value,
+                state: Vec::new(),
                 gradient: Vec::new(),
                 id: self.new_value(),
-            });
+            };
+            self.fill_state(&mut parameter);
+            let mut all = self.parameters_mut();
+            all.push(parameter);
             all.len() - 1
         });
         let all = self.parameters();
@@ -172,17 +177,23 @@ impl Chip {
         value
     }
 
-    /// Optimizer state beside a parameter: zeros, or what the checkpoint holds under `name`.
-    pub(crate) fn state(&self, name: &str, parameter: &Parameter) -> Tensor {
-        let p = parameter;
-        self.first_value(
-            name,
-            &p.shape,
-            &p.padded,
-            &p.placements,
-            Init::zeros(),
-            Location::caller(),
-        )
+    /// Keeps a tensor of each of these names in f32 beside every parameter, from the parameter's first use on: an
+    /// optimizer's state. It begins as zeros, or as what the checkpoint holds under `name/parameter`. Asked for before the
+    /// first step, that step takes as much memory as every later one.
+    pub fn keep_state(&self, names: &[&'static str]) {
+        *self.inner().state_names.borrow_mut() = names.to_vec();
+        let mut all = self.parameters_mut();
+        all.iter_mut().for_each(|p| self.fill_state(p));
+    }
+
+    fn fill_state(&self, p: &mut Parameter) {
+        let names = self.inner().state_names.borrow();
+        for name in &names[p.state.len().min(names.len())..] {
+            let name = format!("{name}/{}", p.name);
+            let (init, site) = (Init::zeros(), Location::caller());
+            let state = self.first_value(&name, &p.shape, &p.padded, &p.placements, init, site);
+            p.state.push(state);
+        }
     }
 
     /// The whole, unpadded tensor of a share, on every chip: what a checkpoint stores. No ghost has it.

@@ -200,7 +200,7 @@ impl Chip {
         };
         let request = Request {
             kind,
-            algorithm: Algorithm::Tree,
+            algorithm: self.algorithm(),
             reduce: Reduce::Sum,
             axis,
             counts,
@@ -386,7 +386,7 @@ impl Chip {
         let after = x.placements.with(number, Placement::Replicate);
         let request = Request {
             kind: Kind::AllReduce,
-            algorithm: Algorithm::Tree,
+            algorithm: self.algorithm(),
             reduce: Reduce::Max,
             axis: number,
             counts: Counts::Len(x.tensor.elements()),
@@ -428,7 +428,7 @@ impl Chip {
         let p = self.replicated();
         let request = Request {
             kind,
-            algorithm: Algorithm::Tree,
+            algorithm: self.algorithm(),
             reduce: Reduce::Sum,
             axis: self.mesh().axis_index(axis),
             counts: Counts::Len(x.elements()),

@@ -204,7 +204,7 @@ impl Sharded {
         self.chip.apply_one(ops::AddBias, &[self, bias])
     }
 
-    /// The sum of all elements, [1] in f32.
+    /// The sum of all elements, `[1]` in f32.
     #[track_caller]
     pub fn sum(&self) -> Sharded {
         self.chip.apply_one(ops::Sum, &[self])

@@ -4,6 +4,7 @@
 use super::chip::Setup;
 use super::exchange::{Exchange, Stopped};
 use super::{Chip, Device};
+use crate::collective::Algorithm;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
 use crate::tensor::Memory;
@@ -22,6 +23,7 @@ pub struct Threads {
     mesh: Arc<Mesh>,
     threads: usize,
     seed: u64,
+    algorithm: Algorithm,
     budget: Option<u64>,
     deadline: Duration,
 }
@@ -72,6 +74,7 @@ impl Threads {
             mesh: Arc::new(mesh.clone()),
             threads: (cores / chips).max(1),
             seed: 0,
+            algorithm: Algorithm::Tree,
             budget: None,
             deadline: Duration::from_secs(600),
         })
@@ -90,6 +93,13 @@ impl Threads {
     /// The seed of initial weights, dropout and batches; 0 by default.
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.seed = seed;
+        self
+    }
+
+    /// How collectives are done; by default [`Algorithm::Tree`], whose sums follow the fixed binary tree over ranks. Another
+    /// choice may change the last bits of sums: `collective::order` states its order.
+    pub fn with_algorithm(mut self, algorithm: Algorithm) -> Self {
+        self.algorithm = algorithm;
         self
     }
 
@@ -209,6 +219,7 @@ impl Threads {
                 rank,
                 memory: Memory::cpu(self.budget),
                 seed: self.seed,
+                algorithm: self.algorithm,
                 began,
                 lane: Some(exchange.lane(rank)),
             });

@@ -188,6 +188,8 @@ pub struct ChipTrace {
     pub latest: Option<Step>,
     /// How many steps ran.
     pub steps: u64,
+    /// Events that were not kept, and are in the totals only.
+    pub folded: u64,
     /// Totals over the whole run, kept events included, by op.
     pub ops: Vec<OpTotal>,
     /// Totals over the whole run, kept events included, by collective and axis.

@@ -100,7 +100,8 @@ impl Recorder {
         if self.trace.first.is_none() {
             self.trace.first = Some(step);
         } else {
-            self.trace.latest = Some(step);
+            let before = self.trace.latest.replace(step);
+            self.trace.folded += before.map_or(0, |s| s.events.len() as u64);
         }
         self.in_step = true;
     }
@@ -114,12 +115,15 @@ impl Recorder {
     pub fn push(&mut self, event: Event) {
         self.trace.count(&event);
         let trace = &mut self.trace;
-        // Between the steps of a long run (evaluations, samples) only counters grow.
-        const OUTSIDE: usize = 1 << 16;
+        // A program without steps is kept whole; between the steps of a long run (evaluations, samples) a little is.
+        let outside = if trace.steps == 0 { 1 << 20 } else { 1 << 12 };
         let room = match (&mut trace.latest, &mut trace.first) {
             (Some(step), _) | (None, Some(step)) if self.in_step => &mut step.events,
-            _ if trace.outside.len() < OUTSIDE => &mut trace.outside,
-            _ => return,
+            _ if trace.outside.len() < outside => &mut trace.outside,
+            _ => {
+                trace.folded += 1;
+                return;
+            }
         };
         room.push(event);
     }

@@ -7,7 +7,6 @@
 use crate::ops::{self, ClipFactor, SumOfSquares};
 use crate::placement::Placements;
 use crate::spmd::{Chip, Sharded};
-use crate::tensor::Tensor;
 use crate::trace::Phase;
 use serde::{Deserialize, Serialize};
 
@@ -39,35 +38,39 @@ impl Default for AdamW {
     }
 }
 
-/// AdamW with its state on one chip: two tensors in f32 beside each parameter, placed as it is.
+/// AdamW on one chip. Its state is two tensors in f32 beside each parameter, placed as it is.
 #[derive(Debug)]
 pub struct Optimizer {
     options: AdamW,
     steps: u64,
-    state: Vec<Option<[Tensor; 2]>>,
 }
 
+/// The names of a parameter's state: mean of gradients, mean of their squares.
+const STATE: [&str; 2] = ["adamw.m", "adamw.v"];
+
 impl Optimizer {
-    /// An optimizer that has done `steps` steps: 0, or what a checkpoint says. State is made on a parameter's first
-    /// update, from the checkpoint if the chip restores from one.
+    /// An optimizer that has done `steps` steps: 0, or what a checkpoint says.
     pub fn new(options: AdamW, steps: u64) -> Self {
-        Optimizer {
-            options,
-            steps,
-            state: Vec::new(),
-        }
+        Optimizer { options, steps }
     }
 
-    /// The name of a parameter's state in a checkpoint: `which` is 0 for the mean, 1 for the mean of squares.
-    pub fn state_name(which: usize, parameter: &str) -> String {
-        format!("adamw.{}/{parameter}", ["m", "v"][which])
+    /// Makes room for the state of every parameter now and as further ones are first used, instead of at the first update:
+    /// the first step then takes as much memory as every later one.
+    pub fn prepare(&self, chip: &Chip) {
+        chip.keep_state(&STATE);
     }
 
-    /// Updates every parameter that has a gradient, and returns the global gradient norm before clipping, [1].
+    /// The name in a checkpoint of each of a parameter's state tensors.
+    pub fn state_names(parameter: &str) -> [String; 2] {
+        STATE.map(|name| format!("{name}/{parameter}"))
+    }
+
+    /// Updates every parameter that has a gradient, and returns the global gradient norm before clipping, `[1]`.
     #[track_caller]
     pub fn step(&mut self, chip: &Chip, lr: f64) -> Sharded {
         chip.phase(Phase::Update, || {
             self.steps += 1;
+            self.prepare(chip);
             let gradients = chip.take_gradients();
             let (factor, norm) = self.clip_factor(chip, &gradients);
             for (index, gradient) in gradients {
@@ -98,15 +101,9 @@ impl Optimizer {
         (both.swap_remove(0), norm)
     }
 
-    fn update(&mut self, chip: &Chip, index: usize, gradient: Sharded, lr: f64, factor: &Sharded) {
-        if self.state.len() <= index {
-            self.state.resize_with(index + 1, || None);
-        }
+    fn update(&self, chip: &Chip, index: usize, gradient: Sharded, lr: f64, factor: &Sharded) {
         let mut all = chip.parameters_mut();
         let p = &mut all[index];
-        let [m, v] = self.state[index].get_or_insert_with(|| {
-            [0, 1].map(|which| chip.state(&Self::state_name(which, &p.name), p))
-        });
         let rule = ops::AdamW {
             lr: lr as f32,
             beta1: self.options.beta1,
@@ -122,16 +119,17 @@ impl Optimizer {
         let cost = rule.cost(p.value.ty(), gradient.tensor().ty());
         let name = p.name.clone();
         let value = &mut p.value;
+        let [m, v] = &mut p.state[..] else {
+            panic!(
+                "parameter '{name}' has {} state tensors, AdamW keeps 2",
+                p.state.len()
+            )
+        };
         let factor = factor.tensor();
         chip.scope(&name, || {
             chip.change("adamw", &[&gradient], cost, || {
                 rule.update(value, m, v, gradient.tensor(), Some(factor));
             });
         });
-    }
-
-    /// The state of parameter `index`: means of gradients and of their squares; none before its first update.
-    pub fn state(&self, index: usize) -> Option<&[Tensor; 2]> {
-        self.state.get(index)?.as_ref()
     }
 }

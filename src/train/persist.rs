@@ -103,13 +103,7 @@ impl Persist {
     }
 
     /// Gathers everything and writes it, on one chip; all chips take part in the gathering.
-    pub(super) fn save(
-        &self,
-        chip: &Chip,
-        optimizer: &Optimizer,
-        step: u64,
-        tell: &impl Fn(Report),
-    ) {
+    pub(super) fn save(&self, chip: &Chip, step: u64, tell: &impl Fn(Report)) {
         let Some(dir) = &self.dir else { return };
         let writes = chip.is_first();
         let mut tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)> = BTreeMap::new();
@@ -118,10 +112,11 @@ impl Persist {
             let all = chip.parameters();
             let p = &all[index];
             let mut parts = vec![(p.name.to_string(), p.value.clone())];
-            if let Some(state) = optimizer.state(index) {
-                let name = |which| Optimizer::state_name(which, &p.name);
-                parts.extend([0, 1].map(|which| (name(which), state[which].clone())));
-            }
+            parts.extend(
+                Optimizer::state_names(&p.name)
+                    .into_iter()
+                    .zip(p.state.iter().cloned()),
+            );
             for (name, share) in parts {
                 let whole = chip.whole(&share, p);
                 if writes {

@@ -212,6 +212,7 @@ impl Training {
         self.check(ghost.mesh())?;
         ghost.trace(|chip| {
             let mut optimizer = Optimizer::new(self.options.optimizer, 0);
+            optimizer.prepare(chip);
             chip.step(1, || self.step(chip, &mut optimizer, 1));
         })
     }
@@ -233,6 +234,7 @@ impl Training {
             tell(Report::Resumed { step: done });
         }
         let mut optimizer = Optimizer::new(self.options.optimizer, done);
+        optimizer.prepare(chip);
         let (mut saved, mut left_out) = (done, 0);
         let mut finished = Finished {
             steps: done,
@@ -273,13 +275,13 @@ impl Training {
                 finished.val_loss = self.evaluate_and_tell(chip, number, persist, &tell);
                 // The last good checkpoint is not replaced by weights that give no gradient.
                 if left_out == 0 {
-                    persist.save(chip, &optimizer, number, &tell);
+                    persist.save(chip, number, &tell);
                     saved = number;
                 }
             }
         }
         if finished.steps > saved && left_out == 0 {
-            persist.save(chip, &optimizer, finished.steps, &tell);
+            persist.save(chip, finished.steps, &tell);
         }
         if self.options.sample > 0 {
             finished.sample = self.sample(chip);

@@ -8,9 +8,6 @@
 //! added in ascending order; outputs and gradients are chains over keys or over query rows (token by token, then head by
 //! head). Blocks that nobody sees change nothing, bit for bit, so they are skipped. Nothing depends on threads.
 
-// The ops above are not there yet; the lint returns when they are.
-#![allow(dead_code)]
-
 mod backward;
 mod forward;
 mod heads;

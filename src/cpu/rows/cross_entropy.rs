@@ -33,24 +33,6 @@ impl Shard {
     }
 }
 
-/// dloss of a row: how much the gradient of its loss counts.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum RowScale<'a> {
-    /// The same for all rows, such as 1 / number of labels.
-    Uniform(f32),
-    /// One a row.
-    PerRow(&'a [f32]),
-}
-
-impl RowScale<'_> {
-    fn at(self, row: usize) -> f32 {
-        match self {
-            RowScale::Uniform(scale) => scale,
-            RowScale::PerRow(scales) => scales[row],
-        }
-    }
-}
-
 fn width(x: Slice, rows: usize) -> usize {
     let c = x.len().checked_div(rows).unwrap_or(0);
     assert_eq!(
@@ -256,8 +238,8 @@ impl Kernel for Losses<'_> {
 /// dlogits[i, j] = (e^(logits[i, j] - max[i]) / sum[i] - [j is the label]) scale[i]; 0 in rows whose label is `ignored`
 /// and in columns that do not exist.
 ///
-/// logits, dlogits: [r, v]; max, sum (over the whole vocabulary), labels: [r]. Panics on other lengths, and on a label
-/// that is neither below `valid` nor `ignored`.
+/// logits, dlogits: [r, v]; max, sum (over the whole vocabulary), labels, scale (dloss of the row): [r]. Panics on other
+/// lengths, and on a label that is neither below `valid` nor `ignored`.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn cross_entropy_gradient(
     logits: Slice,
@@ -266,7 +248,7 @@ pub(crate) fn cross_entropy_gradient(
     sum: &[f32],
     labels: &[u32],
     ignored: u32,
-    scale: RowScale,
+    scale: &[f32],
     dlogits: SliceMut,
 ) {
     assert_eq!(logits.len(), dlogits.len(), "logits and dlogits differ");
@@ -290,7 +272,7 @@ pub(crate) fn cross_entropy_gradient_in_place(
     sum: &[f32],
     labels: &[u32],
     ignored: u32,
-    scale: RowScale,
+    scale: &[f32],
 ) {
     gradient(None, shard, max, sum, labels, ignored, scale, logits);
 }
@@ -303,7 +285,7 @@ fn gradient(
     sum: &[f32],
     labels: &[u32],
     ignored: u32,
-    scale: RowScale,
+    scale: &[f32],
     dlogits: SliceMut,
 ) {
     let (rows, isa) = (max.len(), isa());
@@ -312,9 +294,7 @@ fn gradient(
         [sum.len(), labels.len()] == [rows; 2],
         "one sum and label a row"
     );
-    if let RowScale::PerRow(scales) = scale {
-        assert_eq!(scales.len(), rows, "one scale a row");
-    }
+    assert_eq!(scale.len(), rows, "one scale a row");
     check_labels(labels, ignored, shard.valid);
     let out = Out {
         data: dlogits,
@@ -358,7 +338,7 @@ struct Gradient<'a> {
     sum: &'a [f32],
     labels: &'a [u32],
     ignored: u32,
-    scale: RowScale<'a>,
+    scale: &'a [f32],
     range: Range<usize>,
     dlogits: SliceMut<'a>,
 }
@@ -375,7 +355,7 @@ impl Kernel for Gradient<'_> {
         for (i, row) in self.range.clone().enumerate() {
             let ignored = self.labels[row] == self.ignored;
             let label = (self.labels[row] as usize).wrapping_sub(self.shard.first);
-            let (max, scale) = (s.splat(self.max[row]), self.scale.at(row));
+            let (max, scale) = (s.splat(self.max[row]), self.scale[row]);
             let factor = s.splat(scale / self.sum[row]);
             for at in (0..c).step_by(BLOCK) {
                 let end = (at + BLOCK).min(c);

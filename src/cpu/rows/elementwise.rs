@@ -47,21 +47,6 @@ pub(crate) fn scale(x: Slice, factor: f32, y: SliceMut) {
 }
 
 #[derive(Clone, Copy)]
-struct ScaleInPlace(f32);
-impl Pointwise<0, 1> for ScaleInPlace {
-    const IN_PLACE: bool = true;
-    #[inline(always)]
-    fn at<S: Simd>(self, s: S, _: [S::V; 0], [y]: [S::V; 1]) -> [S::V; 1] {
-        [s.mul(y, s.splat(self.0))]
-    }
-}
-
-/// y <- factor y.
-pub(crate) fn scale_in_place(y: SliceMut, factor: f32) {
-    pointwise(ScaleInPlace(factor), [], [y]);
-}
-
-#[derive(Clone, Copy)]
 struct AddAssign;
 impl Pointwise<1, 1> for AddAssign {
     const IN_PLACE: bool = true;

@@ -4,9 +4,6 @@
 //! parallel when there is enough to do ([`parallel`]); sums over a row use 32 virtual lanes ([`lanes`]), sums over rows
 //! are one chain a column. So neither threads nor instruction set show in the result.
 
-// The ops above are not there yet; the lint returns when they are.
-#![allow(unused_imports)]
-
 mod activation;
 mod copy;
 mod cross_entropy;
@@ -24,11 +21,11 @@ mod rotary;
 pub(crate) use activation::{activation, activation_backward, swiglu, swiglu_backward};
 pub(crate) use copy::copy_strided;
 pub(crate) use cross_entropy::{
-    RowScale, Shard, cross_entropy, cross_entropy_gradient, cross_entropy_gradient_in_place,
+    Shard, cross_entropy, cross_entropy_gradient, cross_entropy_gradient_in_place,
     cross_entropy_losses, row_exp_sum, row_max, softmax,
 };
 pub(crate) use dropout::dropout;
-pub(crate) use elementwise::{add, add_assign, axpy, cast, multiply, scale, scale_in_place};
+pub(crate) use elementwise::{add, add_assign, axpy, cast, multiply, scale};
 pub(crate) use embedding::{embedding, embedding_backward};
 pub(crate) use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
 pub(crate) use optimizer::{AdamW, Sgd, adamw, sgd};

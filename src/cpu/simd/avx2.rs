@@ -1,6 +1,6 @@
 //! AVX2 with FMA and F16C: eight lanes, sixteen registers.
 
-use super::{Isa, Kernel, Simd, TileKernel};
+use super::{Kernel, Simd, TileKernel};
 use crate::dtype::{DType, Float};
 use core::arch::x86_64::*;
 
@@ -52,7 +52,6 @@ impl Simd for Avx2 {
     type V = __m256;
     type M = __m256;
     const LANES: usize = 8;
-    const ISA: Isa = Isa::Avx2;
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -180,10 +179,6 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
-    fn swap_pairs(self, a: Self::V) -> Self::V {
-        avx!(_mm256_permute_ps::<0b10_11_00_01>(a))
-    }
-    #[inline(always)]
     fn lt(self, a: Self::V, b: Self::V) -> Self::M {
         avx!(_mm256_cmp_ps::<_CMP_LT_OQ>(a, b))
     }
@@ -209,18 +204,6 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn mask_and(self, a: Self::M, b: Self::M) -> Self::M {
         avx!(_mm256_and_ps(a, b))
-    }
-    #[inline(always)]
-    fn mask_or(self, a: Self::M, b: Self::M) -> Self::M {
-        avx!(_mm256_or_ps(a, b))
-    }
-    #[inline(always)]
-    fn mask_not(self, a: Self::M) -> Self::M {
-        avx!(_mm256_xor_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(-1))))
-    }
-    #[inline(always)]
-    fn mask_any(self, a: Self::M) -> bool {
-        avx!(_mm256_movemask_ps(a)) != 0
     }
     #[inline(always)]
     unsafe fn load_ptr<T: Float>(self, p: *const T) -> Self::V {

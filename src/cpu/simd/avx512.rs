@@ -2,7 +2,7 @@
 //!
 //! bf16 is narrowed in integers, not by `vcvtneps2bf16`, which flushes subnormals.
 
-use super::{Isa, Kernel, Simd, TileKernel};
+use super::{Kernel, Simd, TILE_OF_16, TileKernel};
 use crate::dtype::{DType, Float};
 use core::arch::x86_64::*;
 
@@ -18,6 +18,7 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c"))
         .then_some(Avx512(()))
@@ -61,7 +62,6 @@ impl Simd for Avx512 {
     type V = __m512;
     type M = __mmask16;
     const LANES: usize = 16;
-    const ISA: Isa = Isa::Avx512;
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -74,8 +74,7 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
-        // 28 accumulators, 2 vectors of B, 1 broadcast: 31 of 32 registers.
-        kernel.call::<Self, 14, 2>(self)
+        kernel.call::<Self, { TILE_OF_16.0 }, { TILE_OF_16.1 }>(self)
     }
     #[inline(always)]
     fn transpose(self, x: &mut [Self::V]) {
@@ -187,10 +186,6 @@ impl Simd for Avx512 {
         })
     }
     #[inline(always)]
-    fn swap_pairs(self, a: Self::V) -> Self::V {
-        avx!(_mm512_permute_ps::<0b10_11_00_01>(a))
-    }
-    #[inline(always)]
     fn lt(self, a: Self::V, b: Self::V) -> Self::M {
         avx!(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b))
     }
@@ -213,18 +208,6 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn mask_and(self, a: Self::M, b: Self::M) -> Self::M {
         a & b
-    }
-    #[inline(always)]
-    fn mask_or(self, a: Self::M, b: Self::M) -> Self::M {
-        a | b
-    }
-    #[inline(always)]
-    fn mask_not(self, a: Self::M) -> Self::M {
-        !a
-    }
-    #[inline(always)]
-    fn mask_any(self, a: Self::M) -> bool {
-        a != 0
     }
     #[inline(always)]
     unsafe fn load_ptr<T: Float>(self, p: *const T) -> Self::V {

@@ -14,6 +14,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(test)]
+mod emulated;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
@@ -27,9 +29,18 @@ use std::sync::OnceLock;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+#[cfg(test)]
+use emulated::{Emulated4, Emulated16};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
+
+/// Rows and vectors of a tile on AVX-512: 28 accumulators, 2 vectors of B, 1 broadcast: 31 of 32 registers.
+#[cfg(any(test, target_arch = "x86_64"))]
+const TILE_OF_16: (usize, usize) = (14, 2);
+/// Rows and vectors of a tile on NEON: 24 accumulators, 4 vectors of B, 1 broadcast: 29 of 32 registers.
+#[cfg(any(test, target_arch = "aarch64"))]
+const TILE_OF_4: (usize, usize) = (6, 4);
 
 /// Code that runs on any instruction set. Write `call` with `#[inline(always)]`.
 pub(crate) trait Kernel {
@@ -55,8 +66,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type M: Copy;
     /// f32 in a vector; divides 32.
     const LANES: usize;
-    /// The instruction set's name.
-    const ISA: Isa;
 
     /// Calls `kernel` compiled for this instruction set.
     fn run<K: Kernel>(self, kernel: K) -> K::Output;
@@ -87,7 +96,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn neg_fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// a if a > b, else b: a NaN in b stays, a NaN in a is dropped (see [`Simd::max_nan`]).
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
-    /// a if a < b, else b: a NaN in b stays, a NaN in a is dropped (see [`Simd::min_nan`]).
+    /// a if a < b, else b: a NaN in b stays, a NaN in a is dropped.
     fn min(self, a: Self::V, b: Self::V) -> Self::V;
     /// Square root, correctly rounded.
     fn sqrt(self, a: Self::V) -> Self::V;
@@ -97,12 +106,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn copysign(self, a: Self::V, b: Self::V) -> Self::V;
     /// To the nearest integer, ties to even.
     fn round(self, a: Self::V) -> Self::V;
-    /// a 2^n, rounded once, for integral n, |n| <= 252.
+    /// a 2^n, rounded once, for integral n, |n| <= 252, and a = 0 or |a| >= 2^-100. (Below that the instruction sets
+    /// without such an instruction may round twice.)
     fn scale2(self, a: Self::V, n: Self::V) -> Self::V;
     /// (m, e) with a = m 2^e, 2/3 <= m < 4/3, e integral; a positive, finite and normal.
     fn split(self, a: Self::V) -> (Self::V, Self::V);
-    /// Exchanges lanes 0 and 1, 2 and 3, ...
-    fn swap_pairs(self, a: Self::V) -> Self::V;
 
     /// a < b; false with a NaN.
     fn lt(self, a: Self::V, b: Self::V) -> Self::M;
@@ -116,12 +124,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn mask_first(self, n: usize) -> Self::M;
     /// Both.
     fn mask_and(self, a: Self::M, b: Self::M) -> Self::M;
-    /// Either.
-    fn mask_or(self, a: Self::M, b: Self::M) -> Self::M;
-    /// The complement.
-    fn mask_not(self, a: Self::M) -> Self::M;
-    /// Whether some lane is true.
-    fn mask_any(self, a: Self::M) -> bool;
 
     /// Widens `LANES` elements from p.
     ///
@@ -160,12 +162,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn max_nan(self, a: Self::V, b: Self::V) -> Self::V {
         self.select(self.eq(a, a), self.max(a, b), a)
-    }
-
-    /// The smaller, or NaN if either is.
-    #[inline(always)]
-    fn min_nan(self, a: Self::V, b: Self::V) -> Self::V {
-        self.select(self.eq(a, a), self.min(a, b), a)
     }
 
     /// Widens the first `LANES` elements. Panics if there are fewer.
@@ -219,6 +215,12 @@ pub(crate) enum Isa {
     /// NEON, part of every 64-bit ARM.
     #[cfg(target_arch = "aarch64")]
     Neon,
+    /// Arrays in the shape of AVX-512.
+    #[cfg(test)]
+    Emulated16,
+    /// Arrays in the shape of NEON.
+    #[cfg(test)]
+    Emulated4,
     /// Plain Rust.
     Portable,
 }
@@ -231,6 +233,10 @@ impl Isa {
         Isa::Avx2,
         #[cfg(target_arch = "aarch64")]
         Isa::Neon,
+        #[cfg(test)]
+        Isa::Emulated16,
+        #[cfg(test)]
+        Isa::Emulated4,
         Isa::Portable,
     ];
 
@@ -247,6 +253,10 @@ impl Isa {
             Isa::Avx2 => Avx2::new().is_some(),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => Neon::new().is_some(),
+            #[cfg(test)]
+            Isa::Emulated16 => Emulated16::new().is_some(),
+            #[cfg(test)]
+            Isa::Emulated4 => Emulated4::new().is_some(),
             Isa::Portable => true,
         }
     }
@@ -291,6 +301,10 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         Isa::Avx2 => Avx2::new().expect("this CPU lacks AVX2").run(kernel),
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => Neon::new().expect("this CPU lacks NEON").run(kernel),
+        #[cfg(test)]
+        Isa::Emulated16 => Emulated16::new().expect("no FMA").run(kernel),
+        #[cfg(test)]
+        Isa::Emulated4 => Emulated4::new().expect("no FMA").run(kernel),
         Isa::Portable => Portable.run(kernel),
     }
 }

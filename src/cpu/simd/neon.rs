@@ -3,7 +3,7 @@
 // NEON is part of the target, so that its register operations are safe on newer compilers and unsafe on older ones.
 #![allow(unused_unsafe)]
 
-use super::{Isa, Kernel, Simd, TileKernel};
+use super::{Kernel, Simd, TILE_OF_4, TileKernel};
 use crate::dtype::{DType, Float};
 use core::arch::aarch64::*;
 
@@ -42,7 +42,6 @@ impl Simd for Neon {
     type V = float32x4_t;
     type M = uint32x4_t;
     const LANES: usize = 4;
-    const ISA: Isa = Isa::Neon;
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -55,8 +54,7 @@ impl Simd for Neon {
     }
     #[inline(always)]
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
-        // 24 accumulators, 4 vectors of B, 1 broadcast: 29 of 32 registers.
-        kernel.call::<Self, 6, 4>(self)
+        kernel.call::<Self, { TILE_OF_4.0 }, { TILE_OF_4.1 }>(self)
     }
     #[inline(always)]
     fn transpose(self, x: &mut [Self::V]) {
@@ -153,10 +151,6 @@ impl Simd for Neon {
         })
     }
     #[inline(always)]
-    fn swap_pairs(self, a: Self::V) -> Self::V {
-        neon!(vrev64q_f32(a))
-    }
-    #[inline(always)]
     fn lt(self, a: Self::V, b: Self::V) -> Self::M {
         neon!(vcltq_f32(a, b))
     }
@@ -182,18 +176,6 @@ impl Simd for Neon {
     #[inline(always)]
     fn mask_and(self, a: Self::M, b: Self::M) -> Self::M {
         neon!(vandq_u32(a, b))
-    }
-    #[inline(always)]
-    fn mask_or(self, a: Self::M, b: Self::M) -> Self::M {
-        neon!(vorrq_u32(a, b))
-    }
-    #[inline(always)]
-    fn mask_not(self, a: Self::M) -> Self::M {
-        neon!(vmvnq_u32(a))
-    }
-    #[inline(always)]
-    fn mask_any(self, a: Self::M) -> bool {
-        neon!(vmaxvq_u32(a)) != 0
     }
     #[inline(always)]
     unsafe fn load_ptr<T: Float>(self, p: *const T) -> Self::V {

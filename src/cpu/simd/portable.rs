@@ -1,7 +1,7 @@
 //! Plain Rust: four lanes in an array, and the meaning of every operation. Slow where the CPU has no FMA, since each
 //! one is then a call that rounds once in software.
 
-use super::{Isa, Kernel, Simd, TileKernel};
+use super::{Kernel, Simd, TileKernel};
 use crate::dtype::Float;
 
 const N: usize = 4;
@@ -29,7 +29,6 @@ impl Simd for Portable {
     type V = [f32; N];
     type M = [bool; N];
     const LANES: usize = N;
-    const ISA: Isa = Isa::Portable;
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -121,10 +120,6 @@ impl Simd for Portable {
         )
     }
     #[inline(always)]
-    fn swap_pairs(self, a: Self::V) -> Self::V {
-        std::array::from_fn(|i| a[i ^ 1])
-    }
-    #[inline(always)]
     fn lt(self, a: Self::V, b: Self::V) -> Self::M {
         zip(a, b, |a, b| a < b)
     }
@@ -147,18 +142,6 @@ impl Simd for Portable {
     #[inline(always)]
     fn mask_and(self, a: Self::M, b: Self::M) -> Self::M {
         std::array::from_fn(|i| a[i] & b[i])
-    }
-    #[inline(always)]
-    fn mask_or(self, a: Self::M, b: Self::M) -> Self::M {
-        std::array::from_fn(|i| a[i] | b[i])
-    }
-    #[inline(always)]
-    fn mask_not(self, a: Self::M) -> Self::M {
-        a.map(|a| !a)
-    }
-    #[inline(always)]
-    fn mask_any(self, a: Self::M) -> bool {
-        a.contains(&true)
     }
     #[inline(always)]
     unsafe fn load_ptr<T: Float>(self, p: *const T) -> Self::V {

@@ -39,7 +39,7 @@ impl Sampler {
         })
     }
 
-    /// The token at `position` of the sampled text, from `logits` [v]. Several texts at once draw from disjoint positions.
+    /// The token at `position` of the sampled text, from `logits` \[v\]. Several texts at once draw from disjoint positions.
     ///
     /// Among equal logits the lowest token number goes first. `-inf` excludes a token. Logits that are NaN or +inf, or all
     /// excluded, are an error ([`ErrorKind::NotFinite`]). Panics without logits.

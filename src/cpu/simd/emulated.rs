@@ -1,0 +1,198 @@
+//! For tests: arrays that stand for the registers of an instruction set which the testing machine need not have.
+//!
+//! A kernel's code depends on the width of a vector and on the shape of a tile: blocks, ragged ends and reductions differ.
+//! [`Emulated16`] takes every branch that AVX-512 takes and [`Emulated4`] every one of NEON, so that the comparisons of bits
+//! cover that code wherever the tests run. What it cannot cover is the intrinsics themselves.
+
+use super::{Kernel, Simd, TILE_OF_4, TILE_OF_16, TileKernel};
+use crate::dtype::Float;
+use std::array::from_fn;
+
+/// `N` lanes, and a tile of `ROWS` x `VECTORS` vectors.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Emulated<const N: usize, const ROWS: usize, const VECTORS: usize>(());
+
+/// The shape of AVX-512.
+pub(crate) type Emulated16 = Emulated<16, { TILE_OF_16.0 }, { TILE_OF_16.1 }>;
+/// The shape of NEON.
+pub(crate) type Emulated4 = Emulated<4, { TILE_OF_4.0 }, { TILE_OF_4.1 }>;
+
+impl<const N: usize, const ROWS: usize, const VECTORS: usize> Emulated<N, ROWS, VECTORS> {
+    /// The token, where a fused multiply-add is one instruction: it would take the tests too long elsewhere.
+    pub(crate) fn new() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        let here = super::Avx2::new().is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        let here = cfg!(target_arch = "aarch64");
+        here.then_some(Emulated(()))
+    }
+}
+
+#[inline(always)]
+fn map<const N: usize>(a: [f32; N], f: impl Fn(f32) -> f32) -> [f32; N] {
+    from_fn(|i| f(a[i]))
+}
+
+#[inline(always)]
+fn zip<R, const N: usize>(a: [f32; N], b: [f32; N], f: impl Fn(f32, f32) -> R) -> [R; N] {
+    from_fn(|i| f(a[i], b[i]))
+}
+
+/// a 2^n as `vscalefps` has it: rounded once, and NaN for a NaN.
+fn scale(a: f32, n: f32) -> f32 {
+    assert!(n.is_nan() || (n == n.round() && n.abs() <= 252.0), "2^{n}");
+    let power = f64::from_bits(((n as i64 + 1023) as u64) << 52);
+    if n.is_nan() {
+        n
+    } else {
+        (a as f64 * power) as f32
+    }
+}
+
+impl<const N: usize, const ROWS: usize, const VECTORS: usize> Simd for Emulated<N, ROWS, VECTORS> {
+    type V = [f32; N];
+    type M = [bool; N];
+    const LANES: usize = N;
+
+    #[inline(always)]
+    fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
+        #[inline(never)]
+        fn compiled<S: Simd, K: Kernel>(s: S, kernel: K) -> K::Output {
+            kernel.call(s)
+        }
+        // SAFETY: the token proves the features, of x86.
+        #[allow(unused_unsafe)]
+        unsafe {
+            compiled(self, kernel)
+        }
+    }
+    #[inline(always)]
+    fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
+        kernel.call::<Self, ROWS, VECTORS>(self)
+    }
+    #[inline(always)]
+    fn transpose(self, x: &mut [Self::V]) {
+        let x: &mut [Self::V; N] = x.try_into().expect("a square");
+        *x = from_fn(|i| from_fn(|j| x[j][i]));
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, _: *const T) {}
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::V {
+        [x; N]
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    fn neg_fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        from_fn(|i| (-a[i]).mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::V) -> Self::V {
+        map(a, f32::sqrt)
+    }
+    #[inline(always)]
+    fn abs(self, a: Self::V) -> Self::V {
+        map(a, f32::abs)
+    }
+    #[inline(always)]
+    fn copysign(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, f32::copysign)
+    }
+    #[inline(always)]
+    fn round(self, a: Self::V) -> Self::V {
+        map(a, f32::round_ties_even)
+    }
+    #[inline(always)]
+    fn scale2(self, a: Self::V, n: Self::V) -> Self::V {
+        zip(a, n, scale)
+    }
+    #[inline(always)]
+    fn split(self, a: Self::V) -> (Self::V, Self::V) {
+        const TWO_THIRDS: u32 = 0x3f2a_aaab;
+        let bits = |a: f32| a.to_bits().wrapping_sub(TWO_THIRDS);
+        (
+            map(a, |a| f32::from_bits((bits(a) & 0x007f_ffff) + TWO_THIRDS)),
+            map(a, |a| ((bits(a) as i32) >> 23) as f32),
+        )
+    }
+    #[inline(always)]
+    fn lt(self, a: Self::V, b: Self::V) -> Self::M {
+        zip(a, b, |a, b| a < b)
+    }
+    #[inline(always)]
+    fn le(self, a: Self::V, b: Self::V) -> Self::M {
+        zip(a, b, |a, b| a <= b)
+    }
+    #[inline(always)]
+    fn eq(self, a: Self::V, b: Self::V) -> Self::M {
+        zip(a, b, |a, b| a == b)
+    }
+    #[inline(always)]
+    fn select(self, m: Self::M, a: Self::V, b: Self::V) -> Self::V {
+        from_fn(|i| if m[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn mask_first(self, n: usize) -> Self::M {
+        from_fn(|i| i < n)
+    }
+    #[inline(always)]
+    fn mask_and(self, a: Self::M, b: Self::M) -> Self::M {
+        from_fn(|i| a[i] & b[i])
+    }
+    #[inline(always)]
+    unsafe fn load_ptr<T: Float>(self, p: *const T) -> Self::V {
+        // SAFETY: the caller vouches for N elements; an array of N has no stricter alignment than T.
+        let x = unsafe { *p.cast::<[T; N]>() };
+        x.map(T::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn load_first_ptr<T: Float>(self, p: *const T, n: usize) -> Self::V {
+        assert!(n < N, "{n} of {N} lanes are a whole vector");
+        let at = |i| {
+            // SAFETY: the caller vouches for n elements, and i < n here.
+            unsafe { *p.add(i) }
+        };
+        from_fn(|i| if i < n { at(i).to_f32() } else { 0.0 })
+    }
+    #[inline(always)]
+    unsafe fn store_ptr<T: Float>(self, p: *mut T, v: Self::V) {
+        // SAFETY: the caller vouches for N elements.
+        unsafe { *p.cast::<[T; N]>() = v.map(T::from_f32) }
+    }
+    #[inline(always)]
+    unsafe fn store_first_ptr<T: Float>(self, p: *mut T, n: usize, v: Self::V) {
+        assert!(n < N, "{n} of {N} lanes are a whole vector");
+        for (i, x) in v.into_iter().enumerate().take(n) {
+            // SAFETY: the caller vouches for n elements.
+            unsafe { *p.add(i) = T::from_f32(x) }
+        }
+    }
+}
