@@ -8,6 +8,7 @@
 pub(crate) mod attention;
 pub(crate) mod matmul;
 pub(crate) mod memory;
+pub(crate) mod peak;
 pub(crate) mod polynomial;
 pub(crate) mod rows;
 pub(crate) mod simd;
