@@ -8,6 +8,7 @@
 use crate::cpu::attention::{Geometry, Heads, HeadsMut, attention_forward};
 use crate::cpu::matmul::{self as product, Epilogue, Matrix, MatrixMut};
 use crate::cpu::memory::with_scratch_f32;
+pub use crate::cpu::peak::{MemoryStream, peak_flops};
 use crate::cpu::rows;
 use crate::cpu::{Accum, Activation};
 use crate::dtype::{Float, Slice, SliceMut};

@@ -2,6 +2,7 @@
 //!
 //! Standard output carries results (with `--json` one object a line), standard error everything else.
 
+mod bench;
 mod preset;
 mod progress;
 mod text;
@@ -29,6 +30,9 @@ enum Command {
     /// Train a transformer on a text, over a mesh of chips on this machine
     #[command(args_override_self = true)]
     Train(Box<train::Arguments>),
+    /// Time kernels and training steps against this machine's limits
+    #[command(args_override_self = true)]
+    Bench(bench::Arguments),
 }
 
 /// Runs the command. Status 0 if it did what was asked, 1 if not, 2 if the arguments cannot be understood.
@@ -36,6 +40,7 @@ pub(crate) fn run() -> ExitCode {
     keep_panics_of_chips_for_the_error();
     let result = match Arguments::parse().command {
         Command::Train(arguments) => train::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -217,7 +217,8 @@ fn print_line(value: &Value) {
     print_text(&format!("{value}\n"));
 }
 
-fn print_text(text: &str) {
+/// Prints and flushes. Whoever closed the pipe has read enough.
+pub(super) fn print_text(text: &str) {
     let mut out = std::io::stdout().lock();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }

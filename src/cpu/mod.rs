@@ -8,6 +8,7 @@ pub(crate) mod matmul;
 // Half of the pool's accounting is read by its tests alone.
 #[allow(dead_code)]
 pub(crate) mod memory;
+pub(crate) mod peak;
 pub(crate) mod polynomial;
 pub(crate) mod rows;
 pub(crate) mod simd;
