@@ -14,10 +14,10 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-#[cfg(test)]
-mod emulated;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
+#[cfg(test)]
+mod emulated;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
@@ -31,10 +31,10 @@ use std::sync::OnceLock;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
-#[cfg(test)]
-use emulated::{Emulated4, Emulated16};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512_bf16::Avx512Bf16;
+#[cfg(test)]
+use emulated::{Emulated4, Emulated16};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
