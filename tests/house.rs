@@ -148,8 +148,8 @@ fn sources() -> Vec<Source> {
     sources
 }
 
-/// The text without comments, and without what stands under `#[cfg(test)]`, as rustfmt lays it out: an item ends with a
-/// semicolon on its first line, or with a brace as far in as its attribute. Returns the names of test modules too.
+/// The text without comments, and without what stands under `#[cfg(test)]`, as rustfmt lays it out: an item ends on
+/// its first line, or with a brace as far in as its attribute. Returns the names of test modules too.
 fn built(text: &str) -> (String, Vec<String>) {
     let (mut out, mut modules) = (String::new(), Vec::new());
     let mut lines = text.lines();
@@ -163,19 +163,19 @@ fn built(text: &str) -> (String, Vec<String>) {
             out += &format!("{code}\n");
             continue;
         }
-        let closing = format!("{}}}", &line[..line.len() - code.len()]);
-        let mut item = lines
+        let indent = &line[..line.len() - code.len()];
+        // `) -> T {` goes on, `}`, `},` and `),` end an item, a variant or an arm.
+        let ends = |l: &&str| {
+            let rest = l.strip_prefix(indent).unwrap_or("");
+            (rest.starts_with('}') || rest.starts_with(')')) && !rest.ends_with('{')
+        };
+        let item = lines
             .find(|l| !l.trim_start().starts_with("#["))
             .expect("an attribute has an item");
-        if let Some(name) = item
-            .trim()
-            .strip_prefix("mod ")
-            .and_then(|m| m.strip_suffix(';'))
-        {
-            modules.push(name.to_string());
-        }
-        while !item.ends_with(';') && item != closing && !item.ends_with("{}") {
-            item = lines.find(|l| *l == closing).expect("an item ends");
+        let module = item.trim().strip_prefix("mod ");
+        modules.extend(module.and_then(|m| m.strip_suffix(';')).map(String::from));
+        if ![";", ",", "{}"].iter().any(|end| item.ends_with(end)) {
+            lines.find(ends).expect("an item ends");
         }
     }
     (out, modules)

@@ -230,6 +230,7 @@ fn training_steps() {
 /// A loop over steps as a user writes it, with a batch that dp need not divide.
 pub(crate) fn steps(chip: &Chip, model: &Transformer, rows: usize, count: u64) {
     let mut optimizer = Optimizer::new(AdamW::default(), 0);
+    optimizer.prepare(chip);
     for step in 0..count {
         chip.step(step, || {
             let batch = |name: &str| {
