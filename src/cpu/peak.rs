@@ -37,6 +37,7 @@ pub fn peak_flops(dtype: DType) -> f64 {
             STEPS * super::simd::Avx512Bf16::FLOPS_PER_STEP
         });
     }
+    #[cfg(not(target_arch = "x86_64"))]
     let _ = dtype;
     let isa = isa();
     rate(|_| {
