@@ -4,6 +4,8 @@
 //! depend neither on the number of its threads nor on the instruction set. A view is read where it lies if its elements
 //! fill a stretch of memory in any order of axes (so a transposed matrix is not copied); otherwise it is copied first,
 //! because what lies between its elements may belong to somebody else.
+//!
+//! [`peak_flops`] and [`MemoryStream`] measure what the machine could do at best, to hold a kernel's speed against.
 
 use crate::cpu::attention::{Geometry, Heads, HeadsMut, attention_forward};
 use crate::cpu::matmul::{self as product, Epilogue, Matrix, MatrixMut};

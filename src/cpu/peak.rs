@@ -37,6 +37,7 @@ pub fn peak_flops(dtype: DType) -> f64 {
             STEPS * super::simd::Avx512Bf16::FLOPS_PER_STEP
         });
     }
+    #[cfg(not(target_arch = "x86_64"))]
     let _ = dtype;
     let isa = isa();
     rate(|_| {
@@ -71,22 +72,29 @@ impl TileKernel for FmaChains {
     type Output = Chains;
     #[inline(always)]
     fn call<S: Simd, const ROWS: usize, const VECTORS: usize>(self, s: S) -> Chains {
-        // Hidden values: equal chains would be computed once.
+        // Hidden values: equal chains would be computed once. Nested loops, which are unrolled into registers; one over
+        // a flattened tile is not.
         let mut x = [[s.splat(0.0); VECTORS]; ROWS];
-        for (i, x) in x.iter_mut().flatten().enumerate() {
-            *x = s.splat(black_box(i as f32));
+        for (i, row) in x.iter_mut().enumerate() {
+            for (j, x) in row.iter_mut().enumerate() {
+                *x = s.splat(black_box((i * VECTORS + j) as f32));
+            }
         }
         let (half, one) = (s.splat(black_box(0.5)), s.splat(black_box(1.0)));
         for _ in 0..self.steps {
-            for x in x.iter_mut().flatten() {
-                *x = s.fma(*x, half, one);
+            for row in &mut x {
+                for x in row {
+                    *x = s.fma(*x, half, one);
+                }
             }
         }
         let mut sum = 0.0;
-        for x in x.iter().flatten() {
-            let mut lanes = [0.0f32; 16];
-            s.store_first(&mut lanes[..S::LANES], *x);
-            sum += lanes.iter().sum::<f32>();
+        for row in x {
+            for x in row {
+                let mut lanes = [0.0f32; 16];
+                s.store_first(&mut lanes[..S::LANES], x);
+                sum += lanes.iter().sum::<f32>();
+            }
         }
         Chains {
             flops: 2 * self.steps * (ROWS * VECTORS * S::LANES) as u64,
