@@ -1,9 +1,9 @@
 //! Transformer kernels split over many chips.
 //!
-//! A program says what each chip of a [`Mesh`](mesh::Mesh) does. It is written once, as a closure over a
-//! [`Chip`](spmd::Chip), and runs in one of two worlds:
+//! A program says what each chip of a [`Mesh`] does. It is written once, as a closure over a
+//! [`Chip`], and runs in one of two worlds:
 //!
-//! | [`World`](spmd::World) | chips | numbers |
+//! | [`World`] | chips | numbers |
 //! |---|---|---|
 //! | [`threads`](spmd::World::threads) | slices of this machine's CPU | real |
 //! | [`ghost`](spmd::World::ghost) | none: tensors have shapes and no contents | every chip's [`Trace`](trace::Trace), traffic and peak memory, exactly |
