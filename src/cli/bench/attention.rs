@@ -386,3 +386,73 @@ fn rows(x: &Tensor, b: usize, tokens: std::ops::Range<usize>, h: usize) -> Vec<f
 fn axes(ty: &TensorType) -> [usize; 4] {
     ty.shape[..].try_into().expect("four axes")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use supernode::mesh::Mesh;
+    use supernode::spmd::{Device, World};
+
+    /// What verification says if the first element of result or gradient `which` (o, the log-sum-exp, dq, dk, dv) was
+    /// changed by `wrong`. The first query and the first key are always among the samples.
+    fn verdict(causal: bool, which: usize, wrong: f32) -> Result<(), String> {
+        let n = Sizes {
+            b: 2,
+            t: 11,
+            h: 4,
+            g: 2,
+            d: 6,
+        };
+        let op = Attention {
+            causal,
+            ..Attention::default()
+        };
+        let world = World::threads(&Mesh::single(), Device::cpu()).unwrap();
+        let run = world.run(|chip| {
+            let of = |name, heads| normal(chip, name, &[n.b, n.t, heads, n.d], DType::F32);
+            let (q, k, v) = (of("q", n.h), of("k", n.g), of("v", n.g));
+            let mut call = Call::new(chip, &op, vec![&q, &k, &v]);
+            call.forward();
+            let spoil = |x: &mut Tensor| x.slice_mut().typed::<f32>()[0] += wrong;
+            if which < 2 {
+                spoil(&mut call.outputs[which]);
+            }
+            let textbook = Textbook {
+                n,
+                causal,
+                dtype: DType::F32,
+                q: &q,
+                k: &k,
+                v: &v,
+                o: call.outputs[0].clone(),
+                lse: call.outputs[1].clone(),
+            };
+            textbook.verify_forward();
+            let mut backward = BackwardCall::new(chip, &call, of("dout", n.h));
+            backward.run(&call);
+            if which >= 2 {
+                let gradient = backward.wanted[which - 2].as_mut();
+                spoil(&mut gradient.expect("wanted").tensor);
+            }
+            textbook.verify_backward(&backward);
+        });
+        run.map(drop).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn wrong_results_and_gradients_are_found() {
+        for causal in [false, true] {
+            let parts = ["", "log-sum-exp", "dq", "dk", "dv"];
+            for (which, part) in parts.into_iter().enumerate() {
+                assert_eq!(verdict(causal, which, 0.0), Ok(()), "{part}");
+                for wrong in [1e-3, f32::NAN] {
+                    let why = verdict(causal, which, wrong).unwrap_err();
+                    assert!(
+                        why.contains(part) && why.contains("off by"),
+                        "{part}: {why}"
+                    );
+                }
+            }
+        }
+    }
+}

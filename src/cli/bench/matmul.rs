@@ -164,3 +164,50 @@ fn by_rows(x: &Tensor, i: usize, [rows, cols]: [usize; 2], transposed: bool) -> 
     };
     (0..rows * cols).map(|at| element(at) as f32).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use supernode::mesh::Mesh;
+    use supernode::spmd::{Device, World};
+
+    /// What verification says of a product of which one element was changed by `wrong`.
+    fn verdict(layout: Layout, wrong: f32) -> Result<(), String> {
+        let [m, k, n, batch] = [5, 9, 7, 2].map(|x| NonZeroUsize::new(x).unwrap());
+        let product = Product {
+            m,
+            k,
+            n,
+            batch,
+            layout,
+        };
+        let [transpose_a, transpose_b] = layout.transposed();
+        let op = Matmul {
+            transpose_a,
+            transpose_b,
+            ..Matmul::default()
+        };
+        let shape = |rows, cols, t| if t { [2, cols, rows] } else { [2, rows, cols] };
+        let world = World::threads(&Mesh::single(), Device::cpu()).unwrap();
+        let run = world.run(|chip| {
+            let a = normal(chip, "a", &shape(5, 9, transpose_a), DType::F32);
+            let b = normal(chip, "b", &shape(9, 7, transpose_b), DType::F32);
+            let mut call = Call::new(chip, &op, vec![&a, &b]);
+            call.forward();
+            call.outputs[0].slice_mut().typed::<f32>()[50] += wrong;
+            product.verify(&a, &b, &call.outputs[0]);
+        });
+        run.map(drop).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn wrong_products_are_found() {
+        for layout in [Layout::Nn, Layout::Nt, Layout::Tn, Layout::Tt] {
+            assert_eq!(verdict(layout, 0.0), Ok(()), "{layout:?}");
+            for wrong in [1e-2, f32::NAN] {
+                let why = verdict(layout, wrong).unwrap_err();
+                assert!(why.contains("off by"), "{layout:?} {wrong}: {why}");
+            }
+        }
+    }
+}

@@ -55,9 +55,8 @@ pub(super) struct Measured {
     pub(super) bound: Bound,
 }
 
-/// Times `run` on the threads of the current pool, after one run to warm up.
+/// Times `run` on the threads of the current pool. It has run before, to be verified, and is warm.
 pub(super) fn measure(demand: &Demand, mut run: impl FnMut()) -> Measured {
-    run();
     let mut limit = Limit::new(demand);
     let (mut best, mut spent, mut runs) = (f64::INFINITY, Duration::ZERO, 1u64);
     while spent < demand.budget || best == f64::INFINITY {
