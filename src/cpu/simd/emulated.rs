@@ -135,6 +135,12 @@ impl<const N: usize, const ROWS: usize, const VECTORS: usize> Simd for Emulated<
         zip(a, n, scale)
     }
     #[inline(always)]
+    fn shift(self, a: Self::V, t: Self::V) -> Self::V {
+        zip(a, t, |a, t| {
+            f32::from_bits(a.to_bits().wrapping_add(t.to_bits() << 23))
+        })
+    }
+    #[inline(always)]
     fn split(self, a: Self::V) -> (Self::V, Self::V) {
         const TWO_THIRDS: u32 = 0x3f2a_aaab;
         let bits = |a: f32| a.to_bits().wrapping_sub(TWO_THIRDS);
