@@ -38,7 +38,7 @@ fn check(d: usize) {
     assert_within("attention", &wide(&got), &want, &bound);
 }
 
-pub fn bench(c: &mut Criterion, threads: usize) {
+pub(crate) fn bench(c: &mut Criterion, threads: usize) {
     let mut group = c.benchmark_group(format!("attention f32 causal, {threads} thread(s)"));
     for shape in SHAPES {
         let [b, h, t, d] = shape;

@@ -89,7 +89,7 @@ fn by_matrixmultiply([m, k, n]: [usize; 3], a: &[f32], b: &[f32], c: &mut [f32])
     }
 }
 
-pub fn bench(c: &mut Criterion, threads: usize) {
+pub(crate) fn bench(c: &mut Criterion, threads: usize) {
     let others: &[(&str, Product)] = if threads == 1 {
         &[("gemm", gemm_alone), ("matrixmultiply", by_matrixmultiply)]
     } else {

@@ -232,7 +232,7 @@ fn all() -> Vec<Made> {
     pointwise(&mut all);
     losses(&mut all);
     moved(&mut all);
-    all.push(Box::new(|o| adamw(o)));
+    all.push(Box::new(adamw));
     all
 }
 
@@ -408,7 +408,7 @@ fn adamw(o: &Operands) -> Case {
 const BUDGET: Duration = Duration::from_millis(700);
 
 /// Prints how many times the stream's time each op takes on `threads` threads, the current pool's.
-pub fn table(threads: usize, wanted: &str) {
+pub(crate) fn table(threads: usize, wanted: &str) {
     let operands = Operands(Memory::cpu(None));
     println!(
         "{:<32}{:>10}{:>10}{:>8}{:>7}",
@@ -443,7 +443,7 @@ pub fn table(threads: usize, wanted: &str) {
 }
 
 /// The same cases under criterion, each beside a pass over as many bytes.
-pub fn bench(c: &mut Criterion, threads: usize) {
+pub(crate) fn bench(c: &mut Criterion, threads: usize) {
     let operands = Operands(Memory::cpu(None));
     let mut group = c.benchmark_group(format!("rows, {threads} thread(s)"));
     for make in all() {

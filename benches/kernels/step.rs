@@ -58,7 +58,7 @@ fn steps(chip: &Chip, steps: u64) -> Duration {
     elapsed
 }
 
-pub fn bench(c: &mut Criterion, threads: usize) {
+pub(crate) fn bench(c: &mut Criterion, threads: usize) {
     let mut group = c.benchmark_group(format!("train_step f32, {threads} thread(s)"));
     group.throughput(Throughput::Elements((BATCH * TOKENS) as u64));
     group.bench_function(BenchmarkId::from_parameter("nanogpt-cpu"), |bench| {

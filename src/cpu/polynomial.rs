@@ -200,7 +200,7 @@ const GELU_ERF_SLOPE: OddRational<8, 7> = OddRational {
         -0.022_087_902,
         0.013_729_752,
         0.000_212_577_7,
-        3.200_368_9e-5,
+        3.200_369e-5,
         9.362_863e-7,
         1.194_678_7e-8,
         -2.872_309_2e-11,
@@ -239,7 +239,7 @@ const GELU_TANH: OddRational<6, 6> = OddRational {
 
 /// The slope of x (1/2 + [`GELU_TANH`]), less 1/2. Within 2^-22.
 const GELU_TANH_SLOPE: OddRational<8, 7> = OddRational {
-    limit: 5.2,
+    limit: 5.3,
     p: [
         0.797_884_6,
         -0.060_223_933,
@@ -247,7 +247,7 @@ const GELU_TANH_SLOPE: OddRational<8, 7> = OddRational {
         -0.000_462_945_55,
         3.281_414e-5,
         -3.111_905e-7,
-        9.618_072_6e-9,
+        9.618_073e-9,
         -4.579_516_3e-11,
     ],
     q: [

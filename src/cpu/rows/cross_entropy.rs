@@ -62,13 +62,26 @@ struct Logits<'a> {
 }
 
 impl Logits<'_> {
-    /// The row's existing columns in blocks, and what is left of f.
+    /// Calls f with the row's existing columns in blocks of `BLOCK`.
     #[inline(always)]
-    fn blocks<S: Simd>(&self, s: S, row: usize, mut f: impl FnMut(&[f32])) {
+    fn blocks<S: Simd>(&self, s: S, row: usize, f: impl FnMut(&[f32])) {
+        self.blocks_of(s, row, BLOCK, f);
+    }
+
+    /// Blocks as large as they can be: for what does not depend on the order.
+    #[inline(always)]
+    fn large_blocks<S: Simd>(&self, s: S, row: usize, f: impl FnMut(&[f32])) {
+        let all = self.c.max(1);
+        let in_place = matches!(self.logits, Slice::F32(_));
+        self.blocks_of(s, row, if in_place { all } else { BLOCK }, f);
+    }
+
+    #[inline(always)]
+    fn blocks_of<S: Simd>(&self, s: S, row: usize, block: usize, mut f: impl FnMut(&[f32])) {
         let visible = self.shard.visible(self.c);
         let mut wide = [0f32; BLOCK];
-        for at in (0..visible).step_by(BLOCK) {
-            let end = (at + BLOCK).min(visible);
+        for at in (0..visible).step_by(block) {
+            let end = (at + block).min(visible);
             let start = row * self.c;
             f(widen(s, self.logits, start + at..start + end, &mut wide));
         }
@@ -78,7 +91,7 @@ impl Logits<'_> {
     fn max<S: Simd>(&self, s: S, row: usize) -> f32 {
         let none = f32::NEG_INFINITY;
         let mut max = none;
-        self.blocks(
+        self.large_blocks(
             s,
             row,
             #[inline(always)]
@@ -102,7 +115,7 @@ impl Logits<'_> {
     fn max_of_numbers<S: Simd>(&self, s: S, row: usize) -> f32 {
         let none = f32::NEG_INFINITY;
         let mut max = none;
-        self.blocks(
+        self.large_blocks(
             s,
             row,
             #[inline(always)]
