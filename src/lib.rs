@@ -56,6 +56,7 @@
 //!   cpu            private: SIMD, memory, matmul, attention, rows   <----------------------+
 //!
 //!   the floor, values and tables, used by all: mesh, placement, collective, trace, random, dtype, error
+//!   cluster        machines as data: chips, systems, stacks
 //!   reference      the textbook in f64: the oracle of tests, to be read
 //! ```
 //!
@@ -86,10 +87,12 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod cluster;
 pub mod collective;
 mod cpu;
 pub mod dtype;
 pub mod error;
+pub mod forecast;
 pub mod kernels;
 pub mod mesh;
 pub mod model;

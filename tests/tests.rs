@@ -6,6 +6,8 @@ mod bench_command;
 mod command;
 mod examples;
 mod house;
+#[cfg(feature = "cli")]
+mod machines_command;
 mod tiny;
 mod watchdog;
 
