@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Every room with the rooms that it may import, beside itself. What stands lower in the table is higher in the house.
-const ARROWS: [(&str, &[&str]); 19] = [
+const ARROWS: [(&str, &[&str]); 20] = [
     ("error", &[]),
     ("random", &[]),
     ("dtype", &["error"]),
@@ -67,6 +67,18 @@ const ARROWS: [(&str, &[&str]); 19] = [
             "placement",
             "mesh",
             "random",
+            "dtype",
+            "error",
+        ],
+    ),
+    (
+        "forecast",
+        &[
+            "cluster",
+            "model",
+            "trace",
+            "collective",
+            "mesh",
             "dtype",
             "error",
         ],

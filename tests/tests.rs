@@ -5,6 +5,8 @@ mod bench_command;
 #[cfg(feature = "cli")]
 mod command;
 mod examples;
+#[cfg(feature = "cli")]
+mod forecast_command;
 mod house;
 #[cfg(feature = "cli")]
 mod machines_command;

@@ -27,7 +27,7 @@ const STATUS: Field = (
     Holds::Word(&["shipping", "announced", "reported"]),
 );
 
-const CHIP: [Field; 27] = {
+const CHIP: [Field; 26] = {
     use Dimension::{Bandwidth, Bytes, Power, Pure, Rate};
     [
         STATUS,
@@ -55,8 +55,7 @@ const CHIP: [Field; 27] = {
         ("kernel.elementwise.memory", Holds::Number(Pure)),
         ("kernel.norm.memory", Holds::Number(Pure)),
         ("kernel.activation.memory", Holds::Number(Pure)),
-        ("failures.chip_mtbf", Holds::Extra(Dimension::Time)),
-        ("failures.restart", Holds::Extra(Dimension::Time)),
+        ("kernel.residual", Holds::Extra(Pure)),
     ]
 };
 
@@ -81,7 +80,7 @@ const SYSTEM: [Field; 12] = {
     ]
 };
 
-const STACK: [Field; 8] = [
+const STACK: [Field; 9] = [
     ("stack.attention", Holds::Word(&["fused", "unfused"])),
     ("stack.dropout", Holds::Word(&["yes", "no"])),
     (
@@ -93,6 +92,7 @@ const STACK: [Field; 8] = [
     ("stack.gradient", Holds::Word(&["f32", "bf16"])),
     ("stack.launch", Holds::Number(Dimension::Time)),
     ("stack.allocator", Holds::Number(Dimension::Pure)),
+    ("stack.interference", Holds::Number(Dimension::Pure)),
 ];
 
 /// How the chips of a level are joined.
@@ -107,6 +107,9 @@ pub enum Wiring {
     /// Neighbours in a ring along each dimension.
     Torus,
 }
+
+/// More chips than anyone will join.
+const ANY_NUMBER: usize = 1 << 30;
 
 /// One level of a system's network.
 #[derive(Clone, Debug)]
@@ -228,6 +231,10 @@ impl Machine {
             });
         }
         levels.sort_by_key(|l| l.chips);
+        // A growing system's last level joins as many chips as one likes: its number is what was built.
+        if let (Some(last), Some("yes")) = (levels.last_mut(), self.system.word("system.grows")) {
+            last.chips = last.chips.max(ANY_NUMBER);
+        }
         let wrong = |why: String| {
             let file = &self.system.file;
             Err(Error::new(

@@ -20,7 +20,7 @@ fn every_file_reads() {
         "ascend-910c:626",
         "ascend-910c:800",
         "ascend-950dt:28",
-        "a100:llama-layer",
+        "a100:isolated",
     ] {
         Machine::chip_named(grade).unwrap();
     }
