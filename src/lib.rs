@@ -37,6 +37,8 @@
 //! Arrows point one way, from what uses to what is used.
 //!
 //! ```text
+//!   forecast       a trace or a model's sizes + a machine (cluster) = seconds, memory, goodput; search over splits
+//!
 //!   train          text, batches, AdamW, checkpoints, the loop
 //!     |
 //!     v
