@@ -6,7 +6,7 @@
 //! cargo bench -- --against-stream     # the table of ops of rows against a stream, nothing else
 //! ```
 //!
-//! Every product is checked against the textbook before it is timed, that of other libraries too. Results depend on the
+//! Every product is checked against the textbook before it is timed. Results depend on the
 //! machine and on what else runs: compare in one sitting. `benches/results` keeps some, by machine and date.
 
 mod attention;
