@@ -85,11 +85,15 @@
 //! `cli` (on by default) is the `supernode` command; without it no command-line crates are pulled in.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
+// Proofs that wgpu's types may cross threads are deep; they end at trait objects inside of `gpu`.
+#![recursion_limit = "512"]
 
 pub mod collective;
 mod cpu;
 pub mod dtype;
 pub mod error;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 pub mod kernels;
 pub mod mesh;
 pub mod model;

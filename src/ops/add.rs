@@ -1,5 +1,9 @@
 //! Elementwise sums.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use super::activation::two_floats;
 use super::{Axes, Cost, Linear, Op, Site};
 use crate::cpu::rows;
@@ -34,5 +38,10 @@ impl Op for Add {
 
     fn passes_gradient(&self) -> bool {
         true
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        gpu::add(read(inputs[0]), read(inputs[1]), write(&mut outputs[0]));
     }
 }

@@ -1,5 +1,9 @@
 //! One vector, or one block of trailing axes, added everywhere.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use super::{Axes, Backward, Cost, Linear, Op, Site, letters, misfit};
 use crate::cpu::rows;
 use crate::tensor::{Tensor, TensorType};
@@ -76,6 +80,23 @@ impl Op for AddBias {
         }
         if let Some(dbias) = backward.want(1) {
             dbias.in_f32(|out, accum| rows::column_sum(dy.slice(), out, accum));
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        gpu::add_bias(read(inputs[0]), read(inputs[1]), write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let dy = read(backward.gradient(0));
+        if let Some(dx) = backward.want(0) {
+            dx.put_gpu(dy.clone());
+        }
+        if let Some(dbias) = backward.want(1) {
+            let (out, add) = dbias.operand();
+            gpu::column_sum(dy, out, add);
         }
     }
 }

@@ -1,5 +1,9 @@
 //! The same numbers in another element type.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use super::{Axes, Backward, Cost, Linear, Op, Site, misfit, with_dtype};
 use crate::cpu::rows;
 use crate::dtype::DType;
@@ -60,6 +64,19 @@ impl Op for Cast {
         let dy = backward.gradient(0);
         if let Some(dx) = backward.want(0) {
             dx.put(dy.slice());
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        gpu::cast(read(inputs[0]), write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let dy = read(backward.gradient(0));
+        if let Some(dx) = backward.want(0) {
+            dx.put_gpu(dy);
         }
     }
 }

@@ -1,5 +1,9 @@
 //! Stochastic gradient descent, in place.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use super::Cost;
 use super::adamw::{number, same_shape};
 use crate::cpu::rows;
@@ -34,6 +38,12 @@ impl Sgd {
         same_shape("sgd", p, "g", g);
         if let Some(u) = momentum.as_deref() {
             same_shape("sgd", p, "the momentum", u);
+        }
+        #[cfg(feature = "gpu")]
+        if p.is_on_gpu() {
+            let constants = [self.lr, self.momentum, self.weight_decay];
+            let momentum = momentum.map(write);
+            return gpu::sgd(write(p), momentum, read(g), factor.map(read), constants);
         }
         rows::sgd(
             p.slice_mut().typed(),

@@ -7,7 +7,38 @@ use crate::ops::{Accum, Backward, Gradient, Local, Op, Site};
 use crate::reference::{self, assert_within, rounding};
 use crate::tensor::{Memory, Tensor, TensorType};
 use half::{bf16, f16};
+use std::cell::Cell;
 use std::ops::Range;
+
+thread_local! {
+    /// Whether cases of this thread run on a graphics processor.
+    static ON_GPU: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs cases on the first graphics processor. A machine without one leaves them out and says so, or fails where
+/// `SUPERNODE_REQUIRE_GPU` is set.
+#[cfg(feature = "gpu")]
+pub(super) fn on_gpu(cases: impl FnOnce()) {
+    if let Err(why) = crate::gpu::Chip::open(0) {
+        let required = std::env::var_os("SUPERNODE_REQUIRE_GPU").is_some();
+        assert!(!required, "SUPERNODE_REQUIRE_GPU is set, but {why}");
+        eprintln!("ignored: {why}");
+        return;
+    }
+    ON_GPU.set(true);
+    cases();
+    ON_GPU.set(false);
+}
+
+/// Memory of the device that cases run on.
+pub(super) fn memory() -> Memory {
+    #[cfg(feature = "gpu")]
+    if ON_GPU.get() {
+        let chip = crate::gpu::Chip::open(0).expect("it was opened before");
+        return Memory::gpu(chip, None);
+    }
+    Memory::cpu(None)
+}
 
 /// Unit roundoff of the arithmetic inside every op.
 pub(super) const U: f64 = 1.0 / (1u64 << 24) as f64;
@@ -158,7 +189,7 @@ impl<'a> Case<'a> {
     }
 
     fn forward(&self, shares: &[Share]) -> (Vec<Tensor>, Vec<Local>) {
-        let memory = Memory::cpu(None);
+        let memory = memory();
         let types: Vec<TensorType> = shares.iter().map(|s| s.array.ty.clone()).collect();
         let outputs = self.op.infer(&types).unwrap_or_else(|why| panic!("{why}"));
         let locals: Vec<Local> = shares.iter().map(|s| s.local.clone()).collect();
@@ -174,7 +205,7 @@ impl<'a> Case<'a> {
             .iter()
             .map(|ty| memory.allocate(ty).expect("this memory has no budget"))
             .collect();
-        self.op.forward(&site, &inputs, &mut results);
+        crate::ops::device::forward(self.op, &site, &inputs, &mut results);
         (results, out_locals)
     }
 
@@ -186,7 +217,7 @@ impl<'a> Case<'a> {
         dy: &Array,
         want: &[Option<Start>],
     ) -> Vec<Option<Array>> {
-        let memory = Memory::cpu(None);
+        let memory = memory();
         let saves = self.op.saves();
         let reuses = |i: usize| matches!(want[i], Some(Start::Reuse));
         let locals: Vec<Local> = shares.iter().map(|s| s.local.clone()).collect();
@@ -239,7 +270,7 @@ impl<'a> Case<'a> {
             gradients: &gradients,
             wanted: &mut wanted,
         };
-        self.op.backward(&site, &mut backward);
+        crate::ops::device::backward(self.op, &site, &mut backward);
         wanted
             .iter()
             .map(|g| g.as_ref().map(|g| Array::of(&g.tensor)))
