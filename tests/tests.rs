@@ -5,6 +5,8 @@ mod bench_command;
 #[cfg(feature = "cli")]
 mod command;
 mod examples;
+#[cfg(feature = "gpu")]
+mod gpu;
 mod house;
 mod tiny;
 mod watchdog;

@@ -3,6 +3,7 @@
 //! Standard output carries results (with `--json` one object a line), standard error everything else.
 
 mod bench;
+mod devices;
 mod preset;
 mod progress;
 mod text;
@@ -33,6 +34,8 @@ enum Command {
     /// Time kernels and training steps against this machine's limits
     #[command(args_override_self = true)]
     Bench(bench::Arguments),
+    /// List what chips can be on this machine, and what is missing
+    Devices(devices::Arguments),
 }
 
 /// Runs the command. Status 0 if it did what was asked, 1 if not, 2 if the arguments cannot be understood.
@@ -41,6 +44,7 @@ pub(crate) fn run() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Train(arguments) => train::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Devices(arguments) => devices::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -14,7 +14,7 @@
 //! | `execute` | walks a collective's list of steps over a wire |
 //! | `exchange` | the wire between threads: messages, waits, diagnosis |
 //! | `device` | what a chip computes on |
-| `threads`, `ghost` | the worlds |
+//! | `threads`, `ghost` | the worlds |
 
 mod apply;
 mod chip;
