@@ -12,7 +12,7 @@ mod tiny;
 mod watchdog;
 
 mod parity {
-    mod models;
+    pub(crate) mod models;
     mod ops;
 }
 

@@ -116,6 +116,11 @@ impl Chip {
         self.0.seen()
     }
 
+    /// True for clones of one chip.
+    pub(super) fn is(&self, other: &Chip) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     pub(super) fn device(&self) -> &Device {
         &self.inner().device
     }
@@ -170,10 +175,15 @@ impl Chip {
                 self.buffer(size).inspect_err(|_| self.pool().live -= size)?
             }
         };
-        Ok(Block {
+        let block = Block {
             buffer,
             chip: self.clone(),
-        })
+        };
+        if cfg!(test) {
+            // NaN of every float type, so that reading before writing shows.
+            self.write(&block, &vec![0xff; size as usize]);
+        }
+        Ok(block)
     }
 
     fn buffer(&self, size: u64) -> Result<Held> {

@@ -216,6 +216,18 @@ impl Launch {
         given.chip.clone()
     }
 
+    /// Commands of two chips have no order between them, so a kernel's operands are of one chip.
+    fn check_chips(&self, chip: &Chip) {
+        for (slot, operand) in self.face.slots.iter().zip(&self.operands) {
+            assert!(
+                operand.as_ref().is_none_or(|o| o.chip.is(chip)),
+                "shader '{}': '{}' is on another chip; send it over the mesh",
+                self.kernel.name,
+                slot.name
+            );
+        }
+    }
+
     /// The variant of the shader that this launch needs.
     fn variant(&self, group: u32) -> Variant {
         let name = self.kernel.name;
@@ -247,6 +259,7 @@ impl Launch {
 
     fn dispatch(self, group: u32, count: usize, groups: [usize; 3]) {
         let chip = self.chip();
+        self.check_chips(&chip);
         let device = chip.device();
         let most = device.limits.max_compute_workgroups_per_dimension as usize;
         if groups.iter().any(|&g| g > most) {

@@ -150,7 +150,7 @@ struct Results {
     losses: Vec<f64>,
 }
 
-fn run(fixture: &Arc<Fixture>, mesh: &Mesh) -> Results {
+fn run(fixture: &Arc<Fixture>, mesh: &Mesh, device: Device) -> Results {
     let model = fixture.model(mesh);
     let vocab = model.config().vocab;
     let program = |chip: &Chip| {

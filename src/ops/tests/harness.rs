@@ -7,34 +7,37 @@ use crate::ops::{Accum, Backward, Gradient, Local, Op, Site};
 use crate::reference::{self, assert_within, rounding};
 use crate::tensor::{Memory, Tensor, TensorType};
 use half::{bf16, f16};
-use std::cell::Cell;
+#[cfg(feature = "gpu")]
+use std::cell::RefCell;
 use std::ops::Range;
 
+#[cfg(feature = "gpu")]
 thread_local! {
-    /// Whether cases of this thread run on a graphics processor.
-    static ON_GPU: Cell<bool> = const { Cell::new(false) };
+    /// The graphics processor's chip that cases of this thread run on.
+    static CHIP: RefCell<Option<crate::gpu::Chip>> = const { RefCell::new(None) };
 }
 
 /// Runs cases on the first graphics processor. A machine without one leaves them out and says so, or fails where
 /// `SUPERNODE_REQUIRE_GPU` is set.
 #[cfg(feature = "gpu")]
 pub(super) fn on_gpu(cases: impl FnOnce()) {
-    if let Err(why) = crate::gpu::Chip::open(0) {
-        let required = std::env::var_os("SUPERNODE_REQUIRE_GPU").is_some();
-        assert!(!required, "SUPERNODE_REQUIRE_GPU is set, but {why}");
-        eprintln!("ignored: {why}");
-        return;
+    match crate::gpu::Chip::open(0) {
+        Ok(chip) => CHIP.set(Some(chip)),
+        Err(why) => {
+            let required = std::env::var_os("SUPERNODE_REQUIRE_GPU").is_some();
+            assert!(!required, "SUPERNODE_REQUIRE_GPU is set, but {why}");
+            eprintln!("ignored: {why}");
+            return;
+        }
     }
-    ON_GPU.set(true);
     cases();
-    ON_GPU.set(false);
+    CHIP.set(None);
 }
 
 /// Memory of the device that cases run on.
 pub(super) fn memory() -> Memory {
     #[cfg(feature = "gpu")]
-    if ON_GPU.get() {
-        let chip = crate::gpu::Chip::open(0).expect("it was opened before");
+    if let Some(chip) = CHIP.with_borrow(Clone::clone) {
         return Memory::gpu(chip, None);
     }
     Memory::cpu(None)
