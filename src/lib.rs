@@ -37,6 +37,8 @@
 //! Arrows point one way, from what uses to what is used.
 //!
 //! ```text
+//!   forecast       a trace or a model's sizes + a machine (cluster) = seconds, memory, goodput; search over splits
+//!
 //!   train          text, batches, AdamW, checkpoints, the loop
 //!     |
 //!     v
@@ -57,6 +59,7 @@
 //!   cpu            private: SIMD, memory, matmul, attention, rows   <----------------------+
 //!
 //!   the floor, values and tables, used by all: mesh, placement, collective, trace, random, dtype, error
+//!   cluster        machines as data: chips, systems, stacks
 //!   reference      the textbook in f64: the oracle of tests, to be read
 //! ```
 //!
@@ -90,10 +93,12 @@
 // Proofs that wgpu's types may cross threads are deep; they end at trait objects inside of `gpu`.
 #![recursion_limit = "512"]
 
+pub mod cluster;
 pub mod collective;
 mod cpu;
 pub mod dtype;
 pub mod error;
+pub mod forecast;
 #[cfg(feature = "gpu")]
 pub mod gpu;
 pub mod kernels;

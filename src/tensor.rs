@@ -39,7 +39,9 @@ enum Place {
         mirrors: Pool,
         budget: Option<u64>,
     },
-    Ghost { budget: Option<u64> },
+    Ghost {
+        budget: Option<u64>,
+    },
 }
 
 /// Bytes of tensors since the memory was made, and their highest sum.

@@ -210,10 +210,7 @@ fn meshes_that_do_not_divide_are_refused_with_the_nearest_that_does() {
         &["abacus", "cpu"],
     );
     #[cfg(feature = "gpu")]
-    bench.fails(
-        &[&text[..], &["--device", "gpu:77"]].concat(),
-        &["gpu:77"],
-    );
+    bench.fails(&[&text[..], &["--device", "gpu:77"]].concat(), &["gpu:77"]);
     bench.fails(&[&text[..], &["--dtype", "u32"]].concat(), &["u32"]);
     bench.fails(&[&text[..], &["--threads", "0"]].concat(), &["thread"]);
 }

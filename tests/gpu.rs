@@ -82,7 +82,11 @@ fn a_trace_is_the_ghosts() {
         .expect("a small mesh")
         .run(program)
         .expect("the run succeeds");
-    assert_eq!(run.outputs(), want.outputs(), "small whole numbers are exact");
+    assert_eq!(
+        run.outputs(),
+        want.outputs(),
+        "small whole numbers are exact"
+    );
     let ghost = World::ghost(&mesh).trace(program).expect("a trace");
     assert_eq!(run.trace().difference(&ghost), None);
 }
@@ -96,7 +100,10 @@ fn an_op_without_a_kernel_there_says_so() {
         chip.apply_one(Nothing, &[&x]).read()
     });
     let why = run.expect_err("no kernel").to_string();
-    assert!(why.contains("'nothing'") && why.contains("forward_gpu"), "{why}");
+    assert!(
+        why.contains("'nothing'") && why.contains("forward_gpu"),
+        "{why}"
+    );
 }
 
 /// A user's op that knows the processor only.

@@ -5,9 +5,13 @@ mod bench_command;
 #[cfg(feature = "cli")]
 mod command;
 mod examples;
+#[cfg(feature = "cli")]
+mod forecast_command;
 #[cfg(feature = "gpu")]
 mod gpu;
 mod house;
+#[cfg(feature = "cli")]
+mod machines_command;
 mod tiny;
 mod watchdog;
 

@@ -4,6 +4,9 @@
 
 mod bench;
 mod devices;
+mod forecast;
+mod machines;
+mod plan;
 mod preset;
 mod progress;
 mod text;
@@ -36,6 +39,15 @@ enum Command {
     Bench(bench::Arguments),
     /// List what chips can be on this machine, and what is missing
     Devices(devices::Arguments),
+    /// Say what a training step costs on a described machine
+    #[command(args_override_self = true)]
+    Forecast(Box<forecast::Arguments>),
+    /// Search the best split of a model over a described machine
+    #[command(args_override_self = true)]
+    Plan(Box<plan::Arguments>),
+    /// List and compare the described machines
+    #[command(args_override_self = true)]
+    Machines(machines::Arguments),
 }
 
 /// Runs the command. Status 0 if it did what was asked, 1 if not, 2 if the arguments cannot be understood.
@@ -45,6 +57,9 @@ pub(crate) fn run() -> ExitCode {
         Command::Train(arguments) => train::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Devices(arguments) => devices::run(&arguments),
+        Command::Forecast(arguments) => forecast::run(&arguments),
+        Command::Plan(arguments) => plan::run(&arguments),
+        Command::Machines(arguments) => machines::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -126,7 +126,10 @@ impl Chip {
     }
 
     fn pool(&self) -> MutexGuard<'_, Pool> {
-        self.inner().pool.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner()
+            .pool
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn recording(&self) -> MutexGuard<'_, Recording> {
@@ -172,7 +175,8 @@ impl Chip {
             None => {
                 pool.fresh += 1;
                 drop(pool);
-                self.buffer(size).inspect_err(|_| self.pool().live -= size)?
+                self.buffer(size)
+                    .inspect_err(|_| self.pool().live -= size)?
             }
         };
         let block = Block {
@@ -313,7 +317,9 @@ impl Chip {
             recording.last.clone()
         };
         staging.map_async(wgpu::MapMode::Read, .., |_| {});
-        self.inner().device.wait(last.expect("a copy was submitted"))?;
+        self.inner()
+            .device
+            .wait(last.expect("a copy was submitted"))?;
         let view = staging
             .get_mapped_range(..)
             .map_err(|e| self.refused("a download", &e))?;

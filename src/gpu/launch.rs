@@ -27,12 +27,7 @@ impl Operand {
     }
 
     /// The whole block as elements of `dtype`.
-    pub(crate) fn new(
-        chip: &Chip,
-        block: &Block,
-        dtype: DType,
-        elements: usize,
-    ) -> Self {
+    pub(crate) fn new(chip: &Chip, block: &Block, dtype: DType, elements: usize) -> Self {
         Operand {
             chip: chip.clone(),
             buffer: block.buffer.clone(),
@@ -180,7 +175,13 @@ impl Launch {
             _ => 64,
         });
         let per_invocation = match self.face.entry {
-            Entry::Map if self.operands[0].as_ref().is_some_and(|y| y.dtype.size() == 2) => 2,
+            Entry::Map
+                if self.operands[0]
+                    .as_ref()
+                    .is_some_and(|y| y.dtype.size() == 2) =>
+            {
+                2
+            }
             _ => 1,
         };
         let groups = match self.face.entry {
@@ -211,8 +212,7 @@ impl Launch {
 
     fn chip(&self) -> Chip {
         let given = self.operands.iter().flatten().next();
-        let given =
-            given.unwrap_or_else(|| panic!("shader '{}' has no operand", self.kernel.name));
+        let given = given.unwrap_or_else(|| panic!("shader '{}' has no operand", self.kernel.name));
         given.chip.clone()
     }
 
@@ -233,7 +233,9 @@ impl Launch {
         let name = self.kernel.name;
         let results = |b: &Held| {
             let mut slots = self.face.slots.iter().zip(&self.operands);
-            slots.position(|(s, o)| s.written && o.as_ref().is_some_and(|o| Arc::ptr_eq(&o.buffer, b)))
+            slots.position(|(s, o)| {
+                s.written && o.as_ref().is_some_and(|o| Arc::ptr_eq(&o.buffer, b))
+            })
         };
         let bound = self.face.slots.iter().zip(&self.operands).enumerate();
         let bound = bound.map(|(i, (slot, operand))| match operand {

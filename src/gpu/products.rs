@@ -128,10 +128,7 @@ impl Heads {
 pub(crate) fn attention(g: &Heads, [q, k, v]: [Operand; 3], o: Operand, lse: Operand) {
     let rows = g.batch * g.heads * g.queries;
     let launch = Launch::new(&k::ATTENTION).operand("q", q).operand("k", k);
-    let launch = launch
-        .operand("v", v)
-        .operand("o", o)
-        .operand("lse", lse);
+    let launch = launch.operand("v", v).operand("o", o).operand("lse", lse);
     g.of(launch).run(rows);
 }
 

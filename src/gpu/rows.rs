@@ -426,9 +426,7 @@ impl Columns {
 
 pub(crate) fn row_max(x: Operand, columns: Columns, max: Operand) {
     let rows = max.elements;
-    let launch = Launch::new(&k::ROW_MAX)
-        .operand("x", x)
-        .operand("max", max);
+    let launch = Launch::new(&k::ROW_MAX).operand("x", x).operand("max", max);
     launch
         .number("width", columns.width)
         .number("visible", columns.visible())
@@ -551,12 +549,7 @@ pub(crate) struct AdamWStep {
     pub(crate) root: f32,
 }
 
-pub(crate) fn adamw(
-    [p, m, v]: [Operand; 3],
-    g: Operand,
-    clip: Option<Operand>,
-    step: AdamWStep,
-) {
+pub(crate) fn adamw([p, m, v]: [Operand; 3], g: Operand, clip: Option<Operand>, step: AdamWStep) {
     let n = p.elements;
     Launch::new(&k::ADAMW)
         .operand("g", g)

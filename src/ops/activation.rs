@@ -2,10 +2,10 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::{Activation, Axes, Backward, Cost, Op, Saved, Site, misfit};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = f(x)`, x and y of one shape and type.

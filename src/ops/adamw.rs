@@ -1,11 +1,11 @@
 //! AdamW, one pass over a parameter and its state, in place. Not an [`Op`](super::Op): it has no result and no gradient.
 
+use super::Cost;
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
+use crate::cpu::rows;
 #[cfg(feature = "gpu")]
 use crate::gpu;
-use super::Cost;
-use crate::cpu::rows;
 use crate::tensor::{Tensor, TensorType};
 
 /// `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2`,

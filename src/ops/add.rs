@@ -1,12 +1,12 @@
 //! Elementwise sums.
 
+use super::activation::two_floats;
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
-use super::activation::two_floats;
 use super::{Axes, Cost, Linear, Op, Site};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = a + b`: a and b of one shape, y in the type of a. The sum is in f32, rounded once.

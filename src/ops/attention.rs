@@ -5,14 +5,14 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::{Axes, Backward, Cost, Op, Saved, Site, misfit, traffic};
 use crate::cpu::attention::{
     Geometry, Heads, HeadsMut, attention_backward, attention_forward, attention_scratch,
 };
 use crate::cpu::memory::with_scratch;
 use crate::dtype::{DType, Slice, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `o = softmax(mask(cap(scale q k^T))) v` for each batch and head (Vaswani et al. 2017; tiled as Dao et al. 2022).
@@ -286,9 +286,7 @@ impl Op for Attention {
         let [o, lse] = outputs else {
             unreachable!("infer gives two results")
         };
-        let documents = self
-            .documents
-            .then(|| [read(inputs[3]), read(inputs[4])]);
+        let documents = self.documents.then(|| [read(inputs[3]), read(inputs[4])]);
         let g = self.heads_gpu(inputs[0].ty(), inputs[1].ty(), documents);
         let qkv = [0, 1, 2].map(|i| read(inputs[i]));
         gpu::attention(&g, qkv, write(o), write(lse));

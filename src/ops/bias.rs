@@ -2,10 +2,10 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::{Axes, Backward, Cost, Linear, Op, Site, letters, misfit};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y[.., j] = x[.., j] + bias[j]`, where bias has the shape of the last axis of x, or of its last axes: `[n]` for a linear

@@ -2,11 +2,11 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::{Axes, Backward, Cost, Linear, Op, Site, misfit, with_dtype};
 use crate::cpu::rows;
 use crate::dtype::DType;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = x` rounded to `dtype`, to nearest with ties to even.

@@ -5,11 +5,11 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::{Axes, Backward, Cost, Gradient, Op, Saved, Site, letters_besides, misfit, traffic};
 use crate::cpu::rows::{self, Shard};
 use crate::dtype::DType;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `loss = ln(sum over j of e^x[j]) - x[label]` for each row: logits [.., v], labels [..] in u32.
@@ -240,7 +240,14 @@ impl Op for CrossEntropy {
         let (losses, max, sum) = (write(losses), write(max), write(sum));
         let target = max.scratch(labels.elements);
         gpu::row_max(x.clone(), columns, max.clone());
-        gpu::row_exp_sum(x, columns, max.clone(), labels.clone(), sum.clone(), target.clone());
+        gpu::row_exp_sum(
+            x,
+            columns,
+            max.clone(),
+            labels.clone(),
+            sum.clone(),
+            target.clone(),
+        );
         gpu::losses(max, sum, target, labels, self.ignored, losses);
     }
 

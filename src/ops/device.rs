@@ -1,9 +1,9 @@
 //! Where an op runs: on the device that holds its results.
 
-use super::{Backward, Op, Site};
-use crate::cpu::rows;
 #[cfg(feature = "gpu")]
 use super::{Accum, Gradient};
+use super::{Backward, Op, Site};
+use crate::cpu::rows;
 #[cfg(feature = "gpu")]
 use crate::gpu::{self, Operand};
 use crate::tensor::Tensor;

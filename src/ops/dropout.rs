@@ -1,13 +1,13 @@
 //! Elements left out at random, the same ones on every mesh.
 
+use super::activation::one_float;
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
-use super::activation::one_float;
 use super::{Axes, Backward, Cost, Linear, Op, Site};
 use crate::cpu::rows;
 use crate::dtype::{Slice, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::random::Stream;
 use crate::tensor::{Tensor, TensorType};
 

@@ -2,11 +2,11 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::{Axes, Backward, Cost, Linear, Op, Saved, Site, letters_besides, misfit};
 use crate::cpu::rows;
 use crate::dtype::DType;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y[i] = table[ids[i]]`: table [v, c], ids [..] in u32, y [.., c].

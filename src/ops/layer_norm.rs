@@ -2,12 +2,12 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::gradient::optional_in_f32;
 use super::{Axes, Backward, Cost, Op, Saved, Site, letters_besides, misfit, traffic};
 use crate::cpu::rows;
 use crate::dtype::DType;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = (x - mean) rstd weight + bias` of each row, with `rstd = 1 / sqrt(variance + eps)` (Ba et al. 2016).
@@ -175,7 +175,14 @@ impl Op for LayerNorm {
         };
         let weight = self.weight.then(|| read(inputs[1]));
         let bias = self.bias.then(|| read(inputs[self.bias_at()]));
-        gpu::norm(read(inputs[0]), weight, bias, self.eps, write(y), statistics);
+        gpu::norm(
+            read(inputs[0]),
+            weight,
+            bias,
+            self.eps,
+            write(y),
+            statistics,
+        );
     }
 
     #[cfg(feature = "gpu")]

@@ -6,8 +6,6 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::{
     Accum, Activation, Axes, Backward, Cost, Linear, Op, Saved, Site, activation, letters_besides,
     misfit, traffic,
@@ -16,6 +14,8 @@ use crate::cpu::matmul::{self as kernel, Epilogue, Matrix, MatrixMut};
 use crate::cpu::memory::with_scratch;
 use crate::cpu::rows;
 use crate::dtype::{DType, Slice, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `c[i,j] = f(sum over p of a[i,p] b[p,j] + bias[j])`.

@@ -1,12 +1,12 @@
 //! Elementwise products.
 
+use super::activation::two_floats;
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
-use super::activation::two_floats;
 use super::{Axes, Backward, Cost, Linear, Op, Saved, Site};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = a b` element by element: a and b of one shape, y in the type of a.

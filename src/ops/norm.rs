@@ -2,10 +2,10 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::sum::scalar;
 use super::{Axes, Cost, Op, Site, misfit};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `norm = sqrt(s)`, `factor = min(1, max_norm / (norm + 1e-6))`: s f32 `[1]`, the sum of squares over all gradients (see

@@ -2,10 +2,10 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::sum::scalar;
 use super::{Axes, Backward, Cost, Op, Saved, Site, misfit};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = a / b`: all f32 `[1]`. A mean loss is the sum of the losses over the count of labels, both reduced over the chips

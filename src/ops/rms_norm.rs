@@ -2,12 +2,12 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::gradient::optional_in_f32;
 use super::layer_norm::{infer_norm, norm_axes};
 use super::{Axes, Backward, Cost, Op, Saved, Site, traffic};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = x rstd weight` of each row, with `rstd = 1 / sqrt(mean of x^2 + eps)` (Zhang and Sennrich 2019).
@@ -121,7 +121,14 @@ impl Op for RmsNorm {
             rstd: write(rstd),
         };
         let weight = self.weight.then(|| read(inputs[1]));
-        gpu::norm(read(inputs[0]), weight, None, self.eps, write(y), statistics);
+        gpu::norm(
+            read(inputs[0]),
+            weight,
+            None,
+            self.eps,
+            write(y),
+            statistics,
+        );
     }
 
     #[cfg(feature = "gpu")]

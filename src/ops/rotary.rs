@@ -5,11 +5,11 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::{Axes, Backward, Cost, Linear, Op, Site, misfit};
 use crate::cpu::rows;
 use crate::dtype::{Slice, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 use std::f64::consts::TAU;
 use std::fmt;

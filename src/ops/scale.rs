@@ -1,12 +1,12 @@
 //! Multiples of a tensor: by a constant of the program, or by a number on the device.
 
+use super::activation::one_float;
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
-use super::activation::one_float;
 use super::{Axes, Backward, Cost, Linear, Op, Saved, Site, misfit};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = factor x`. Backward: `dx = factor dy`.

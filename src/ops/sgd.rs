@@ -1,12 +1,12 @@
 //! Stochastic gradient descent, in place.
 
-#[cfg(feature = "gpu")]
-use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::Cost;
 use super::adamw::{number, same_shape};
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `u = momentum u + g + weight_decay p`, `p -= lr u`; without momentum u is not kept (Robbins and Monro 1951, Polyak

@@ -2,8 +2,6 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::gradient::in_dtype;
 use super::{Accum, Axes, Backward, Cost, Linear, Op, Site, letters, misfit};
 use crate::cpu::rows::{
@@ -11,6 +9,8 @@ use crate::cpu::rows::{
     parallel::{part, part_mut},
 };
 use crate::dtype::{Slice, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 use std::ops::Range;
 
@@ -178,9 +178,7 @@ impl Op for SliceAxis {
     fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
         let x = inputs[0];
         let blocks = Blocks::new(x.shape(), self.axis, self.range.clone());
-        blocks
-            .piece()
-            .take(read(x), write(&mut outputs[0]), false);
+        blocks.piece().take(read(x), write(&mut outputs[0]), false);
     }
 
     #[cfg(feature = "gpu")]

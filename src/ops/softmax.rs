@@ -2,12 +2,12 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use super::{Axes, Backward, Cost, Op, Saved, Site, letters_besides, misfit};
 use crate::cpu::memory::with_scratch_f32;
 use crate::cpu::rows::{self, parallel::part};
 use crate::dtype::{Slice, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y[j] = e^x[j] / sum over i of e^x[i]` of each row: x, y [.., c].

@@ -1,13 +1,13 @@
 //! Sums over all elements, in an order that depends on nothing but their number.
 
+use super::activation::one_float;
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
-use super::activation::one_float;
 use super::{Axes, Backward, Cost, Linear, Op, Saved, Site, letters, misfit};
 use crate::cpu::rows;
 use crate::dtype::{DType, Float, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// The type of a number on the device: `f32[1]`.

@@ -1,14 +1,14 @@
 //! The gated unit of Llama's feed-forward.
 
+use super::activation::two_floats;
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
-use super::activation::two_floats;
 use super::{Axes, Backward, Cost, Op, Saved, Site};
 use crate::cpu::memory::with_scratch;
 use crate::cpu::rows;
 use crate::dtype::SliceMut;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = silu(gate) up = gate / (1 + e^-gate) up`, all of one shape, y in the type of gate (Shazeer 2020).

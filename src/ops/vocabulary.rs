@@ -9,14 +9,14 @@
 //! On a vocabulary that is not split the same three ops give the bits of [`CrossEntropy`](super::CrossEntropy).
 
 #[cfg(feature = "gpu")]
-use super::device::{read, write};
-#[cfg(feature = "gpu")]
-use crate::gpu;
-#[cfg(feature = "gpu")]
 use super::cross_entropy::gradient_gpu;
 use super::cross_entropy::{Statistics, check_labels, infer_rows, row_letters};
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Op, Saved, Site, traffic};
 use crate::cpu::rows::{self, Shard};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// Where this chip's columns lie in the whole vocabulary.
@@ -249,7 +249,14 @@ impl Op for CrossEntropyFromStatistics {
         let labels = inputs[1].slice().typed();
         check_labels(self.name(), labels, self.ignored, valid);
         let [labels, max, sum, target] = [1, 2, 3, 4].map(|i| read(inputs[i]));
-        gpu::losses(max, sum, target, labels, self.ignored, write(&mut outputs[0]));
+        gpu::losses(
+            max,
+            sum,
+            target,
+            labels,
+            self.ignored,
+            write(&mut outputs[0]),
+        );
     }
 
     #[cfg(feature = "gpu")]

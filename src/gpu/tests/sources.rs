@@ -6,25 +6,16 @@ use crate::gpu::shader::{Bound, Kernel, Variant, interface, source};
 
 fn validate(kernel: &Kernel, variant: &Variant) {
     let text = source(kernel, variant);
-    let module = naga::front::wgsl::parse_str(&text).unwrap_or_else(|e| {
-        panic!(
-            "{} {variant:?}: {}",
-            kernel.name,
-            e.emit_to_string(&text)
-        )
-    });
+    let module = naga::front::wgsl::parse_str(&text)
+        .unwrap_or_else(|e| panic!("{} {variant:?}: {}", kernel.name, e.emit_to_string(&text)));
     // No optional capability: what a browser would take.
     let mut validator = naga::valid::Validator::new(
         naga::valid::ValidationFlags::all(),
         naga::valid::Capabilities::empty(),
     );
-    validator.validate(&module).unwrap_or_else(|e| {
-        panic!(
-            "{} {variant:?}: {}",
-            kernel.name,
-            e.emit_to_string(&text)
-        )
-    });
+    validator
+        .validate(&module)
+        .unwrap_or_else(|e| panic!("{} {variant:?}: {}", kernel.name, e.emit_to_string(&text)));
 }
 
 /// Every way to bind a kernel's operands: types of those of any type, presence of the optional ones, and each operand being
