@@ -162,8 +162,8 @@ pub(crate) struct Piece {
 impl Piece {
     fn of(self, launch: Launch) -> Launch {
         launch
-            .number("width", self.width.max(1))
-            .number("inner", self.inner.max(1))
+            .number("width", self.width)
+            .number("inner", self.inner)
             .number("start", self.start)
     }
 

@@ -245,6 +245,10 @@ pub(super) fn sizes_at_the_edges() {
             );
         }
     }
+}
+
+#[test]
+fn the_largest_head() {
     let causal = Attention {
         causal: true,
         ..Default::default()

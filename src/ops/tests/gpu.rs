@@ -1,4 +1,7 @@
 //! The same tables on a graphics processor: same cases, same bounds.
+//!
+//! Left out is the largest head: a software device takes minutes to compile kernels that hold 256 elements of a row in
+//! registers.
 
 use super::harness::on_gpu;
 use super::{attention, elementwise, loss, matmul, norms, optimizer, shapes};

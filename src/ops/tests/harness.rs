@@ -30,8 +30,15 @@ pub(super) fn on_gpu(cases: impl FnOnce()) {
             return;
         }
     }
-    cases();
+    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(cases));
+    // Not when the thread ends: wgpu's own thread-local values may be gone by then.
     CHIP.set(None);
+    if let Err(payload) = ended {
+        match payload.downcast::<crate::Error>() {
+            Ok(error) => panic!("{error}"),
+            Err(payload) => std::panic::resume_unwind(payload),
+        }
+    }
 }
 
 /// Memory of the device that cases run on.
