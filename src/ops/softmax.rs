@@ -1,7 +1,11 @@
 //! Probabilities over the last axis.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Op, Saved, Site, letters_besides, misfit};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y[j] = e^x[j] / sum over i of e^x[i]` of each row: x, y [.., c].
@@ -54,6 +58,20 @@ impl Op for Softmax {
         if let Some(dx) = backward.want(0) {
             let c = y.ty().last();
             rows::softmax_backward(y.slice(), dy.slice(), c, dx.tensor.slice_mut());
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let c = inputs[0].ty().last();
+        gpu::softmax(read(inputs[0]), c, write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let (y, dy) = (backward.output(0), read(backward.gradient(0)));
+        if let Some(dx) = backward.want(0) {
+            gpu::softmax_backward(read(y), dy, y.ty().last(), dx.operand().0);
         }
     }
 }
