@@ -168,11 +168,17 @@ impl Band<'_> {
         while j < columns.end {
             // SAFETY: the caller's promise: columns end in whole lines.
             unsafe {
-                j += match (S::LANES, columns.end - j >= 2 * LINE) {
-                    (16, true) => self.columns::<S, T, 8, 2>(s, rows, j),
-                    (16, false) => self.columns::<S, T, 8, 1>(s, rows, j),
-                    (8, _) => self.columns::<S, T, 6, 2>(s, rows, j),
-                    _ => self.columns::<S, T, 6, 4>(s, rows, j),
+                // Constant conditions: a block that this instruction set does not use is not compiled.
+                j += if const { S::LANES == 16 } {
+                    if columns.end - j >= 2 * LINE {
+                        self.columns::<S, T, 8, 2>(s, rows, j)
+                    } else {
+                        self.columns::<S, T, 8, 1>(s, rows, j)
+                    }
+                } else if const { S::LANES == 8 } {
+                    self.columns::<S, T, 6, 2>(s, rows, j)
+                } else {
+                    self.columns::<S, T, 6, 4>(s, rows, j)
                 };
             }
         }
@@ -197,11 +203,13 @@ impl Band<'_> {
             // A constant condition keeps the compiler from generating blocks beyond R.
             macro_rules! of_rows {
                 ($($r:literal)*) => {
-                    $(if const { $r <= R } && next == $r {
-                        // SAFETY: i + r <= rows.
-                        unsafe { self.block::<S, T, $r, V>(s, i, j) }
-                        i += $r;
-                        continue;
+                    $(if const { $r <= R } {
+                        if next == $r {
+                            // SAFETY: i + r <= rows.
+                            unsafe { self.block::<S, T, $r, V>(s, i, j) }
+                            i += $r;
+                            continue;
+                        }
                     })*
                 };
             }
