@@ -76,12 +76,14 @@ impl Tile {
         start / SIDE..end.div_ceil(SIDE)
     }
 
-    /// For each band of rows the end of the keys that its last row sees by position, counted from the block's first.
+    /// For each band of rows the end of the keys that its last row sees by position, counted from the block's first, in
+    /// whole bands: a band of keys is computed for all of a band of rows or for none.
     pub(super) fn ends(&self, g: &Geometry, keys: &Range<usize>) -> [usize; SIDE / BAND] {
         std::array::from_fn(|band| {
             let last = (band * BAND + BAND - 1).min(self.rows - 1);
             let end = g.visible(self.token(g, last).0).end;
-            end.clamp(keys.start, keys.end) - keys.start
+            let seen = end.clamp(keys.start, keys.end) - keys.start;
+            seen.next_multiple_of(BAND).min(keys.len())
         })
     }
 
