@@ -64,6 +64,8 @@ pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
     debug_assert_eq!(rows, MR);
     if a.row_stride == 1 && a.k_stride == MR {
         s.run(PackedChains(Chains::<MR, V> { k, a, b, from, to }));
+    } else if a.k_stride == 1 {
+        s.run(LongChains(Chains::<MR, V> { k, a, b, from, to }));
     } else {
         s.run(Chains::<MR, V> { k, a, b, from, to });
     }
@@ -84,6 +86,18 @@ impl<const R: usize, const V: usize> Kernel for Chains<R, V> {
     fn call<S: Simd>(self, s: S) {
         // SAFETY: made by `tile` only, under its promise.
         unsafe { chains::<S, R, V>(s, self.k, self.a, self.b, self.from, self.to) }
+    }
+}
+
+/// [`Chains`] over rows that lie along k.
+struct LongChains<const R: usize, const V: usize>(Chains<R, V>);
+
+impl<const R: usize, const V: usize> Kernel for LongChains<R, V> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(mut self, s: S) {
+        self.0.a.k_stride = 1;
+        self.0.call(s);
     }
 }
 
@@ -118,28 +132,51 @@ unsafe fn chains<S: Simd, const R: usize, const V: usize>(
             }
         }
     }
-    let (mut a_p, mut b_p) = (a.data, b.data);
+    // A pointer for every three rows: the rest is an address with a scaled stride. One for all would be a chain of additions.
+    let mut a_p = [a.data; 5];
+    for (g, p) in a_p.iter_mut().enumerate() {
+        *p = a.data.wrapping_add(3 * g * a.row_stride);
+    }
+    let mut b_p = b.data;
     for _ in 0..k {
-        let mut columns = [s.zero(); V];
-        for (j, v) in columns.iter_mut().enumerate() {
-            // SAFETY: the caller vouches for k rows of V vectors.
-            *v = unsafe { s.load_ptr(b_p.add(j * S::LANES)) };
-        }
-        for (i, row) in acc.iter_mut().enumerate() {
-            // SAFETY: the caller vouches for R rows of k elements.
-            let x = s.splat(unsafe { *a_p.add(i * a.row_stride) });
-            for (v, column) in row.iter_mut().zip(columns) {
-                *v = s.fma(x, column, *v);
-            }
-        }
+        // SAFETY: the caller vouches for k rows of V vectors, and for R rows of k elements.
+        unsafe { step(s, &mut acc, a_p, a.row_stride, b_p) }
         // One step past the last element at the end, where nothing is read.
-        a_p = a_p.wrapping_add(a.k_stride);
+        for p in &mut a_p {
+            *p = p.wrapping_add(a.k_stride);
+        }
         b_p = b_p.wrapping_add(b.k_stride);
     }
     for (i, row) in acc.into_iter().enumerate() {
         for (j, v) in row.into_iter().enumerate() {
             // SAFETY: the caller vouches for R rows of V vectors.
             unsafe { s.store_ptr(to.data.add(i * to.row_stride + j * S::LANES), v) }
+        }
+    }
+}
+
+/// One p: every chain grows by one product.
+///
+/// # Safety
+/// Of R elements `row_stride` apart every third is a pointer of a; they are readable, and V vectors at b.
+#[inline(always)]
+unsafe fn step<S: Simd, const R: usize, const V: usize>(
+    s: S,
+    acc: &mut [[S::V; V]; R],
+    a: [*const f32; 5],
+    row_stride: usize,
+    b: *const f32,
+) {
+    let mut columns = [s.zero(); V];
+    for (j, v) in columns.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *v = unsafe { s.load_ptr(b.add(j * S::LANES)) };
+    }
+    for (i, row) in acc.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        let x = s.splat(unsafe { *a[i / 3].add(i % 3 * row_stride) });
+        for (v, column) in row.iter_mut().zip(columns) {
+            *v = s.fma(x, column, *v);
         }
     }
 }
@@ -260,6 +297,146 @@ unsafe fn stream_rows<S: Simd, T: Float, const R: usize, const U: usize>(
             }
         }
         j += lanes;
+    }
+}
+
+/// As [`stream`], where the columns of B lie along k: (p, j) at `b + p + j b_column`. As many columns as a vector has lanes are
+/// read side by side, and squares of them transposed in registers.
+///
+/// # Safety
+/// As [`stream`].
+#[inline(always)]
+pub(super) unsafe fn stream_columns<S: Simd, T: Float, const R: usize>(
+    s: S,
+    (k, n): (usize, usize),
+    a: Rows,
+    (b, b_column): (*const T, usize),
+    y: Sums,
+) {
+    s.run(StreamColumns::<T, R> {
+        k,
+        n,
+        a,
+        b,
+        b_column,
+        y,
+    });
+}
+
+/// The arguments of [`stream_columns`], whose promise holds wherever one is made.
+struct StreamColumns<T, const R: usize> {
+    k: usize,
+    n: usize,
+    a: Rows,
+    b: *const T,
+    b_column: usize,
+    y: Sums,
+}
+
+impl<T: Float, const R: usize> Kernel for StreamColumns<T, R> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        let mut copied = [[0.0; COLUMN_PITCH]; 32];
+        for j in (0..self.n).step_by(2 * S::LANES) {
+            let lanes = (2 * S::LANES).min(self.n - j);
+            // SAFETY: the promise of `stream_columns`, for `lanes` columns from j on.
+            unsafe {
+                let b = (self.b.add(j * self.b_column), self.b_column);
+                let y = Sums {
+                    data: self.y.data.add(j),
+                    ..self.y
+                };
+                stream_squares::<S, T, R>(s, (self.k, lanes), self.a, b, y, &mut copied);
+            }
+        }
+    }
+}
+
+/// k of a column that is copied at a time, and the distance between copies. Read in place, columns at a distance of a power
+/// of two would drive one another out of the first cache between one square and the next.
+const COLUMN: usize = 64;
+const COLUMN_PITCH: usize = COLUMN + 16;
+
+/// [`stream_columns`] for at most two vectors of columns: a chain alone would wait for itself.
+#[inline(always)]
+unsafe fn stream_squares<S: Simd, T: Float, const R: usize>(
+    s: S,
+    (k, lanes): (usize, usize),
+    a: Rows,
+    (b, b_column): (*const T, usize),
+    y: Sums,
+    copied: &mut [[f32; COLUMN_PITCH]; 32],
+) {
+    let mut acc = [[s.zero(); R]; 2];
+    for (g, acc) in acc.iter_mut().enumerate() {
+        for (i, v) in acc.iter_mut().enumerate() {
+            let here = lanes.saturating_sub(g * S::LANES);
+            // SAFETY: the caller vouches for `lanes` columns of R rows.
+            *v = unsafe {
+                let y = y.data.wrapping_add(i * y.row_stride + g * S::LANES);
+                if here >= S::LANES {
+                    s.load_ptr(y)
+                } else {
+                    s.load_first_ptr(y, here)
+                }
+            };
+        }
+    }
+    for from in (0..k).step_by(COLUMN) {
+        let deep = COLUMN.min(k - from);
+        for (l, copy) in copied.iter_mut().enumerate().take(lanes) {
+            let b = b.wrapping_add(l * b_column + from);
+            for p in (0..deep).step_by(S::LANES) {
+                // SAFETY: `deep` elements of column l < lanes lie from here on.
+                let v = unsafe {
+                    s.prefetch(b.add(p).wrapping_add(COLUMN));
+                    if p + S::LANES <= deep {
+                        s.load_ptr(b.add(p))
+                    } else {
+                        s.load_first_ptr(b.add(p), deep - p)
+                    }
+                };
+                s.store(&mut copy[p..], v);
+            }
+        }
+        let lines = copied.as_ptr().cast::<f32>();
+        for p in (0..deep).step_by(S::LANES) {
+            for (g, acc) in acc.iter_mut().enumerate() {
+                let mut square = [s.zero(); 16];
+                let square = &mut square[..S::LANES];
+                for (l, v) in square.iter_mut().enumerate() {
+                    // SAFETY: copy g LANES + l < 32, whose pitch leaves a vector beyond its last p.
+                    *v = unsafe { s.load_ptr(lines.add((g * S::LANES + l) * COLUMN_PITCH + p)) };
+                }
+                s.transpose(square);
+                for (q, &column) in square.iter().enumerate() {
+                    if p + q < deep {
+                        for (i, v) in acc.iter_mut().enumerate() {
+                            // SAFETY: the caller vouches for R x k elements of A.
+                            let x = unsafe {
+                                *a.data.add(i * a.row_stride + (from + p + q) * a.k_stride)
+                            };
+                            *v = s.fma(s.splat(x), column, *v);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    for (g, acc) in acc.into_iter().enumerate() {
+        for (i, v) in acc.into_iter().enumerate() {
+            let here = lanes.saturating_sub(g * S::LANES);
+            // SAFETY: as above.
+            unsafe {
+                let y = y.data.wrapping_add(i * y.row_stride + g * S::LANES);
+                if here >= S::LANES {
+                    s.store_ptr(y, v);
+                } else {
+                    s.store_first_ptr(y, here, v);
+                }
+            }
+        }
     }
 }
 
