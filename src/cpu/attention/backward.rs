@@ -38,7 +38,11 @@ pub(super) fn scratch(head_dim: usize, keys: usize) -> usize {
     let line = pitch(head_dim);
     let blocks = keys.next_multiple_of(SIDE);
     // K, V, dK, dV; Q, dO, dQ; Q and dO transposed; P and dS; rows to transpose, and one.
-    4 * blocks * line + 3 * SIDE * line + 2 * head_dim * SCORES + 2 * SIDE * SCORES + (LINE + 1) * head_dim
+    4 * blocks * line
+        + 3 * SIDE * line
+        + 2 * head_dim * SCORES
+        + 2 * SIDE * SCORES
+        + (LINE + 1) * head_dim
 }
 
 /// Computes all three gradients.

@@ -8,7 +8,7 @@ use super::mask::{SCORES, SIDE, Sight, Tile};
 use super::tile::{BAND, LINE, Left, Part, Product, Start, padded, pitch};
 use super::{Fold, Geometry, Heads};
 use crate::cpu::polynomial::{exp2, ln, tanh};
-use crate::cpu::rows::lanes::{map, narrow_into, widen, widen_into};
+use crate::cpu::rows::lanes::{map, narrow_into, widen_into};
 use crate::cpu::simd::{Kernel, Simd};
 use crate::dtype::{Slice, SliceMut};
 use std::f32::consts::LN_2;
@@ -161,7 +161,7 @@ pub(super) fn rows<'a, S: Simd>(
 ) -> Left<'a> {
     let stride = x.strides[2];
     let lies_well = stride == 64 || stride % (2 * LINE) == LINE;
-    if let (Slice::F32(data), true) = (x.data, lies_well && d % LINE == 0) {
+    if let (Slice::F32(data), true) = (x.data, lies_well && d.is_multiple_of(LINE)) {
         let at = tile.batch * x.strides[0] + tile.kv_head * x.strides[1] + keys.start * stride;
         return Left {
             data: &data[at..at + (keys.len() - 1) * stride + d],

@@ -51,8 +51,6 @@ pub(super) const BAND: usize = 16;
 /// sees, ascending: what lies beyond is neither read nor written. Bands belong to the op, not to the machine.
 #[derive(Clone, Copy)]
 pub(super) enum Part<'a> {
-    /// All of it.
-    Whole,
     /// Rows are keys, columns are query rows: whole bands of columns from the first one that sees a key of the band.
     Scores(&'a [usize]),
     /// Rows are query rows, k counts keys, up to the band's end.
@@ -104,7 +102,6 @@ impl Kernel for Product<'_> {
         for i in (0..m).step_by(BAND) {
             let rows = BAND.min(m - i);
             let (columns, depth) = match self.part {
-                Part::Whole => (0, 0..k),
                 Part::Scores(ends) => (first_row(ends, i).min(n), 0..k),
                 Part::Keys(ends) => (0, 0..ends[i / BAND].min(k)),
                 Part::Queries(ends) => (0, first_row(ends, i).min(k)..k),
@@ -250,7 +247,9 @@ impl Band<'_> {
             let mut a = [self.a; R];
             for (r, a) in a.iter_mut().enumerate() {
                 let row = i + r;
-                *a = self.a.wrapping_add(if T { row } else { row * self.a_pitch });
+                *a = self
+                    .a
+                    .wrapping_add(if T { row } else { row * self.a_pitch });
             }
             let mut b = self.b.add(j);
             for p in 0..self.k {
@@ -330,7 +329,7 @@ mod tests {
             c: &mut c,
             c_pitch,
             start: start_kind,
-            part: Part::Whole,
+            part: Part::Keys(&[k; 2]),
         };
         dispatch(isa, product);
         for (at, &got) in c.iter().enumerate() {
@@ -339,7 +338,11 @@ mod tests {
             if j < n {
                 want = [0.0, want, want * factors[i]][start];
                 for p in 0..k {
-                    let x = a[if transposed { p * pitch + i } else { i * pitch + p }];
+                    let x = a[if transposed {
+                        p * pitch + i
+                    } else {
+                        i * pitch + p
+                    }];
                     want = x.mul_add(b[p * b_pitch + j], want);
                 }
             }

@@ -168,14 +168,7 @@ unsafe fn clear_missing(block: Block, width: usize, ragged: usize, to: *mut f32)
 /// # Safety
 /// The panel is writable.
 #[inline(always)]
-unsafe fn store_line<S: Simd>(
-    s: S,
-    to: *mut f32,
-    width: usize,
-    i: usize,
-    last: bool,
-    v: S::V,
-) {
+unsafe fn store_line<S: Simd>(s: S, to: *mut f32, width: usize, i: usize, last: bool, v: S::V) {
     // SAFETY: the caller's promise.
     unsafe {
         if i + S::LANES <= width || !last {
@@ -262,7 +255,10 @@ impl<T: Float> Kernel for CopyRows<T> {
     fn call<S: Simd>(self, s: S) {
         let CopyRows(block, pitch, to, _) = self;
         for line in 0..block.lines {
-            let from = block.data.cast::<T>().wrapping_add(line * block.line_stride);
+            let from = block
+                .data
+                .cast::<T>()
+                .wrapping_add(line * block.line_stride);
             let to = to.wrapping_add(line * pitch);
             let mut p = 0;
             // SAFETY: the promise of `copy_rows`, within one line.

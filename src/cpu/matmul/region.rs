@@ -20,7 +20,9 @@ use super::super::Accum;
 use super::super::memory::with_scratch_f32;
 use super::super::simd::{Isa, Kernel, Simd, TileKernel, dispatch};
 use super::Product;
-use super::microkernel::{Columns, Rows, Sums, finish, keep, stream, stream_columns, tile, widen_output};
+use super::microkernel::{
+    Columns, Rows, Sums, finish, keep, stream, stream_columns, tile, widen_output,
+};
 use super::pack::{Block, copy_rows, pack_columns, pack_rows};
 use crate::dtype::{DType, Float};
 use half::{bf16, f16};
