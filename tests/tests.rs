@@ -23,10 +23,12 @@ mod spmd {
     mod placements;
     mod started;
     mod transposes;
+    mod zero;
 }
 
 mod train {
     mod meshes;
     mod resume;
     mod separate;
+    mod splits;
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use supernode::collective::Algorithm;
 use supernode::mesh::Mesh;
 use supernode::model::{Config, Transformer};
-use supernode::spmd::{Device, World};
+use supernode::spmd::{Device, World, Zero};
 use supernode::train::data::{Batches, Split, TRAIN_SHARE, Tokens};
 use supernode::train::schedule::LearningRate;
 use supernode::train::{AdamW, Options, Training};
@@ -23,9 +23,19 @@ pub(super) struct Arguments {
     /// Model and recipe
     #[arg(long, value_enum, default_value = "nanogpt-cpu")]
     preset: Preset,
-    /// Chips along each axis, dp (data) and tp (tensor); without it one chip
+    /// Chips along each axis: dp (data), fsdp (fully sharded data), cp (context), tp (tensor); without it one chip
     #[arg(long, value_name = "dp=2,tp=2")]
     mesh: Option<String>,
+    /// ZeRO's stage over fsdp, or over dp without one: 1 splits optimizer state, 2 also gradients, 3 also parameters; by
+    /// default 3 over fsdp, 0 over dp
+    #[arg(long, value_name = "0|1|2|3")]
+    zero: Option<usize>,
+    /// Split over tp also the tokens of what lies between its matrices: norms, dropout, the residual stream
+    #[arg(long)]
+    sequence_parallel: bool,
+    /// How attention is split over cp
+    #[arg(long, value_enum, default_value = "ulysses")]
+    cp_method: ContextMethod,
     /// How collectives are done: tree, ring or recursive
     #[arg(long, default_value = "tree", value_name = "ALGORITHM")]
     collectives: Algorithm,
@@ -122,6 +132,13 @@ pub(super) struct Arguments {
     json: bool,
 }
 
+/// Ways to split attention over cp.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum ContextMethod {
+    /// All tokens of some heads, by all-to-alls
+    Ulysses,
+}
+
 /// Runs the command.
 pub(super) fn run(a: &Arguments) -> Result<()> {
     let mesh = a
@@ -185,7 +202,9 @@ impl Arguments {
         let batches = Batches::new(tokens, split, context, rows, self.seed)?;
         let model = Transformer::new(config, mesh)?
             .with_dtype(self.dtype)
-            .with_recompute(self.recompute);
+            .with_recompute(self.recompute)
+            .with_sequence_parallel(self.sequence_parallel);
+        let ContextMethod::Ulysses = self.cp_method;
         let options = self.options(&recipe)?;
         let training = Training {
             model,
@@ -251,6 +270,7 @@ impl Arguments {
         Ok(Options {
             steps,
             micro_batch: self.micro_batch,
+            zero: self.zero.map(Zero::stage).transpose()?,
             learning_rate,
             optimizer: AdamW {
                 beta2: recipe.beta2,

@@ -9,6 +9,7 @@
 //! | `sharded` | a tensor over the mesh and the ops on it |
 //! | `apply`, `resolve` | one op on placed operands: shapes, placements, event |
 //! | `gradient`, `recompute` | backward: settling, adding, computing again |
+//! | `zero`, `update` | what belongs to a parameter split over the batch's axis; changing parameters |
 //! | `redistribute` | moving between placements; collectives as events |
 //! | `started`, `message` | transfers beside the program; messages to one peer |
 //! | `execute` | walks a collective's list of steps over a wire |
@@ -31,6 +32,7 @@ mod sharded;
 mod started;
 mod threads;
 mod update;
+mod zero;
 
 pub use chip::{Chip, Contents, FromIndex};
 pub use ghost::Ghost;
@@ -38,6 +40,7 @@ pub use parameter::{Init, Parameter};
 pub use sharded::Sharded;
 pub use started::Pending;
 pub use threads::{Run, Threads};
+pub use zero::Zero;
 
 use crate::error::{Error, Result};
 use crate::mesh::Mesh;

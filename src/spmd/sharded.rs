@@ -4,6 +4,7 @@
 //! do where they do not. Only the functions of `redistribute` move data, and each shows in the trace.
 
 use super::parameter::Parameter;
+use super::zero::Gathered;
 use super::{Chip, Pending};
 use crate::dtype::{DType, TensorType};
 use crate::ops::{self, Activation};
@@ -13,6 +14,7 @@ use crate::tensor::Tensor;
 use crate::trace::Value;
 use ndarray::ArrayD;
 use std::fmt;
+use std::rc::Rc;
 
 /// A tensor over the mesh. Clones share the contents.
 #[derive(Clone)]
@@ -22,6 +24,8 @@ pub struct Sharded {
     pub(super) global: Vec<usize>,
     pub(super) placements: Placements,
     pub(super) tracked: Tracked,
+    /// Set if this is a parameter that was gathered to be used.
+    pub(super) gathered: Option<Rc<Gathered>>,
 }
 
 /// What the tape knows of a value.
@@ -57,6 +61,7 @@ impl Sharded {
             global,
             placements,
             tracked,
+            gathered: None,
         }
     }
 
@@ -74,6 +79,7 @@ impl Sharded {
             global: parameter.padded.clone(),
             placements: parameter.placements.clone(),
             tracked,
+            gathered: None,
         }
     }
 
