@@ -18,6 +18,7 @@ mod spmd {
     mod classes;
     mod counts;
     mod diagnosis;
+    mod faults;
     mod ghost;
     mod own_op;
     mod placements;

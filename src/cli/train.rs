@@ -127,6 +127,9 @@ pub(super) struct Arguments {
     /// Trace one step without running it: peak bytes and traffic per chip of any mesh
     #[arg(long, help_heading = "Results")]
     ghost: bool,
+    /// With --ghost: print which chip keeps what of each parameter, and what moves in each phase of a step
+    #[arg(long, requires = "ghost", help_heading = "Results")]
+    layout: bool,
     /// Print one JSON object a line
     #[arg(long, help_heading = "Results")]
     json: bool,
@@ -291,6 +294,9 @@ impl Arguments {
         let mut ghost = World::ghost(mesh).with_algorithm(self.collectives);
         if let Some(bytes) = self.memory_budget {
             ghost = ghost.with_memory_budget(bytes);
+        }
+        if self.layout {
+            super::progress::print_layout(&training.layout(&ghost)?, self.json);
         }
         let trace = training.trace(&ghost)?;
         if let Some(path) = &self.trace {

@@ -251,12 +251,18 @@ impl Training {
     /// # Errors
     /// What [`Training::check`] finds.
     pub fn trace(&self, ghost: &Ghost) -> Result<Trace> {
+        self.trace_and(ghost, |_| ())
+    }
+
+    /// As [`Training::trace`], with `look` at each traced chip after its step.
+    pub(super) fn trace_and(&self, ghost: &Ghost, look: impl Fn(&Chip)) -> Result<Trace> {
         self.check(ghost.mesh())?;
         ghost.trace(|chip| {
             self.split_parameters(chip);
             let mut optimizer = Optimizer::new(self.options.optimizer, 0);
             optimizer.prepare(chip);
             chip.step(1, || self.step(chip, &mut optimizer, 1));
+            look(chip);
         })
     }
 

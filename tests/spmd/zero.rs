@@ -186,3 +186,42 @@ fn a_parameter_gathered_outside_of_recording_is_refused() {
         assert!(error.contains(part), "'{part}' is missing in: {error}");
     }
 }
+
+#[test]
+fn a_layout_says_what_lives_where_and_what_moves_when() {
+    let config = tiny::llama();
+    let psi = config.parameters();
+    let training = tiny::training(config, 8, 1);
+    let layout = |mesh: &str| {
+        let ghost = World::ghost(&Mesh::parse(mesh).expect("a mesh"));
+        (
+            training.layout(&ghost).expect("a layout"),
+            training.trace(&ghost).expect("a trace"),
+        )
+    };
+    let (table, trace) = layout("fsdp=2");
+    assert_eq!(table.kept_bytes(), (4 * psi / 2, 8 * psi / 2));
+    let moved: u64 = table.moves.iter().map(|m| m.bytes).sum();
+    assert_eq!(
+        moved,
+        trace.collectives().iter().map(|c| c.bytes).sum::<u64>()
+    );
+    let (table, _) = layout("dp=2,fsdp=2,tp=2");
+    let row = table
+        .parameters
+        .iter()
+        .find(|r| r.name == "layers.*.attention.wo");
+    let row = row.expect("attention's last matrix");
+    assert_eq!((row.count, &row.shape[..]), (2, &[64, 64][..]));
+    assert_eq!((row.bytes, row.state_bytes), (64 * 64, 2 * 64 * 64));
+    let text = table.to_string();
+    for part in [
+        "dp=2,fsdp=2,tp=2",
+        "fsdp cuts 1, tp cuts 0",
+        "backward",
+        "reduce-scatter",
+        "update",
+    ] {
+        assert!(text.contains(part), "'{part}' is missing in:\n{text}");
+    }
+}

@@ -196,7 +196,7 @@ fn gradients(model: &Transformer, case: (&str, Option<usize>, bool)) -> BTreeMap
                     .collect(),
             )
         });
-        named.collect()
+        named.collect::<BTreeMap<String, Vec<f32>>>()
     };
     let run = world(&mesh)
         .run(program)
