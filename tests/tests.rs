@@ -20,6 +20,7 @@ mod spmd {
     mod diagnosis;
     mod faults;
     mod ghost;
+    mod grid;
     mod own_op;
     mod placements;
     mod started;

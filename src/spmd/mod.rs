@@ -11,6 +11,7 @@
 //! | `gradient`, `recompute` | backward: settling, adding, computing again |
 //! | `zero`, `update` | what belongs to a parameter split over the batch's axis; changing parameters |
 //! | `redistribute` | moving between placements; collectives as events |
+//! | `grid` | matmul on a grid of chips: 1-D, SUMMA, 2.5-D |
 //! | `started`, `message` | transfers beside the program; messages to one peer |
 //! | `execute` | walks a collective's list of steps over a wire |
 //! | `exchange` | the wire between threads: messages, waits, diagnosis |
@@ -22,6 +23,7 @@ mod exchange;
 mod execute;
 mod ghost;
 mod gradient;
+mod grid;
 mod message;
 mod parameter;
 mod recompute;
@@ -36,6 +38,7 @@ mod zero;
 
 pub use chip::{Chip, Contents, FromIndex};
 pub use ghost::Ghost;
+pub use grid::{Cut, Grid};
 pub use parameter::{Init, Parameter};
 pub use sharded::Sharded;
 pub use started::Pending;

@@ -156,6 +156,16 @@ impl Sharded {
         self.chip.apply_one(ops::Matmul::default(), &[self, other])
     }
 
+    /// `self w` with the result placed as `placements`: operands and result are moved so that the fewest bytes are sent,
+    /// whatever their placements. See [`Grid`](super::Grid).
+    ///
+    /// # Panics
+    /// If the shapes do not fit, or nothing leads to `placements`.
+    #[track_caller]
+    pub fn matmul_to(&self, other: &Sharded, placements: impl Into<Placements>) -> Sharded {
+        self.chip.matmul_to(self, other, &placements.into())
+    }
+
     /// `self w^T`: [.., m, k] by [n, k].
     #[track_caller]
     pub fn matmul_transposed(&self, other: &Sharded) -> Sharded {
