@@ -37,6 +37,8 @@
 //! Arrows point one way, from what uses to what is used.
 //!
 //! ```text
+//!   forecast       a trace or a model's sizes + a machine (cluster) = seconds, memory, goodput; search over splits
+//!
 //!   train          text, batches, AdamW, checkpoints, the loop
 //!     |
 //!     v
@@ -56,6 +58,7 @@
 //!   cpu            private: SIMD, memory, matmul, attention, rows   <----------------------+
 //!
 //!   the floor, values and tables, used by all: mesh, placement, collective, trace, random, dtype, error
+//!   cluster        machines as data: chips, systems, stacks
 //!   reference      the textbook in f64: the oracle of tests, to be read
 //! ```
 //!
@@ -86,10 +89,12 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+pub mod cluster;
 pub mod collective;
 mod cpu;
 pub mod dtype;
 pub mod error;
+pub mod forecast;
 pub mod kernels;
 pub mod mesh;
 pub mod model;

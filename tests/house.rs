@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Every room with the rooms that it may import, beside itself. What stands lower in the table is higher in the house.
-const ARROWS: [(&str, &[&str]); 18] = [
+const ARROWS: [(&str, &[&str]); 20] = [
     ("error", &[]),
     ("random", &[]),
     ("dtype", &["error"]),
@@ -17,6 +17,7 @@ const ARROWS: [(&str, &[&str]); 18] = [
         "trace",
         &["collective", "placement", "mesh", "dtype", "error"],
     ),
+    ("cluster", &["error"]),
     ("cpu", &["dtype", "random", "error"]),
     ("gpu", &["dtype", "random", "error"]),
     ("tensor", &["cpu", "gpu", "dtype", "error"]),
@@ -66,6 +67,18 @@ const ARROWS: [(&str, &[&str]); 18] = [
             "placement",
             "mesh",
             "random",
+            "dtype",
+            "error",
+        ],
+    ),
+    (
+        "forecast",
+        &[
+            "cluster",
+            "model",
+            "trace",
+            "collective",
+            "mesh",
             "dtype",
             "error",
         ],

@@ -5,7 +5,11 @@ mod bench_command;
 #[cfg(feature = "cli")]
 mod command;
 mod examples;
+#[cfg(feature = "cli")]
+mod forecast_command;
 mod house;
+#[cfg(feature = "cli")]
+mod machines_command;
 mod tiny;
 mod watchdog;
 

@@ -3,6 +3,9 @@
 //! Standard output carries results (with `--json` one object a line), standard error everything else.
 
 mod bench;
+mod forecast;
+mod machines;
+mod plan;
 mod preset;
 mod progress;
 mod text;
@@ -33,6 +36,15 @@ enum Command {
     /// Time kernels and training steps against this machine's limits
     #[command(args_override_self = true)]
     Bench(bench::Arguments),
+    /// Say what a training step costs on a described machine
+    #[command(args_override_self = true)]
+    Forecast(Box<forecast::Arguments>),
+    /// Search the best split of a model over a described machine
+    #[command(args_override_self = true)]
+    Plan(Box<plan::Arguments>),
+    /// List and compare the described machines
+    #[command(args_override_self = true)]
+    Machines(machines::Arguments),
 }
 
 /// Runs the command. Status 0 if it did what was asked, 1 if not, 2 if the arguments cannot be understood.
@@ -41,6 +53,9 @@ pub(crate) fn run() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Train(arguments) => train::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Forecast(arguments) => forecast::run(&arguments),
+        Command::Plan(arguments) => plan::run(&arguments),
+        Command::Machines(arguments) => machines::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

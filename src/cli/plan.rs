@@ -1,0 +1,171 @@
+//! `supernode plan`.
+
+use super::forecast::{Model, On};
+use super::progress::print_text;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use supernode::forecast::{Forecast, Found, Recompute, Search, Setting};
+use supernode::{Error, ErrorKind, Result};
+
+/// Arguments of `supernode plan`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    on: On,
+    #[command(flatten)]
+    model: Model,
+    /// Tokens of a step, such as 16M: 16 x 1024 x 1024
+    #[arg(long, value_name = "N[K|M]")]
+    tokens_per_batch: String,
+    /// Tokens of a sequence; by default the model's
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
+    /// Chips to use; by default the whole system
+    #[arg(long, value_name = "N")]
+    chips: Option<usize>,
+    /// Type of matmuls
+    #[arg(long, default_value = "bf16", value_parser = ["f32", "bf16", "fp8", "int8", "fp4"])]
+    dtype: String,
+    /// Splits to print
+    #[arg(long, default_value_t = 10, value_name = "N")]
+    top: usize,
+    /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub(super) fn run(a: &Arguments) -> Result<()> {
+    let machine = a.on.machine()?;
+    let config = a.model.config()?;
+    let context = a.context.unwrap_or(config.context);
+    let tokens = count(&a.tokens_per_batch)?;
+    if context == 0 || !tokens.is_multiple_of(context) {
+        let why = format!("--tokens-per-batch {tokens} is no multiple of the context {context}");
+        return Err(Error::new(ErrorKind::Input, why));
+    }
+    let search = Search {
+        config,
+        chips: a.chips.unwrap_or(machine.chips()),
+        global_batch: tokens / context,
+        context,
+        dtype: a.dtype.clone(),
+    };
+    let began = Instant::now();
+    let (done, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let total = search.candidates().len();
+    let found = std::thread::scope(|scope| {
+        scope.spawn(|| show(total, &done, &over));
+        let found = search.run(&machine, a.top, &done);
+        over.store(true, Ordering::Relaxed);
+        found
+    })?;
+    if a.json {
+        found
+            .best
+            .iter()
+            .for_each(|(s, f)| print_text(&format!("{}\n", line(s, f))));
+        return Ok(());
+    }
+    print_text(&format!(
+        "{} on {} chips of {}, {} sequences of {} tokens: {} candidates, {} too large for the memory, {:.1} s\n",
+        a.model.name(),
+        search.chips,
+        machine.system.title,
+        search.global_batch,
+        context,
+        found.candidates,
+        found.too_large,
+        began.elapsed().as_secs_f64()
+    ));
+    table(&found);
+    Ok(())
+}
+
+/// The bar, on a terminal only.
+fn show(total: usize, done: &AtomicUsize, over: &AtomicBool) {
+    let style = ProgressStyle::with_template("{bar:40} {pos} of {len} splits, {eta} left");
+    let bar = ProgressBar::new(total as u64).with_style(style.expect("a template"));
+    while !over.load(Ordering::Relaxed) {
+        bar.set_position(done.load(Ordering::Relaxed) as u64);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    bar.finish_and_clear();
+}
+
+/// `16M` as 16 x 1024 x 1024.
+fn count(text: &str) -> Result<usize> {
+    let (digits, scale) = match text.strip_suffix(['k', 'K']) {
+        Some(digits) => (digits, 1 << 10),
+        None => match text.strip_suffix(['m', 'M']) {
+            Some(digits) => (digits, 1 << 20),
+            None => (text, 1),
+        },
+    };
+    let number: Option<usize> = digits.parse().ok();
+    number
+        .and_then(|n| n.checked_mul(scale))
+        .filter(|n| *n > 0)
+        .ok_or_else(|| {
+            let why = format!(
+                "--tokens-per-batch {text}: write a number, with K or M behind it if you like"
+            );
+            Error::new(ErrorKind::Input, why)
+        })
+}
+
+fn recompute(s: &Setting) -> &'static str {
+    match s.recompute {
+        Recompute::None => "none",
+        Recompute::Selective => "selective",
+        Recompute::Full => "full",
+    }
+}
+
+fn line(s: &Setting, f: &Forecast) -> serde_json::Value {
+    json!({
+        "mesh": s.mesh.to_string(), "micro_batch": s.micro_batch, "virtual_stages": s.virtual_stages,
+        "recompute": recompute(s), "zero": s.zero, "step_seconds": f.step_seconds, "mfu": f.mfu,
+        "memory_bytes_per_chip": f.memory.total(), "bubble_seconds": f.bubble_seconds,
+        "exposed_communication_seconds": f.exposed,
+    })
+}
+
+/// The splits, and beside each what it loses where: the reason for its place.
+fn table(found: &Found) {
+    print_text(&format!(
+        "{:<28} {:>5} {:>6} {:>9} {:>4} {:>10} {:>6} {:>8}  {}\n",
+        "mesh (last: neighbours)",
+        "micro",
+        "chunks",
+        "recompute",
+        "zero",
+        "step s",
+        "mfu",
+        "GB",
+        "kernels, bubble and network, s"
+    ));
+    for (s, f) in &found.best {
+        let kernels: f64 = f.compute_seconds.values().sum();
+        let waits: Vec<String> = f
+            .exposed
+            .iter()
+            .map(|(k, v)| format!("{k} {v:.3}"))
+            .collect();
+        print_text(&format!(
+            "{:<28} {:>5} {:>6} {:>9} {:>4} {:>10.4} {:>5.1}% {:>8.1}  {kernels:.3}, bubble {:.3}, {}\n",
+            s.mesh.to_string(),
+            s.micro_batch,
+            s.virtual_stages,
+            recompute(s),
+            s.zero,
+            f.step_seconds,
+            f.mfu * 100.0,
+            f.memory.total() / 1e9,
+            f.bubble_seconds,
+            waits.join(", ")
+        ));
+    }
+}

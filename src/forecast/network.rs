@@ -1,0 +1,183 @@
+//! What a transfer costs on a machine's network.
+//!
+//! Ranks lie on chips in order: rank r on chip r. A group of n chips, `stride` ranks apart, meets on the lowest level that
+//! holds `n * stride` chips. Where several of its members share a lower level, the collective is hierarchical: reduce-scatter
+//! below, the rest above on a share of the tensor, all-gather below (so the slow links carry the least). On one level it is the
+//! better of a ring and of recursive halving (`n` of each: 2 (n-1) latencies or 2 log2 n, the same bytes), or the
+//! measured curve where there is one. Groups that run beside each other each use the ports of their own chips; a full mesh gives
+//! a group the links among its members only.
+
+use super::work::Work;
+use crate::cluster::{Curve, Level, Machine, Wiring};
+use crate::collective::{Kind, Schedule, Step};
+use crate::error::{Error, ErrorKind, Result};
+use crate::mesh::Mesh;
+
+/// A machine's network, ready to be asked.
+#[derive(Clone, Debug)]
+pub struct Network {
+    levels: Vec<Level>,
+    curves: Vec<Curve>,
+}
+
+impl Network {
+    /// The network of `machine`.
+    ///
+    /// # Errors
+    /// If a number is missing.
+    pub fn of(machine: &Machine) -> Result<Network> {
+        let curves = machine.system.curves().to_vec();
+        Ok(Network {
+            levels: machine.levels()?,
+            curves,
+        })
+    }
+
+    /// Seconds of a collective or message of `work` on `mesh`; 0 for a kernel.
+    ///
+    /// # Errors
+    /// If the mesh has more chips than the machine joins.
+    pub fn seconds(&self, mesh: &Mesh, work: &Work) -> Result<f64> {
+        let (Work::Collective { axis, .. } | Work::Message { axis, .. }) = work else {
+            return Ok(0.0);
+        };
+        if !mesh.has(axis) {
+            return Ok(0.0);
+        }
+        let group = mesh.group(0, axis);
+        match work {
+            Work::Collective { kind, bytes, .. } => {
+                self.collective(*kind, group.size(), group.stride(), *bytes)
+            }
+            Work::Message { bytes, .. } => self.message(group.stride(), *bytes),
+            _ => Ok(0.0),
+        }
+    }
+
+    /// The position of the lowest level that joins `chips` chips in a row.
+    fn level(&self, chips: usize) -> Result<usize> {
+        let found = self.levels.iter().position(|l| l.chips >= chips);
+        found.ok_or_else(|| {
+            let most = self.levels.last().map_or(0, |l| l.chips);
+            Error::new(
+                ErrorKind::Mesh,
+                format!("{chips} chips, but the machine joins at most {most}; use a smaller mesh"),
+            )
+        })
+    }
+
+    /// A message of `bytes` to the chip `distance` ranks further on.
+    ///
+    /// # Errors
+    /// If the machine has no such chip.
+    pub fn message(&self, distance: usize, bytes: f64) -> Result<f64> {
+        let level = &self.levels[self.level(distance + 1)?];
+        Ok(level.latency + bytes / link(level, 2))
+    }
+
+    /// A collective over `n` chips, `stride` ranks apart, of a tensor of `bytes` in all.
+    ///
+    /// # Errors
+    /// If the machine has not as many chips.
+    pub fn collective(&self, kind: Kind, n: usize, stride: usize, bytes: f64) -> Result<f64> {
+        if n <= 1 {
+            return Ok(0.0);
+        }
+        let top = self.level(n * stride)?;
+        // Members in reach of each other below the top level.
+        let near = (0..top).rev().find_map(|l| {
+            let near = (self.levels[l].chips / stride).min(n);
+            (near > 1 && n.is_multiple_of(near)).then_some(near)
+        });
+        let Some(q) = near.filter(|q| *q < n) else {
+            return Ok(self.flat(kind, top, n, stride, bytes));
+        };
+        let below = |kind, bytes| self.collective(kind, q, stride, bytes);
+        let above = |kind, bytes| self.flat(kind, top, n / q, stride * q, bytes);
+        let whole = bytes;
+        let part = bytes / q as f64;
+        Ok(match kind {
+            Kind::AllReduce => {
+                below(Kind::ReduceScatter, whole)?
+                    + above(kind, part)
+                    + below(Kind::AllGather, whole)?
+            }
+            Kind::ReduceScatter | Kind::AllGather => below(kind, whole)? + above(kind, part),
+            Kind::AllToAll => {
+                // Each member keeps 1/n for itself; the rest goes to the neighbours and beyond at once, on different ports.
+                let far = bytes * (n - q) as f64 / n as f64;
+                let level = &self.levels[top];
+                let beyond = (n - q) as f64 * level.latency + far / level.bandwidth;
+                below(kind, bytes * q as f64 / n as f64)?.max(beyond)
+            }
+            Kind::Broadcast { .. } => above(kind, whole) + below(kind, whole)?,
+            Kind::Barrier => above(kind, 0.0) + below(kind, 0.0)?,
+        })
+    }
+
+    /// A collective on one level.
+    fn flat(&self, kind: Kind, level: usize, n: usize, stride: usize, bytes: f64) -> f64 {
+        let measured = self
+            .curves
+            .iter()
+            .filter(|c| level == 0 && stride == 1 && c.kernel == "all-reduce");
+        let measured = measured.min_by_key(|c| (c.group < n, c.group.abs_diff(n)));
+        let halves = match kind {
+            Kind::AllReduce => 1.0,
+            Kind::ReduceScatter | Kind::AllGather => 0.5,
+            _ => 0.0,
+        };
+        if let (Some(curve), true) = (measured, halves > 0.0) {
+            let sent = |n: usize| (n - 1) as f64 / n as f64;
+            return halves * curve.at(bytes) * sent(n) / sent(curve.group);
+        }
+        let level = &self.levels[level];
+        closed_form(kind, n, bytes, level.latency, link(level, n))
+    }
+}
+
+/// Bytes a second that a member of a group of `n` has on `level`.
+fn link(level: &Level, n: usize) -> f64 {
+    match level.wiring {
+        Wiring::FullMesh => level.bandwidth * (n - 1) as f64 / (level.chips - 1).max(1) as f64,
+        _ => level.bandwidth,
+    }
+}
+
+/// The better of ring and recursive halving over `n` chips, each with `bandwidth` to any other.
+pub fn closed_form(kind: Kind, n: usize, bytes: f64, latency: f64, bandwidth: f64) -> f64 {
+    let n = n as f64;
+    let rounds = (n - 1.0).min(n.log2().ceil());
+    let share = bytes * (n - 1.0) / n / bandwidth;
+    match kind {
+        Kind::AllReduce => 2.0 * (rounds * latency + share),
+        Kind::ReduceScatter | Kind::AllGather => rounds * latency + share,
+        Kind::AllToAll => (n - 1.0) * latency + share,
+        Kind::Broadcast { .. } => (rounds + n - 1.0).min(2.0 * rounds) * latency + 2.0 * share,
+        Kind::Barrier => rounds * latency,
+    }
+}
+
+/// Seconds of the lists of all chips of a group, walked round by round: a round lasts a latency and the bytes of its largest
+/// sender. `size` is an element's bytes.
+pub fn walk(lists: &[Schedule], size: f64, latency: f64, bandwidth: f64) -> f64 {
+    let rounds = |list: &Schedule| -> Vec<usize> {
+        let sent = list.steps.iter().filter_map(|step| match step {
+            Step::Round { sends, .. } => Some(sends.iter().map(|s| s.place.len).sum()),
+            _ => None,
+        });
+        sent.collect()
+    };
+    let all: Vec<Vec<usize>> = lists.iter().map(rounds).collect();
+    let longest = all.iter().map(Vec::len).max().unwrap_or(0);
+    let round = |r: usize| {
+        let most = all
+            .iter()
+            .filter_map(|l| l.get(r))
+            .max()
+            .copied()
+            .unwrap_or(0);
+        latency + most as f64 * size / bandwidth
+    };
+    (0..longest).map(round).sum()
+}

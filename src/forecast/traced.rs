@@ -1,0 +1,112 @@
+//! The price of a ghost's trace: its events replayed on two streams.
+
+use super::kernel::Rates;
+use super::network::Network;
+use super::work::Work;
+use crate::cluster::Machine;
+use crate::error::Result;
+use crate::trace::{Event, EventKind, Stream, Trace};
+use std::collections::{BTreeMap, HashMap};
+
+/// What the chips of one class take.
+#[derive(Clone, Debug)]
+pub struct ClassPrice {
+    /// The class's coordinates, none where they do not matter.
+    pub pattern: Vec<Option<usize>>,
+    /// Seconds of its latest step, or of the whole program if it has no steps.
+    pub seconds: f64,
+    /// Seconds of kernels, by kernel.
+    pub compute: BTreeMap<&'static str, f64>,
+    /// Seconds in which it waits for the network, by axis.
+    pub exposed: BTreeMap<String, f64>,
+    /// Highest number of live bytes.
+    pub peak_bytes: u64,
+}
+
+/// What a trace takes: its classes, of which the slowest decides.
+#[derive(Clone, Debug)]
+pub struct TracePrice {
+    /// By class, as in the trace.
+    pub classes: Vec<ClassPrice>,
+}
+
+impl TracePrice {
+    /// Seconds of the slowest class.
+    pub fn seconds(&self) -> f64 {
+        self.classes.iter().map(|c| c.seconds).fold(0.0, f64::max)
+    }
+}
+
+/// Prices each class of `trace` on `machine`, matmuls at the peak of `dtype`.
+///
+/// Collectives and messages are met at once by all of a class; a chip of another class that comes late is not waited for, so the
+/// slowest class is a lower bound of a run in which classes differ.
+///
+/// # Errors
+/// A number that the machine does not have, or more chips than it joins.
+pub fn price_trace(trace: &Trace, machine: &Machine, dtype: &str) -> Result<TracePrice> {
+    let rates = Rates::of(machine, dtype)?;
+    let network = Network::of(machine)?;
+    let mut classes = Vec::new();
+    for class in &trace.classes {
+        let step = class.chip.latest.as_ref().or(class.chip.first.as_ref());
+        let events = step.map_or(&class.chip.outside, |s| &s.events);
+        let mut price = ClassPrice {
+            pattern: class.pattern.clone(),
+            seconds: 0.0,
+            compute: BTreeMap::new(),
+            exposed: BTreeMap::new(),
+            peak_bytes: class.chip.peak_bytes,
+        };
+        let mut tickets = HashMap::new();
+        let mut wire = 0.0f64;
+        for event in events {
+            if event.kind == EventKind::Wait {
+                if let Some((axis, end)) = event.ticket.and_then(|t| tickets.remove(&t)) {
+                    wait_until(&mut price, axis, end);
+                }
+                continue;
+            }
+            for work in Work::of_event(event) {
+                let moves = network.seconds(&trace.mesh, &work)?;
+                match axis(&work) {
+                    Some(axis) if beside(event) => {
+                        wire = wire.max(price.seconds) + moves;
+                        if let Some(ticket) = event.ticket {
+                            tickets.insert(ticket, (axis, wire));
+                        }
+                    }
+                    Some(axis) => {
+                        let end = price.seconds + moves;
+                        wait_until(&mut price, axis, end);
+                    }
+                    None => {
+                        let busy = rates.seconds(&work);
+                        price.seconds += busy;
+                        *price.compute.entry(work.name()).or_default() += busy;
+                    }
+                }
+            }
+        }
+        price.seconds = price.seconds.max(wire);
+        classes.push(price);
+    }
+    Ok(TracePrice { classes })
+}
+
+fn beside(event: &Event) -> bool {
+    event.stream == Stream::Communication
+}
+
+fn axis(work: &Work) -> Option<String> {
+    match work {
+        Work::Collective { axis, .. } | Work::Message { axis, .. } => Some(axis.clone()),
+        _ => None,
+    }
+}
+
+fn wait_until(price: &mut ClassPrice, axis: String, end: f64) {
+    let waited = (end - price.seconds).max(0.0);
+    price.seconds += waited;
+    *price.exposed.entry(axis).or_default() += waited;
+}

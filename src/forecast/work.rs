@@ -1,0 +1,198 @@
+//! What a chip has to do, in the sizes that a price depends on.
+//!
+//! Work comes from a traced [`Event`] or, for splits that no program here runs yet, from [`super::program`]: both are priced
+//! by the same functions.
+
+use crate::collective::Kind;
+use crate::trace::{Event, EventKind};
+
+/// The class of a kernel that streams through memory; each has its measured share of the bandwidth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// Sums, dropout, softmax, casts, optimizers.
+    Elementwise,
+    /// LayerNorm and RMSNorm.
+    Norm,
+    /// GELU, SwiGLU and their like.
+    Activation,
+}
+
+/// One kernel or transfer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Work {
+    /// `batch` products [m, k] by [k, n] of elements of this many bytes.
+    Matmul {
+        /// Products.
+        batch: usize,
+        /// Rows of the result.
+        m: usize,
+        /// Columns of the result.
+        n: usize,
+        /// Summands.
+        k: usize,
+        /// Bytes of an element.
+        size: f64,
+    },
+    /// Fused attention.
+    Attention {
+        /// Operations that it must do.
+        flops: f64,
+        /// Bytes read and written.
+        bytes: f64,
+    },
+    /// A kernel that streams.
+    Stream {
+        /// Its class.
+        rows: Rows,
+        /// Bytes read and written.
+        bytes: f64,
+    },
+    /// A collective over a mesh axis.
+    Collective {
+        /// Which.
+        kind: Kind,
+        /// The axis.
+        axis: String,
+        /// Bytes of the whole tensor: what an all-reduce reduces, what an all-gather leaves behind.
+        bytes: f64,
+    },
+    /// A message to a neighbour on a mesh axis.
+    Message {
+        /// The axis.
+        axis: String,
+        /// Bytes sent.
+        bytes: f64,
+    },
+}
+
+impl Work {
+    /// One product of narrow (2-byte) elements.
+    pub fn matmul(m: usize, n: usize, k: usize) -> Work {
+        let (batch, size) = (1, 2.0);
+        Work::Matmul {
+            batch,
+            m,
+            n,
+            k,
+            size,
+        }
+    }
+
+    /// Operations that the work must do.
+    pub fn flops(&self) -> f64 {
+        match self {
+            Work::Matmul { batch, m, n, k, .. } => {
+                2.0 * *batch as f64 * *m as f64 * *n as f64 * *k as f64
+            }
+            Work::Attention { flops, .. } => *flops,
+            _ => 0.0,
+        }
+    }
+
+    /// The name under which its seconds are reported.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Work::Matmul { .. } => "matmul",
+            Work::Attention { .. } => "attention",
+            Work::Stream {
+                rows: Rows::Elementwise,
+                ..
+            } => "elementwise",
+            Work::Stream {
+                rows: Rows::Norm, ..
+            } => "norm",
+            Work::Stream {
+                rows: Rows::Activation,
+                ..
+            } => "activation",
+            Work::Collective { kind, .. } => kind.name(),
+            Work::Message { .. } => "message",
+        }
+    }
+
+    /// What an event of a trace amounts to: one or two pieces of work (the gradients of a product are two products), none for
+    /// a wait.
+    pub fn of_event(event: &Event) -> Vec<Work> {
+        if let Some(t) = &event.traffic {
+            let (axis, n) = (t.axis.clone(), t.chips as f64);
+            return match t.collective {
+                _ if event.kind == EventKind::Wait => vec![],
+                None => vec![Work::Message {
+                    axis,
+                    bytes: t.bytes as f64,
+                }],
+                Some((kind, ..)) => {
+                    // From what the best algorithm sends to the whole tensor.
+                    let share = match kind {
+                        Kind::AllReduce => 2.0 * (n - 1.0) / n,
+                        _ => (n - 1.0) / n,
+                    };
+                    let bytes = if n > 1.0 {
+                        t.floor_bytes as f64 / share
+                    } else {
+                        0.0
+                    };
+                    vec![Work::Collective { kind, axis, bytes }]
+                }
+            };
+        }
+        if event.kind != EventKind::Op {
+            return vec![];
+        }
+        let name = event.op.trim_end_matches(".backward");
+        match name {
+            "matmul" => matmuls(event),
+            "attention" => {
+                vec![Work::Attention {
+                    flops: event.flops as f64,
+                    bytes: event.bytes as f64,
+                }]
+            }
+            _ => {
+                let rows = match name {
+                    "layer_norm" | "rms_norm" => Rows::Norm,
+                    "swiglu" | "gelu" | "gelu_tanh" | "activation" => Rows::Activation,
+                    _ => Rows::Elementwise,
+                };
+                vec![Work::Stream {
+                    rows,
+                    bytes: event.bytes as f64,
+                }]
+            }
+        }
+    }
+}
+
+/// The products of a traced matmul, from its operands' shapes: all but the last dimension of the first are rows.
+fn matmuls(event: &Event) -> Vec<Work> {
+    let shapes = event.inputs.iter().chain(&event.outputs);
+    let widths = shapes
+        .clone()
+        .map(|v| v.ty.shape.last().copied().unwrap_or(1).max(1));
+    let elements = |v: &crate::trace::Value| v.ty.shape.iter().product::<usize>();
+    let Some(first) = event.inputs.first() else {
+        return vec![];
+    };
+    let size = first.ty.dtype.size() as f64;
+    let rows = elements(first) / first.ty.shape.last().copied().unwrap_or(1).max(1);
+    // flops = 2 rows n k for each product; of the two widths one is the first operand's.
+    let k = widths.clone().next().unwrap_or(1);
+    let products = if event.op.ends_with(".backward") {
+        2
+    } else {
+        1
+    };
+    let each = event.flops as f64 / products as f64;
+    let n = (each / (2.0 * rows as f64 * k as f64)).round().max(1.0) as usize;
+    let one = |m, n, k| Work::Matmul {
+        batch: 1,
+        m,
+        n,
+        k,
+        size,
+    };
+    match products {
+        1 => vec![one(rows, n, k)],
+        _ => vec![one(rows, k, n), one(k, n, rows)],
+    }
+}
