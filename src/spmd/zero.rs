@@ -263,7 +263,13 @@ mod tests {
 
     #[test]
     fn parameters_are_cut_where_no_other_axis_cuts() {
-        let cases: [(&str, &[usize], &[(&str, usize)], Option<usize>); 8] = [
+        type Case = (
+            &'static str,
+            &'static [usize],
+            &'static [(&'static str, usize)],
+            Option<usize>,
+        );
+        let cases: [Case; 8] = [
             ("dp=2,tp=2", &[6, 8], &[("tp", 1)], Some(0)),
             ("dp=2,tp=2", &[6, 8], &[("tp", 0)], Some(1)),
             ("dp=4", &[6, 8], &[], Some(1)),

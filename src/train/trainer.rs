@@ -195,7 +195,7 @@ impl Training {
         let mut left = self.batches.rows();
         for axis in ["dp", "fsdp"] {
             let (size, batch) = (mesh.size_of(axis), self.batches.rows());
-            if left % size != 0 {
+            if !left.is_multiple_of(size) {
                 let others = if left == batch {
                     String::new()
                 } else {

@@ -13,8 +13,11 @@ use supernode::{DType, World};
 const STEPS: u64 = 10;
 const ROWS: usize = 8;
 
-/// Meshes, ZeRO's stage if it is given, and whether tp splits tokens between its pairs.
-const ALONE: [(&str, Option<usize>, bool); 12] = [
+/// A mesh, ZeRO's stage if it is given, and whether tp splits tokens between its pairs.
+type Case = (&'static str, Option<usize>, bool);
+
+/// Each way by itself, on two and four chips.
+const ALONE: [Case; 12] = [
     ("fsdp=2", None, false),
     ("fsdp=4", None, false),
     ("dp=2", Some(1), false),
@@ -29,7 +32,7 @@ const ALONE: [(&str, Option<usize>, bool); 12] = [
     ("tp=4", None, true),
 ];
 
-const PAIRS: [(&str, Option<usize>, bool); 14] = [
+const PAIRS: [Case; 14] = [
     ("dp=2,fsdp=2", None, false),
     ("dp=2,fsdp=2", Some(1), false),
     ("dp=2,fsdp=2", Some(2), false),
@@ -46,7 +49,7 @@ const PAIRS: [(&str, Option<usize>, bool); 14] = [
     ("tp=2,cp=2", None, true),
 ];
 
-const MORE: [(&str, Option<usize>, bool); 13] = [
+const MORE: [Case; 13] = [
     ("dp=2,fsdp=2,tp=2", None, false),
     ("dp=2,fsdp=2,tp=2", Some(2), true),
     ("dp=2,fsdp=2,cp=2", None, false),
@@ -62,7 +65,7 @@ const MORE: [(&str, Option<usize>, bool); 13] = [
     ("dp=2,fsdp=2,tp=2,cp=2", None, false),
 ];
 
-fn split(training: &Training, (_, zero, sequence): (&str, Option<usize>, bool)) -> Training {
+fn split(training: &Training, (_, zero, sequence): Case) -> Training {
     let mut training = training.clone();
     training.options.zero = zero.map(|n| Zero::stage(n).expect("a stage"));
     training.model = training.model.with_sequence_parallel(sequence);
@@ -70,7 +73,7 @@ fn split(training: &Training, (_, zero, sequence): (&str, Option<usize>, bool)) 
 }
 
 /// Losses within `bound` of one chip's, and events, bytes and memory as the ghost has them.
-fn agree(name: &str, plain: &Training, cases: &[(&str, Option<usize>, bool)], bound: f64) {
+fn agree(name: &str, plain: &Training, cases: &[Case], bound: f64) {
     let single = losses(plain, &world(&Mesh::single()));
     let learnt = single[0] - single[single.len() - 1];
     assert!(learnt > 0.05, "{name} learns: {single:?}");
@@ -163,7 +166,7 @@ fn bf16_agrees_within_its_rounding() {
 }
 
 /// Every parameter's gradient, whole, after one backward.
-fn gradients(model: &Transformer, case: (&str, Option<usize>, bool)) -> BTreeMap<String, Vec<f32>> {
+fn gradients(model: &Transformer, case: Case) -> BTreeMap<String, Vec<f32>> {
     let mesh = Mesh::parse(case.0).expect("a mesh");
     let model = model.clone().with_sequence_parallel(case.2);
     let program = |chip: &Chip| {
@@ -278,12 +281,12 @@ fn samples_do_not_depend_on_the_mesh() {
 
 #[test]
 fn impossible_splits_say_what_stands_in_the_way() {
-    let refused = |mesh: &str, zero| {
+    let refused = |mesh: &'static str, zero| {
         let training = split(&training(llama(), ROWS, 1), (mesh, zero, false));
         let mesh = Mesh::parse(mesh).expect("a mesh");
         training.check(&mesh).expect_err("refused").to_string()
     };
-    let cases: [(&str, Option<usize>, &[&str]); 5] = [
+    let cases: [(&'static str, Option<usize>, &[&str]); 5] = [
         ("fsdp=3", None, &["fsdp=3", "batch of 8", "fsdp=2 does"]),
         (
             "dp=4,fsdp=4",
