@@ -15,6 +15,8 @@ pub enum ErrorKind {
     Mesh,
     /// A memory budget exceeded.
     Memory,
+    /// A device that is not there, cannot be opened, was lost or does not answer.
+    Device,
     /// Reading or writing a file failed.
     Io,
     /// A checkpoint that is cut short, damaged, or of another shape.

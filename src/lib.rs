@@ -5,7 +5,7 @@
 //!
 //! | [`World`] | chips | numbers |
 //! |---|---|---|
-//! | [`threads`](spmd::World::threads) | slices of this machine's CPU | real |
+//! | [`threads`](spmd::World::threads) | slices of this machine's CPU, or its GPUs | real |
 //! | [`ghost`](spmd::World::ghost) | none: tensors have shapes and no contents | every chip's [`Trace`](trace::Trace), traffic and peak memory, exactly |
 //!
 //! ```
@@ -52,8 +52,9 @@
 //!     |                                                            straight on ndarray     |
 //!     +---> tape   reverse mode                                                            |
 //!     v                                                                                    |
-//!   tensor         shape, element type, storage: real or ghost                             |
+//!   tensor         shape, element type, storage: on the processor, a GPU, or a ghost       |
 //!     |                                                                                    |
+//!     +---> gpu    one chip on a graphics processor: shaders, launches                     |
 //!     v                                                                                    |
 //!   cpu            private: SIMD, memory, matmul, attention, rows   <----------------------+
 //!
@@ -85,9 +86,12 @@
 //!
 //! # Features
 //!
-//! `cli` (on by default) is the `supernode` command; without it no command-line crates are pulled in.
+//! `cli` (on by default) is the `supernode` command; without it no command-line crates are pulled in. `gpu` (on by default)
+//! is chips on graphics processors, through wgpu.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
+// Proofs that wgpu's types may cross threads are deep; they end at trait objects inside of `gpu`.
+#![recursion_limit = "512"]
 
 pub mod cluster;
 pub mod collective;
@@ -95,6 +99,8 @@ mod cpu;
 pub mod dtype;
 pub mod error;
 pub mod forecast;
+#[cfg(feature = "gpu")]
+pub mod gpu;
 pub mod kernels;
 pub mod mesh;
 pub mod model;

@@ -20,6 +20,17 @@ impl Stream {
         }
     }
 
+    /// Key and name as words, for kernels that draw the same numbers elsewhere.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn address(&self) -> [u32; 4] {
+        [
+            self.key[0],
+            self.key[1],
+            self.name as u32,
+            (self.name >> 32) as u32,
+        ]
+    }
+
     /// The four words at counter `c`.
     #[inline]
     pub fn words(&self, c: u64) -> [u32; 4] {

@@ -12,6 +12,10 @@ use ndarray::{ArrayD, ArrayViewD, IxDyn};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::Arc;
+#[cfg(feature = "gpu")]
+use std::sync::OnceLock;
+#[cfg(feature = "gpu")]
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// What one chip's tensors live in, with their count in bytes. Cloning shares it.
@@ -28,7 +32,16 @@ struct MemoryInner {
 
 enum Place {
     Cpu(Pool),
-    Ghost { budget: Option<u64> },
+    #[cfg(feature = "gpu")]
+    Gpu {
+        chip: crate::gpu::Chip,
+        /// Copies of contents on the host.
+        mirrors: Pool,
+        budget: Option<u64>,
+    },
+    Ghost {
+        budget: Option<u64>,
+    },
 }
 
 /// Bytes of tensors since the memory was made, and their highest sum.
@@ -46,6 +59,25 @@ impl Memory {
     /// Memory of this machine, pooled; at most `budget` bytes of tensors at once.
     pub fn cpu(budget: Option<u64>) -> Self {
         Self::new(Place::Cpu(Pool::new(budget)))
+    }
+
+    /// Memory of a chip on a graphics processor; at most `budget` bytes of tensors at once.
+    #[cfg(feature = "gpu")]
+    pub fn gpu(chip: crate::gpu::Chip, budget: Option<u64>) -> Self {
+        Self::new(Place::Gpu {
+            chip,
+            mirrors: Pool::new(None),
+            budget,
+        })
+    }
+
+    /// The graphics processor's chip that tensors live on; none elsewhere.
+    #[cfg(feature = "gpu")]
+    pub fn gpu_chip(&self) -> Option<&crate::gpu::Chip> {
+        match &self.0.place {
+            Place::Gpu { chip, .. } => Some(chip),
+            _ => None,
+        }
     }
 
     /// Memory that counts and holds nothing.
@@ -89,6 +121,8 @@ impl Memory {
     pub fn pool_peak(&self) -> Option<u64> {
         match &self.0.place {
             Place::Cpu(pool) => Some(pool.peak()),
+            #[cfg(feature = "gpu")]
+            Place::Gpu { chip, .. } => Some(chip.peak()),
             Place::Ghost { .. } => None,
         }
     }
@@ -97,6 +131,8 @@ impl Memory {
     pub fn fresh_allocations(&self) -> Option<u64> {
         match &self.0.place {
             Place::Cpu(pool) => Some(pool.fresh()),
+            #[cfg(feature = "gpu")]
+            Place::Gpu { chip, .. } => Some(chip.fresh()),
             Place::Ghost { .. } => None,
         }
     }
@@ -104,7 +140,8 @@ impl Memory {
     /// A tensor whose contents are not yet written.
     ///
     /// # Errors
-    /// [`ErrorKind::Memory`] if the budget would be exceeded: says bytes asked, live, and the budget.
+    /// [`ErrorKind::Memory`] if the budget would be exceeded (says bytes asked, live, and the budget), or a graphics
+    /// processor cannot hold the tensor.
     pub fn allocate(&self, ty: &TensorType) -> Result<Tensor> {
         let bytes = ty.allocated_bytes();
         let live = {
@@ -125,6 +162,27 @@ impl Memory {
                 let buffer = pool.take(bytes as usize).map_err(|e| exceeded(e.budget))?;
                 Storage::Cpu(Arc::new(Block {
                     buffer,
+                    charge: Charge::new(self.clone(), bytes),
+                }))
+            }
+            #[cfg(feature = "gpu")]
+            Place::Gpu {
+                chip,
+                mirrors,
+                budget,
+            } => {
+                if let Some(budget) = *budget
+                    && live + bytes > budget
+                {
+                    return Err(exceeded(budget));
+                }
+                Storage::Gpu(Arc::new(Mirrored {
+                    block: chip.allocate(bytes)?,
+                    chip: chip.clone(),
+                    mirrors: mirrors.clone(),
+                    host: OnceLock::new(),
+                    written: false,
+                    stale: AtomicBool::new(false),
                     charge: Charge::new(self.clone(), bytes),
                 }))
             }
@@ -166,7 +224,12 @@ impl Memory {
 
 impl fmt::Debug for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = if self.is_ghost() { "ghost" } else { "cpu" };
+        let name = match &self.0.place {
+            Place::Cpu(_) => "cpu",
+            #[cfg(feature = "gpu")]
+            Place::Gpu { .. } => "gpu",
+            Place::Ghost { .. } => "ghost",
+        };
         write!(f, "Memory({name}, {:?})", self.count())
     }
 }
@@ -198,10 +261,73 @@ struct Block {
     charge: Charge,
 }
 
+/// A block on a graphics processor, and a copy of its contents on the host where somebody asked for one. The two are the
+/// same, or `stale` says that the block is behind; writing on the device drops the copy.
+#[cfg(feature = "gpu")]
+struct Mirrored {
+    block: crate::gpu::Block,
+    chip: crate::gpu::Chip,
+    mirrors: Pool,
+    host: OnceLock<Buffer>,
+    /// The device has written the block, or is about to.
+    written: bool,
+    /// The host's copy was written after the block.
+    stale: AtomicBool,
+    charge: Charge,
+}
+
+#[cfg(feature = "gpu")]
+impl Mirrored {
+    fn mirror(&self) -> Buffer {
+        let bytes = self.charge.bytes as usize;
+        match self.mirrors.take(bytes) {
+            Ok(buffer) => buffer,
+            Err(_) => unreachable!("mirrors have no budget"),
+        }
+    }
+
+    /// The contents on the host: waits for the device the first time.
+    fn host(&self) -> &Buffer {
+        self.host.get_or_init(|| {
+            let mut buffer = self.mirror();
+            if !self.written {
+                return buffer;
+            }
+            let read = self.chip.read(&self.block, buffer.as_bytes_mut());
+            read.unwrap_or_else(|e| crate::gpu::fail(e));
+            buffer
+        })
+    }
+
+    fn host_mut(&mut self) -> &mut Buffer {
+        self.host();
+        self.stale = AtomicBool::new(true);
+        self.host.get_mut().expect("the copy was just made")
+    }
+
+    /// Brings the block up to the host's copy.
+    fn upload(&self) {
+        if let Some(host) = self.host.get()
+            && self.stale.swap(false, Relaxed)
+        {
+            self.chip.write(&self.block, host.as_bytes());
+        }
+    }
+
+    /// The block is about to be written by the device.
+    fn overwrite(&mut self) {
+        self.upload();
+        self.written = true;
+        self.host = OnceLock::new();
+    }
+}
+
 /// Where contents are. A closed set: no type parameter runs through the crate for it.
 #[derive(Clone)]
 enum Storage {
     Cpu(Arc<Block>),
+    #[cfg(feature = "gpu")]
+    Gpu(Arc<Mirrored>),
     Ghost(Arc<Charge>),
 }
 
@@ -242,6 +368,8 @@ impl Tensor {
     pub fn is_unique(&self) -> bool {
         match &self.storage {
             Storage::Cpu(block) => Arc::strong_count(block) == 1,
+            #[cfg(feature = "gpu")]
+            Storage::Gpu(block) => Arc::strong_count(block) == 1,
             Storage::Ghost(charge) => Arc::strong_count(charge) == 1,
         }
     }
@@ -266,7 +394,52 @@ impl Tensor {
         }
     }
 
-    /// The elements.
+    /// True if the contents live on a graphics processor.
+    #[cfg(feature = "gpu")]
+    pub fn is_on_gpu(&self) -> bool {
+        matches!(self.storage, Storage::Gpu(_))
+    }
+
+    /// The tensor as kernels on a graphics processor read it; none if it lives elsewhere.
+    #[cfg(feature = "gpu")]
+    pub fn operand(&self) -> Option<crate::gpu::Operand> {
+        let Storage::Gpu(block) = &self.storage else {
+            return None;
+        };
+        block.upload();
+        let (dtype, n) = (self.ty.dtype, self.elements());
+        Some(crate::gpu::Operand::new(
+            &block.chip,
+            &block.block,
+            dtype,
+            n,
+        ))
+    }
+
+    /// The tensor as kernels on a graphics processor write it; none if it lives elsewhere. What is there stays until they
+    /// write.
+    ///
+    /// # Panics
+    /// If another tensor shares the storage.
+    #[cfg(feature = "gpu")]
+    pub fn operand_mut(&mut self) -> Option<crate::gpu::Operand> {
+        let Tensor { ty, storage } = self;
+        let Storage::Gpu(block) = storage else {
+            return None;
+        };
+        let block = Arc::get_mut(block)
+            .unwrap_or_else(|| panic!("{ty} is shared and cannot be written in place"));
+        block.overwrite();
+        let (dtype, n) = (ty.dtype, ty.elements());
+        Some(crate::gpu::Operand::new(
+            &block.chip,
+            &block.block,
+            dtype,
+            n,
+        ))
+    }
+
+    /// The elements. Those on a graphics processor are copied to the host, once until the device writes them again.
     ///
     /// # Panics
     /// On a ghost, which has none.
@@ -274,6 +447,11 @@ impl Tensor {
         match &self.storage {
             Storage::Cpu(block) => Slice::of_bytes(
                 &block.buffer.as_bytes()[..self.ty.bytes() as usize],
+                self.ty.dtype,
+            ),
+            #[cfg(feature = "gpu")]
+            Storage::Gpu(block) => Slice::of_bytes(
+                &block.host().as_bytes()[..self.ty.bytes() as usize],
                 self.ty.dtype,
             ),
             Storage::Ghost(_) => panic!("{} is a ghost and has no contents", self.ty),
@@ -292,6 +470,15 @@ impl Tensor {
                     .unwrap_or_else(|| panic!("{ty} is shared and cannot be written in place"));
                 SliceMut::of_bytes(
                     &mut block.buffer.as_bytes_mut()[..ty.bytes() as usize],
+                    ty.dtype,
+                )
+            }
+            #[cfg(feature = "gpu")]
+            Storage::Gpu(block) => {
+                let block = Arc::get_mut(block)
+                    .unwrap_or_else(|| panic!("{ty} is shared and cannot be written in place"));
+                SliceMut::of_bytes(
+                    &mut block.host_mut().as_bytes_mut()[..ty.bytes() as usize],
                     ty.dtype,
                 )
             }
@@ -347,6 +534,8 @@ impl Tensor {
     pub fn charged_bytes(&self) -> u64 {
         match &self.storage {
             Storage::Cpu(block) => block.charge.bytes,
+            #[cfg(feature = "gpu")]
+            Storage::Gpu(block) => block.charge.bytes,
             Storage::Ghost(charge) => charge.bytes,
         }
     }

@@ -209,6 +209,8 @@ fn meshes_that_do_not_divide_are_refused_with_the_nearest_that_does() {
         &[&text[..], &["--device", "abacus"]].concat(),
         &["abacus", "cpu"],
     );
+    #[cfg(feature = "gpu")]
+    bench.fails(&[&text[..], &["--device", "gpu:77"]].concat(), &["gpu:77"]);
     bench.fails(&[&text[..], &["--dtype", "u32"]].concat(), &["u32"]);
     bench.fails(&[&text[..], &["--threads", "0"]].concat(), &["thread"]);
 }
@@ -413,4 +415,27 @@ fn tokenised_text_trains_and_samples() {
         Some(6),
         "{sample}"
     );
+}
+
+#[test]
+fn devices_are_listed() {
+    let list = |arguments: &[&str]| {
+        let out = Command::new(env!("CARGO_BIN_EXE_supernode"))
+            .arg("devices")
+            .args(arguments)
+            .output()
+            .expect("the command starts");
+        assert!(out.status.success());
+        String::from_utf8(out.stdout).expect("UTF-8")
+    };
+    let text = list(&[]);
+    assert!(text.starts_with("cpu: "), "{text}");
+    assert!(
+        text.contains("gpu:0: ") || text.contains("no graphics processor: "),
+        "{text}"
+    );
+    for line in list(&["--json"]).lines() {
+        let object: Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{line}: {e}"));
+        assert!(object["device"].is_string(), "{line}");
+    }
 }

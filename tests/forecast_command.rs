@@ -117,3 +117,25 @@ fn a_plan_prints_its_candidates_and_the_best() {
     let (good, _, err) = supernode(&line.replace("64K", "1000"));
     assert!(!good && err.contains("no multiple"), "{err}");
 }
+
+#[test]
+fn the_timeline_is_a_trace_of_all_stages() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("step.json");
+    let name = path.to_str().expect("UTF-8");
+    let (good, out, err) = supernode(&format!("{KORTHIKANTI} --json --trace {name}"));
+    assert!(good, "{err}");
+    let step = serde_json::from_str::<serde_json::Value>(out.trim_end()).expect("an object");
+    let text = std::fs::read_to_string(&path).expect("a file");
+    let trace: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let events = trace["traceEvents"].as_array().expect("events");
+    // 8 stages: a name, 64 micro-batches of 3 chunks forward and backward, and the update.
+    assert_eq!(events.len(), 8 * (1 + 2 * 64 * 3 + 1));
+    let ends = events
+        .iter()
+        .filter_map(|e| Some(e["ts"].as_f64()? + e["dur"].as_f64()?));
+    let last = ends.fold(0.0, f64::max) * 1e-6;
+    assert!((last / step["step_seconds"].as_f64().expect("seconds") - 1.0).abs() <= 1e-9);
+    let (good, _, err) = supernode(&format!("{KORTHIKANTI} --trace {name}/no/such"));
+    assert!(!good && err.contains("cannot write the timeline"), "{err}");
+}

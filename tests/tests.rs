@@ -7,6 +7,8 @@ mod command;
 mod examples;
 #[cfg(feature = "cli")]
 mod forecast_command;
+#[cfg(feature = "gpu")]
+mod gpu;
 mod house;
 #[cfg(feature = "cli")]
 mod machines_command;
@@ -14,7 +16,7 @@ mod tiny;
 mod watchdog;
 
 mod parity {
-    mod models;
+    pub(crate) mod models;
     mod ops;
 }
 

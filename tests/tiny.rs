@@ -128,7 +128,12 @@ pub(crate) fn training(config: Config, rows: usize, steps: u64) -> Training {
 
 /// A world of threads with one thread per chip and the seed of [`training`].
 pub(crate) fn world(mesh: &Mesh) -> Threads {
-    World::threads(mesh, Device::cpu())
+    world_on(mesh, Device::cpu())
+}
+
+/// The same on another device.
+pub(crate) fn world_on(mesh: &Mesh, device: Device) -> Threads {
+    World::threads(mesh, device)
         .expect("a small mesh")
         .with_threads(1)
         .with_seed(7)

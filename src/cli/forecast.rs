@@ -140,6 +140,9 @@ pub(super) struct Arguments {
     /// Type of matmuls
     #[arg(long, default_value = "bf16", value_parser = ["f32", "bf16", "fp8", "int8", "fp4"])]
     dtype: String,
+    /// Write the pipeline's timeline, for Perfetto or Chrome
+    #[arg(long, value_name = "OUT.json")]
+    trace: Option<std::path::PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -150,6 +153,13 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
     let machine = a.on.machine()?;
     let setting = a.setting()?;
     let forecast = setting.price(&machine)?;
+    if let Some(path) = &a.trace {
+        let failed = |e: std::io::Error| {
+            let why = format!("cannot write the timeline to {}: {e}", path.display());
+            Error::new(ErrorKind::Io, why)
+        };
+        std::fs::write(path, forecast.chrome_trace().to_string()).map_err(failed)?;
+    }
     if a.json {
         print_text(&format!("{}\n", as_json(&setting, &machine, &forecast)?));
     } else {

@@ -3,6 +3,7 @@
 //! Standard output carries results (with `--json` one object a line), standard error everything else.
 
 mod bench;
+mod devices;
 mod forecast;
 mod machines;
 mod plan;
@@ -36,6 +37,8 @@ enum Command {
     /// Time kernels and training steps against this machine's limits
     #[command(args_override_self = true)]
     Bench(bench::Arguments),
+    /// List what chips can be on this machine, and what is missing
+    Devices(devices::Arguments),
     /// Say what a training step costs on a described machine
     #[command(args_override_self = true)]
     Forecast(Box<forecast::Arguments>),
@@ -53,6 +56,7 @@ pub(crate) fn run() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Train(arguments) => train::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Devices(arguments) => devices::run(&arguments),
         Command::Forecast(arguments) => forecast::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
         Command::Machines(arguments) => machines::run(&arguments),

@@ -39,8 +39,8 @@ pub(super) struct Arguments {
     /// How collectives are done: tree, ring or recursive
     #[arg(long, default_value = "tree", value_name = "ALGORITHM")]
     collectives: Algorithm,
-    /// What chips are
-    #[arg(long, default_value = "cpu")]
+    /// What chips are: cpu, gpu, gpu:1, or a list that they take in turn (see `supernode devices`)
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: String,
     /// Threads of each chip; by default the cores shared out
     #[arg(long, value_name = "N")]

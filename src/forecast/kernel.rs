@@ -28,7 +28,8 @@ pub struct Rates {
     pub peak: f64,
     /// Memory bandwidth.
     pub bandwidth: f64,
-    /// Seconds that every kernel costs at least.
+    /// Seconds in which the host launches a kernel. It runs ahead of the chip: a run of kernels lasts as long as the slower of
+    /// the two, `max(launches * launch, sum of seconds)`.
     pub launch: f64,
     cores: Option<f64>,
     efficiency: f64,
@@ -86,7 +87,7 @@ impl Rates {
                     Rows::Norm => self.norm,
                     Rows::Activation => self.activation,
                 };
-                self.launch.max(bytes / (self.bandwidth * share))
+                bytes / (self.bandwidth * share)
             }
             Work::Collective { .. } | Work::Message { .. } => 0.0,
         }

@@ -10,6 +10,7 @@
 //! generated from a model's sizes ([`Setting`]), for pipelines and what else it does not run yet. Both are priced by the same
 //! functions from numbers that stand in [`crate::cluster`] with their sources. Nothing is fitted to a published training run.
 
+mod expert;
 mod goodput;
 mod kernel;
 mod memory;
@@ -19,9 +20,11 @@ mod program;
 mod schedule;
 mod search;
 mod step;
+mod timeline;
 mod traced;
 mod work;
 
+pub use expert::Exchange;
 pub use goodput::{Failures, Goodput};
 pub use kernel::Rates;
 pub use memory::Memory;

@@ -155,6 +155,11 @@ impl Prices<'_> {
         for (axis, moves) in beside {
             span.wait(&axis, moves);
         }
+        let behind = self.rates.launch * tasks.len() as f64 - span.seconds;
+        if behind > 0.0 {
+            span.seconds += behind;
+            *span.kernels.entry("launch").or_default() += behind;
+        }
         Ok(span)
     }
 }

@@ -60,6 +60,7 @@ pub fn price_trace(trace: &Trace, machine: &Machine, dtype: &str) -> Result<Trac
         };
         let mut tickets = HashMap::new();
         let mut wire = 0.0f64;
+        let mut launches = 0;
         for event in events {
             if event.kind == EventKind::Wait {
                 if let Some((axis, end)) = event.ticket.and_then(|t| tickets.remove(&t)) {
@@ -68,6 +69,7 @@ pub fn price_trace(trace: &Trace, machine: &Machine, dtype: &str) -> Result<Trac
                 continue;
             }
             for work in Work::of_event(event) {
+                launches += 1;
                 let moves = network.seconds(&trace.mesh, &work)?;
                 match axis(&work) {
                     Some(axis) if beside(event) => {
@@ -89,6 +91,11 @@ pub fn price_trace(trace: &Trace, machine: &Machine, dtype: &str) -> Result<Trac
             }
         }
         price.seconds = price.seconds.max(wire);
+        let behind = rates.launch * launches as f64 - price.seconds;
+        if behind > 0.0 {
+            price.seconds += behind;
+            price.compute.insert("launch", behind);
+        }
         classes.push(price);
     }
     Ok(TracePrice { classes })

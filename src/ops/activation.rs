@@ -1,7 +1,11 @@
 //! Elementwise functions that stand alone: GELU, SiLU, squared ReLU. (A matmul fuses them: see [`Matmul`](super::Matmul).)
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Activation, Axes, Backward, Cost, Op, Saved, Site, misfit};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = f(x)`, x and y of one shape and type.
@@ -35,6 +39,17 @@ pub(crate) fn backward_flops(f: Activation) -> u64 {
         Activation::GeluErf => 10,
         Activation::Silu => 8,
         Activation::Relu2 => 3,
+    }
+}
+
+/// f's number in the shaders' prelude.
+#[cfg(feature = "gpu")]
+pub(crate) fn number(f: Activation) -> u32 {
+    match f {
+        Activation::GeluTanh => 0,
+        Activation::GeluErf => 1,
+        Activation::Relu2 => 2,
+        Activation::Silu => 3,
     }
 }
 
@@ -82,6 +97,20 @@ impl Op for Activate {
         if let Some(dx) = backward.want(0) {
             let out = dx.tensor.slice_mut();
             rows::activation_backward(self.activation, x.slice(), dy.slice(), out);
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let (x, y) = (read(inputs[0]), write(&mut outputs[0]));
+        gpu::activation(number(self.activation), x, y);
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let (x, dy) = (read(backward.input(0)), read(backward.gradient(0)));
+        if let Some(dx) = backward.want(0) {
+            gpu::activation_backward(number(self.activation), x, dy, dx.operand().0);
         }
     }
 }

@@ -1,7 +1,11 @@
 //! AdamW, one pass over a parameter and its state, in place. Not an [`Op`](super::Op): it has no result and no gradient.
 
 use super::Cost;
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `m = beta1 m + (1 - beta1) g`, `v = beta2 v + (1 - beta2) g^2`,
@@ -55,6 +59,11 @@ impl AdamW {
         for (name, other) in [("m", &*m), ("v", &*v), ("g", g)] {
             same_shape("adamw", p, name, other);
         }
+        #[cfg(feature = "gpu")]
+        if p.is_on_gpu() {
+            let state = [write(p), write(m), write(v)];
+            return gpu::adamw(state, read(g), factor.map(read), self.constants());
+        }
         rows::adamw(
             p.slice_mut().typed(),
             m.slice_mut().typed(),
@@ -70,6 +79,21 @@ impl AdamW {
             },
             number(factor),
         );
+    }
+
+    #[cfg(feature = "gpu")]
+    fn constants(&self) -> gpu::AdamWStep {
+        assert!(self.step > 0, "the first step is number 1");
+        let step = i32::try_from(self.step).unwrap_or(i32::MAX);
+        let correction = |beta: f32| 1.0 - f64::from(beta).powi(step);
+        gpu::AdamWStep {
+            beta1: self.beta1,
+            beta2: self.beta2,
+            eps: self.eps,
+            keep: (1.0 - self.lr as f64 * self.weight_decay as f64) as f32,
+            rate: (self.lr as f64 / correction(self.beta1)) as f32,
+            root: (1.0 / correction(self.beta2)) as f32,
+        }
     }
 
     /// The cost of [`AdamW::update`] for a parameter and a gradient of these types.

@@ -1,8 +1,12 @@
 //! Elementwise sums.
 
 use super::activation::two_floats;
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Cost, Linear, Op, Site};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = a + b`: a and b of one shape, y in the type of a. The sum is in f32, rounded once.
@@ -34,5 +38,10 @@ impl Op for Add {
 
     fn passes_gradient(&self) -> bool {
         true
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        gpu::add(read(inputs[0]), read(inputs[1]), write(&mut outputs[0]));
     }
 }

@@ -3,12 +3,16 @@
 //! Operands are laid out by tokens, [b, t, h, d]: that is what a product of [b, t, c] with a weight gives, and what the
 //! next product takes, so heads are never transposed in memory; the kernel strides over them.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Op, Saved, Site, misfit, traffic};
 use crate::cpu::attention::{
     Geometry, Heads, HeadsMut, attention_backward, attention_forward, attention_scratch,
 };
 use crate::cpu::memory::with_scratch;
 use crate::dtype::{DType, Slice, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `o = softmax(mask(cap(scale q k^T))) v` for each batch and head (Vaswani et al. 2017; tiled as Dao et al. 2022).
@@ -116,6 +120,32 @@ fn strides(ty: &TensorType) -> [usize; 3] {
         unreachable!("infer wants four axes")
     };
     [t * h * d, d, h * d]
+}
+
+#[cfg(feature = "gpu")]
+impl Attention {
+    fn heads_gpu(
+        &self,
+        q: &TensorType,
+        k: &TensorType,
+        documents: Option<[gpu::Operand; 2]>,
+    ) -> gpu::Heads {
+        let g = self.geometry(q, k, None);
+        gpu::Heads {
+            batch: g.batch,
+            heads: g.heads,
+            kv_heads: g.kv_heads,
+            queries: g.queries,
+            keys: g.keys,
+            head_dim: g.head_dim,
+            scale: g.scale,
+            soft_cap: g.soft_cap,
+            causal: g.causal,
+            window: g.window,
+            offset: g.offset,
+            documents,
+        }
+    }
 }
 
 impl Op for Attention {
@@ -249,6 +279,30 @@ impl Op for Attention {
                 });
             });
         });
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let [o, lse] = outputs else {
+            unreachable!("infer gives two results")
+        };
+        let documents = self.documents.then(|| [read(inputs[3]), read(inputs[4])]);
+        let g = self.heads_gpu(inputs[0].ty(), inputs[1].ty(), documents);
+        let qkv = [0, 1, 2].map(|i| read(inputs[i]));
+        gpu::attention(&g, qkv, write(o), write(lse));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let dout = read(backward.only_gradient("attention"));
+        let documents = self
+            .documents
+            .then(|| [read(backward.input(3)), read(backward.input(4))]);
+        let g = self.heads_gpu(backward.input(0).ty(), backward.input(1).ty(), documents);
+        let qkv = [0, 1, 2].map(|i| read(backward.input(i)));
+        let kept = [read(backward.output(0)), dout, read(backward.output(1))];
+        let wanted = [0, 1, 2].map(|i| backward.want(i).map(|g| g.operand().0));
+        gpu::attention_backward(&g, qkv, kept, wanted);
     }
 }
 

@@ -1,7 +1,11 @@
 //! One vector, or one block of trailing axes, added everywhere.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Linear, Op, Site, letters, misfit};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y[.., j] = x[.., j] + bias[j]`, where bias has the shape of the last axis of x, or of its last axes: `[n]` for a linear
@@ -76,6 +80,23 @@ impl Op for AddBias {
         }
         if let Some(dbias) = backward.want(1) {
             dbias.in_f32(|out, accum| rows::column_sum(dy.slice(), out, accum));
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        gpu::add_bias(read(inputs[0]), read(inputs[1]), write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let dy = read(backward.gradient(0));
+        if let Some(dx) = backward.want(0) {
+            dx.put_gpu(dy.clone());
+        }
+        if let Some(dbias) = backward.want(1) {
+            let (out, add) = dbias.operand();
+            gpu::column_sum(dy, out, add);
         }
     }
 }

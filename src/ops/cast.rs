@@ -1,8 +1,12 @@
 //! The same numbers in another element type.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Linear, Op, Site, misfit, with_dtype};
 use crate::cpu::rows;
 use crate::dtype::DType;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = x` rounded to `dtype`, to nearest with ties to even.
@@ -60,6 +64,19 @@ impl Op for Cast {
         let dy = backward.gradient(0);
         if let Some(dx) = backward.want(0) {
             dx.put(dy.slice());
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        gpu::cast(read(inputs[0]), write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let dy = read(backward.gradient(0));
+        if let Some(dx) = backward.want(0) {
+            dx.put_gpu(dy);
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Tensors joined along one axis.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::gradient::in_dtype;
 use super::slice::{Blocks, along};
 use super::{Accum, Axes, Backward, Cost, Op, Site, misfit};
@@ -93,6 +95,28 @@ impl Op for Concatenate {
                     blocks.take(dy, dx.tensor.slice_mut());
                 }),
             }
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let y = &mut outputs[0];
+        let sizes = inputs.iter().map(|x| x.shape()[self.axis]);
+        for (x, (start, end)) in inputs.iter().zip(self.places(sizes)) {
+            let piece = Blocks::new(y.shape(), self.axis, start..end).piece();
+            piece.place(read(x), write(y));
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, site: &Site, backward: &mut Backward) {
+        let dy = backward.gradient(0);
+        let sizes = site.inputs.iter().map(|x| x.ty.shape[self.axis]);
+        for (i, (start, end)) in self.places(sizes).enumerate() {
+            let Some(dx) = backward.want(i) else { continue };
+            let (dx, add) = dx.operand();
+            let piece = Blocks::new(dy.shape(), self.axis, start..end).piece();
+            piece.take(read(dy), dx, add);
         }
     }
 }

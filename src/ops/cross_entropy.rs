@@ -3,9 +3,13 @@
 //! Logits are the largest tensor of a small model's step, so backward overwrites them with their own gradient.
 //! [`vocabulary`](super::vocabulary) holds the same over a split vocabulary.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Gradient, Op, Saved, Site, letters_besides, misfit, traffic};
 use crate::cpu::rows::{self, Shard};
 use crate::dtype::DType;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `loss = ln(sum over j of e^x[j]) - x[label]` for each row: logits [.., v], labels [..] in u32.
@@ -112,6 +116,24 @@ impl Statistics<'_> {
     }
 }
 
+/// The same on a graphics processor.
+#[cfg(feature = "gpu")]
+pub(crate) fn gradient_gpu(
+    logits: Option<&Tensor>,
+    columns: gpu::Columns,
+    rows: gpu::RowStatistics,
+    dx: &mut Gradient,
+) {
+    let reused = dx.reused;
+    let (out, _) = dx.operand();
+    let x = if reused {
+        out.clone()
+    } else {
+        read(logits.expect("logits are saved where the gradient does not replace them"))
+    };
+    gpu::cross_entropy_gradient(x, columns, rows, out);
+}
+
 impl CrossEntropy {
     fn valid(&self, logits: &TensorType) -> usize {
         self.valid.unwrap_or(logits.last())
@@ -199,6 +221,53 @@ impl Op for CrossEntropy {
         let logits = backward.inputs[0].as_ref();
         if let Some(dx) = backward.want(0) {
             statistics.gradient(dlosses, logits, dx);
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let columns = gpu::Columns {
+            width: inputs[0].ty().last(),
+            first: 0,
+            valid: self.valid(inputs[0].ty()),
+        };
+        let labels = inputs[1].slice().typed();
+        check_labels("cross_entropy", labels, self.ignored, columns.valid);
+        let [losses, max, sum] = outputs else {
+            unreachable!("infer gives three results")
+        };
+        let (x, labels) = (read(inputs[0]), read(inputs[1]));
+        let (losses, max, sum) = (write(losses), write(max), write(sum));
+        let target = max.scratch(labels.elements);
+        gpu::row_max(x.clone(), columns, max.clone());
+        gpu::row_exp_sum(
+            x,
+            columns,
+            max.clone(),
+            labels.clone(),
+            sum.clone(),
+            target.clone(),
+        );
+        gpu::losses(max, sum, target, labels, self.ignored, losses);
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, site: &Site, backward: &mut Backward) {
+        let columns = gpu::Columns {
+            width: site.inputs[0].ty.last(),
+            first: 0,
+            valid: self.valid(&site.inputs[0].ty),
+        };
+        let rows = gpu::RowStatistics {
+            max: read(backward.output(1)),
+            sum: read(backward.output(2)),
+            labels: read(backward.input(1)),
+            ignored: self.ignored,
+            scale: read(backward.only_gradient("cross_entropy")),
+        };
+        let logits = backward.inputs[0].as_ref();
+        if let Some(dx) = backward.want(0) {
+            gradient_gpu(logits, columns, rows, dx);
         }
     }
 }

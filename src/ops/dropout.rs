@@ -1,9 +1,13 @@
 //! Elements left out at random, the same ones on every mesh.
 
 use super::activation::one_float;
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Linear, Op, Site};
 use crate::cpu::rows;
 use crate::dtype::{Slice, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::random::Stream;
 use crate::tensor::{Tensor, TensorType};
 
@@ -25,6 +29,15 @@ impl Dropout {
         let stream = Stream::new(site.seed, &self.name);
         let (run, start) = site.inputs[0].runs();
         rows::dropout(x, y, self.p, stream, run, start);
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl Dropout {
+    fn apply_gpu(&self, site: &Site, x: gpu::Operand, y: gpu::Operand) {
+        let stream = Stream::new(site.seed, &self.name);
+        let (run, start) = site.inputs[0].runs();
+        gpu::dropout(x, y, self.p, stream, run, start);
     }
 }
 
@@ -63,6 +76,19 @@ impl Op for Dropout {
         let dy = backward.gradient(0);
         if let Some(dx) = backward.want(0) {
             self.apply(site, dy.slice(), dx.tensor.slice_mut());
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        self.apply_gpu(site, read(inputs[0]), write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, site: &Site, backward: &mut Backward) {
+        let dy = read(backward.gradient(0));
+        if let Some(dx) = backward.want(0) {
+            self.apply_gpu(site, dy, dx.operand().0);
         }
     }
 }

@@ -1,8 +1,12 @@
 //! Rows of a table, picked by number.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Linear, Op, Saved, Site, letters_besides, misfit};
 use crate::cpu::rows;
 use crate::dtype::DType;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y[i] = table[ids[i]]`: table [v, c], ids [..] in u32, y [.., c].
@@ -17,6 +21,16 @@ use crate::tensor::{Tensor, TensorType};
 pub struct Embedding {
     /// Element type of y; that of the table if none.
     pub output: Option<DType>,
+}
+
+/// Panics on an id that names no row.
+fn check_ids(ids: &[u32], v: usize) {
+    if let Some(i) = ids.iter().position(|&id| id as usize >= v) {
+        panic!(
+            "embedding: id {} at position {i} is not below the vocabulary's {v}",
+            ids[i]
+        );
+    }
 }
 
 impl Op for Embedding {
@@ -60,12 +74,7 @@ impl Op for Embedding {
     fn forward(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
         let ids = inputs[1].slice().typed::<u32>();
         let (v, first) = (site.inputs[0].global[0], site.inputs[0].start[0]);
-        if let Some(i) = ids.iter().position(|&id| id as usize >= v) {
-            panic!(
-                "embedding: id {} at position {i} is not below the vocabulary's {v}",
-                ids[i]
-            );
-        }
+        check_ids(ids, v);
         rows::embedding(inputs[0].slice(), ids, first, outputs[0].slice_mut());
     }
 
@@ -98,6 +107,27 @@ impl Op for Embedding {
             dtable.in_f32(|out, accum| {
                 rows::embedding_backward(dy.slice(), ids, first, out, accum);
             });
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let ids = inputs[1].slice().typed::<u32>();
+        let (v, first) = (site.inputs[0].global[0], site.inputs[0].start[0]);
+        check_ids(ids, v);
+        let width = inputs[0].ty().last();
+        let (table, ids) = (read(inputs[0]), read(inputs[1]));
+        gpu::embedding(table, ids, first, width, write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, site: &Site, backward: &mut Backward) {
+        let dy = read(backward.gradient(0));
+        let ids = backward.input(1).slice().typed::<u32>();
+        let first = site.inputs[0].start[0];
+        if let Some(dtable) = backward.want(0) {
+            let (dtable, add) = dtable.operand();
+            gpu::embedding_backward(dy, ids, first, dtable, add);
         }
     }
 }

@@ -4,6 +4,8 @@
 //! fused multiply-adds over k in ascending order, and a gradient that is added to resumes the chain, so accumulating
 //! micro-batches gives the bits of one large batch.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{
     Accum, Activation, Axes, Backward, Cost, Linear, Op, Saved, Site, activation, letters_besides,
     misfit, traffic,
@@ -12,6 +14,8 @@ use crate::cpu::matmul::{self as kernel, Epilogue, Matrix, MatrixMut};
 use crate::cpu::memory::with_scratch;
 use crate::cpu::rows;
 use crate::dtype::{DType, Slice, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `c[i,j] = f(sum over p of a[i,p] b[p,j] + bias[j])`.
@@ -302,6 +306,43 @@ impl Op for Matmul {
             self.products(Slice::of_bytes(bytes, z.dtype()), backward);
         });
     }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let (a, b) = (inputs[0].ty(), inputs[1].ty());
+        let s = self.of(a, b);
+        let (c, z) = outputs.split_at_mut(1);
+        let mut right = matrix_gpu(read(inputs[1]), s.k, s.n, self.transpose_b);
+        right.batch = s.b_stride;
+        gpu::matmul(
+            s.batch,
+            [s.m, s.n, s.k],
+            matrix_gpu(read(inputs[0]), s.m, s.k, self.transpose_a),
+            right,
+            write(&mut c[0]),
+            false,
+            gpu::After {
+                bias: self.bias.then(|| read(inputs[2])),
+                activation: self.activation.map(activation::number),
+                preactivation: z.first_mut().map(write),
+            },
+        );
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let dc = read(backward.only_gradient("matmul"));
+        let dz = match self.activation {
+            None => dc,
+            Some(f) => {
+                let z = read(backward.output(1));
+                let dz = z.scratch_of(z.dtype, z.elements);
+                gpu::activation_backward(activation::number(f), z, dc, dz.clone());
+                dz
+            }
+        };
+        self.products_gpu(dz, backward);
+    }
 }
 
 impl Matmul {
@@ -341,6 +382,60 @@ impl Matmul {
             && let Some(dbias) = backward.want(2)
         {
             dbias.in_f32(|out, accum| rows::column_sum(dz, out, accum));
+        }
+    }
+}
+
+#[cfg(feature = "gpu")]
+fn matrix_gpu(data: gpu::Operand, rows: usize, cols: usize, transposed: bool) -> gpu::Matrix {
+    let (row, column) = if transposed { (1, rows) } else { (cols, 1) };
+    gpu::Matrix {
+        data,
+        row,
+        column,
+        batch: rows * cols,
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl Matmul {
+    /// As `products`, on a graphics processor.
+    fn products_gpu(&self, dz: gpu::Operand, backward: &mut Backward) {
+        let (a, b) = (backward.input(0), backward.input(1));
+        let s = self.of(a.ty(), b.ty());
+        let (a, b) = (read(a), read(b));
+        let product = |[m, n, k]: [usize; 3], x, y, c: &mut super::Gradient| {
+            let (c, add) = c.operand();
+            gpu::matmul(s.batch, [m, n, k], x, y, c, add, gpu::After::default());
+        };
+        if let Some(da) = backward.want(0) {
+            let mut bt = matrix_gpu(b.clone(), s.n, s.k, !self.transpose_b);
+            let mut plain = matrix_gpu(b, s.k, s.n, self.transpose_b);
+            (bt.batch, plain.batch) = (s.b_stride, s.b_stride);
+            if self.transpose_a {
+                let dzt = matrix_gpu(dz.clone(), s.n, s.m, true);
+                product([s.k, s.m, s.n], plain, dzt, da);
+            } else {
+                let dz = matrix_gpu(dz.clone(), s.m, s.n, false);
+                product([s.m, s.k, s.n], dz, bt, da);
+            }
+        }
+        if let Some(db) = backward.want(1) {
+            if self.transpose_b {
+                let dzt = matrix_gpu(dz.clone(), s.n, s.m, true);
+                let a = matrix_gpu(a, s.m, s.k, self.transpose_a);
+                product([s.n, s.k, s.m], dzt, a, db);
+            } else {
+                let at = matrix_gpu(a, s.k, s.m, !self.transpose_a);
+                let dz = matrix_gpu(dz.clone(), s.m, s.n, false);
+                product([s.k, s.n, s.m], at, dz, db);
+            }
+        }
+        if self.bias
+            && let Some(dbias) = backward.want(2)
+        {
+            let (out, add) = dbias.operand();
+            gpu::column_sum(dz, out, add);
         }
     }
 }

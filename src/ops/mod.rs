@@ -20,6 +20,7 @@ mod bias;
 mod cast;
 mod concatenate;
 mod cross_entropy;
+pub(crate) mod device;
 mod dropout;
 mod embedding;
 mod gradient;
@@ -380,6 +381,20 @@ pub trait Op: fmt::Debug + 'static {
     /// Computes the results. Their contents are unwritten before.
     fn forward(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]);
 
+    /// Computes the results on a graphics processor: see [`Tensor::operand`] and [`Launch`](crate::gpu::Launch). Nothing
+    /// falls back to the processor: that would be slow without a word.
+    ///
+    /// # Panics
+    /// By default: the op has no kernel there.
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let _ = (site, inputs, outputs);
+        panic!(
+            "op '{}' has no kernel for graphics processors; implement Op::forward_gpu or run it on cpu",
+            self.name()
+        );
+    }
+
     /// What `backward` reads.
     fn saves(&self) -> Saved {
         Saved::NOTHING
@@ -432,6 +447,19 @@ pub trait Op: fmt::Debug + 'static {
         let _ = (site, backward);
         panic!(
             "op '{}' has no backward; implement Op::backward or use it outside of differentiation",
+            self.name()
+        );
+    }
+
+    /// Computes the wanted gradients on a graphics processor.
+    ///
+    /// # Panics
+    /// By default: the op has no kernel there.
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, site: &Site, backward: &mut Backward) {
+        let _ = (site, backward);
+        panic!(
+            "op '{}' has no backward for graphics processors; implement Op::backward_gpu or run it on cpu",
             self.name()
         );
     }

@@ -1,8 +1,12 @@
 //! Elementwise products.
 
 use super::activation::two_floats;
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Linear, Op, Saved, Site};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = a b` element by element: a and b of one shape, y in the type of a.
@@ -59,6 +63,22 @@ impl Op for Multiply {
             if let Some(gradient) = backward.want(i) {
                 let out = gradient.tensor.slice_mut();
                 rows::multiply(dy.slice(), other.slice(), out);
+            }
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        gpu::multiply(read(inputs[0]), read(inputs[1]), write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let dy = read(backward.gradient(0));
+        for i in 0..2 {
+            let other = read(backward.input(1 - i));
+            if let Some(gradient) = backward.want(i) {
+                gpu::multiply(dy.clone(), other, gradient.operand().0);
             }
         }
     }

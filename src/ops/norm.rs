@@ -1,7 +1,11 @@
 //! From the global sum of squares to the factor that clips gradients, on the device: no program branches on it.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::sum::scalar;
 use super::{Axes, Cost, Op, Site, misfit};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `norm = sqrt(s)`, `factor = min(1, max_norm / (norm + 1e-6))`: s f32 `[1]`, the sum of squares over all gradients (see
@@ -48,5 +52,13 @@ impl Op for ClipFactor {
 
     fn differentiable(&self, _: usize) -> bool {
         false
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let [factor, norm] = outputs else {
+            unreachable!("infer gives two results")
+        };
+        gpu::clip_factor(read(inputs[0]), self.max_norm, write(factor), write(norm));
     }
 }

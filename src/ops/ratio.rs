@@ -1,7 +1,11 @@
 //! One number on the device divided by another.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::sum::scalar;
 use super::{Axes, Backward, Cost, Op, Saved, Site, misfit};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = a / b`: all f32 `[1]`. A mean loss is the sum of the losses over the count of labels, both reduced over the chips
@@ -49,6 +53,19 @@ impl Op for Ratio {
         let (b, dy) = (backward.input(1), backward.gradient(0));
         if let Some(da) = backward.want(0) {
             da.tensor.slice_mut().typed::<f32>()[0] = number(dy) / number(b);
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        gpu::ratio(read(inputs[0]), read(inputs[1]), write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let (b, dy) = (read(backward.input(1)), read(backward.gradient(0)));
+        if let Some(da) = backward.want(0) {
+            gpu::ratio(dy, b, da.operand().0);
         }
     }
 }

@@ -3,9 +3,13 @@
 //! The table of cosines and sines is computed in f64 and rounded once to f32; clones of an op share it, so that a model
 //! which keeps one [`Rotary`] computes it once.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Linear, Op, Site, misfit};
 use crate::cpu::rows;
 use crate::dtype::{Slice, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 use std::f64::consts::TAU;
 use std::fmt;
@@ -154,6 +158,30 @@ impl Rotary {
     }
 }
 
+#[cfg(feature = "gpu")]
+impl Rotary {
+    fn turn_gpu(&self, site: &Site, x: gpu::Operand, y: gpu::Operand, inverse: bool) {
+        let local = &site.inputs[0];
+        let [_, tokens, heads, head_dim] = local.ty.shape[..] else {
+            unreachable!("infer wants four axes")
+        };
+        let dim = self.turning(head_dim);
+        if dim == 0 {
+            return gpu::cast(x, y);
+        }
+        let angles = self.angles(dim, self.offset + local.start[1], tokens);
+        let turn = gpu::Turn {
+            tokens,
+            heads,
+            head_dim,
+            half: dim / 2,
+            pairs: self.style == RotaryStyle::Pairs,
+            inverse,
+        };
+        gpu::rotary(x, y, turn, &angles.cos, &angles.sin);
+    }
+}
+
 impl Op for Rotary {
     fn name(&self) -> &'static str {
         "rotary"
@@ -202,6 +230,19 @@ impl Op for Rotary {
         let dy = backward.gradient(0);
         if let Some(dx) = backward.want(0) {
             self.turn(site, dy.slice(), dx.tensor.slice_mut(), true);
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        self.turn_gpu(site, read(inputs[0]), write(&mut outputs[0]), false);
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, site: &Site, backward: &mut Backward) {
+        let dy = read(backward.gradient(0));
+        if let Some(dx) = backward.want(0) {
+            self.turn_gpu(site, dy, dx.operand().0, true);
         }
     }
 }

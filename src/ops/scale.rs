@@ -1,8 +1,12 @@
 //! Multiples of a tensor: by a constant of the program, or by a number on the device.
 
 use super::activation::one_float;
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Linear, Op, Saved, Site, misfit};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = factor x`. Backward: `dx = factor dy`.
@@ -41,6 +45,19 @@ impl Op for Scale {
         let dy = backward.gradient(0);
         if let Some(dx) = backward.want(0) {
             rows::scale(dy.slice(), self.factor, dx.tensor.slice_mut());
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        gpu::scale(read(inputs[0]), self.factor, None, write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let dy = read(backward.gradient(0));
+        if let Some(dx) = backward.want(0) {
+            gpu::scale(dy, self.factor, None, dx.operand().0);
         }
     }
 }
@@ -99,6 +116,21 @@ impl Op for ScaleBy {
         if let Some(dx) = backward.want(0) {
             let s = s.slice().typed::<f32>()[0];
             rows::scale(dy.slice(), s, dx.tensor.slice_mut());
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let s = Some(read(inputs[1]));
+        gpu::scale(read(inputs[0]), 1.0, s, write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let s = Some(read(backward.input(1)));
+        let dy = read(backward.gradient(0));
+        if let Some(dx) = backward.want(0) {
+            gpu::scale(dy, 1.0, s, dx.operand().0);
         }
     }
 }

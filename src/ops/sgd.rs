@@ -2,7 +2,11 @@
 
 use super::Cost;
 use super::adamw::{number, same_shape};
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `u = momentum u + g + weight_decay p`, `p -= lr u`; without momentum u is not kept (Robbins and Monro 1951, Polyak
@@ -34,6 +38,12 @@ impl Sgd {
         same_shape("sgd", p, "g", g);
         if let Some(u) = momentum.as_deref() {
             same_shape("sgd", p, "the momentum", u);
+        }
+        #[cfg(feature = "gpu")]
+        if p.is_on_gpu() {
+            let constants = [self.lr, self.momentum, self.weight_decay];
+            let momentum = momentum.map(write);
+            return gpu::sgd(write(p), momentum, read(g), factor.map(read), constants);
         }
         rows::sgd(
             p.slice_mut().typed(),

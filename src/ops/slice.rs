@@ -1,5 +1,7 @@
 //! A range of one axis, and its opposite in [`Concatenate`](super::Concatenate).
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::gradient::in_dtype;
 use super::{Accum, Axes, Backward, Cost, Linear, Op, Site, letters, misfit};
 use crate::cpu::rows::{
@@ -7,6 +9,8 @@ use crate::cpu::rows::{
     parallel::{part, part_mut},
 };
 use crate::dtype::{Slice, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 use std::ops::Range;
 
@@ -46,6 +50,16 @@ impl Blocks {
             outer: shape[..axis].iter().product(),
             inner: shape[axis] * below,
             range: range.start * below..range.end * below,
+        }
+    }
+
+    /// The same for a graphics processor.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn piece(&self) -> gpu::Piece {
+        gpu::Piece {
+            inner: self.inner,
+            start: self.range.start,
+            width: self.range.len(),
         }
     }
 
@@ -158,5 +172,21 @@ impl Op for SliceAxis {
                 blocks.put(dy, dx.tensor.slice_mut());
             }),
         }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let x = inputs[0];
+        let blocks = Blocks::new(x.shape(), self.axis, self.range.clone());
+        blocks.piece().take(read(x), write(&mut outputs[0]), false);
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let dy = read(backward.gradient(0));
+        let Some(dx) = backward.want(0) else { return };
+        let blocks = Blocks::new(dx.tensor.shape(), self.axis, self.range.clone());
+        let (dx, add) = dx.operand();
+        blocks.piece().put(dy, dx, add);
     }
 }

@@ -1,9 +1,13 @@
 //! Probabilities over the last axis.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Op, Saved, Site, letters_besides, misfit};
 use crate::cpu::memory::with_scratch_f32;
 use crate::cpu::rows::{self, parallel::part};
 use crate::dtype::{Slice, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y[j] = e^x[j] / sum over i of e^x[i]` of each row: x, y [.., c].
@@ -64,6 +68,20 @@ impl Op for Softmax {
                 }
                 rows::cast(Slice::F32(t), dx.tensor.slice_mut());
             });
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let c = inputs[0].ty().last();
+        gpu::softmax(read(inputs[0]), c, write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let (y, dy) = (backward.output(0), read(backward.gradient(0)));
+        if let Some(dx) = backward.want(0) {
+            gpu::softmax_backward(read(y), dy, y.ty().last(), dx.operand().0);
         }
     }
 }

@@ -1,9 +1,13 @@
 //! Sums over all elements, in an order that depends on nothing but their number.
 
 use super::activation::one_float;
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Linear, Op, Saved, Site, letters, misfit};
 use crate::cpu::rows;
 use crate::dtype::{DType, Float, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// The type of a number on the device: `f32[1]`.
@@ -55,6 +59,19 @@ impl Op for Sum {
         let dy = backward.gradient(0).slice().typed::<f32>()[0];
         if let Some(dx) = backward.want(0) {
             fill(dx.tensor.slice_mut(), dy);
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        gpu::sum(read(inputs[0]), false, write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let dy = read(backward.gradient(0));
+        if let Some(dx) = backward.want(0) {
+            gpu::fill(0.0, Some(dy), dx.operand().0);
         }
     }
 }
@@ -114,6 +131,19 @@ impl Op for SumOfSquares {
             rows::scale(x.slice(), 2.0 * dy, dx.tensor.slice_mut());
         }
     }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        gpu::sum(read(inputs[0]), true, write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let (x, dy) = (read(backward.input(0)), read(backward.gradient(0)));
+        if let Some(dx) = backward.want(0) {
+            gpu::scale(x, 2.0, Some(dy), dx.operand().0);
+        }
+    }
 }
 
 /// `count = how many labels are not ignored`: labels [..] in u32, count f32 `[1]` (exact up to 2^24). No gradient.
@@ -157,5 +187,10 @@ impl Op for CountLabels {
 
     fn differentiable(&self, _: usize) -> bool {
         false
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        gpu::count_labels(read(inputs[0]), self.ignored, write(&mut outputs[0]));
     }
 }

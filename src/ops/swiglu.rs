@@ -1,10 +1,14 @@
 //! The gated unit of Llama's feed-forward.
 
 use super::activation::two_floats;
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Op, Saved, Site};
 use crate::cpu::memory::with_scratch;
 use crate::cpu::rows;
 use crate::dtype::SliceMut;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = silu(gate) up = gate / (1 + e^-gate) up`, all of one shape, y in the type of gate (Shazeer 2020).
@@ -69,6 +73,23 @@ impl Op for SwiGlu {
                 run(SliceMut::of_bytes(b, gate.dtype()), dup.tensor.slice_mut());
             }),
             _ => {}
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        gpu::swiglu(read(inputs[0]), read(inputs[1]), write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let (gate, up) = (read(backward.input(0)), read(backward.input(1)));
+        let dy = read(backward.gradient(0));
+        if let Some(dgate) = backward.want(0) {
+            gpu::swiglu_dgate(gate.clone(), up, dy.clone(), dgate.operand().0);
+        }
+        if let Some(dup) = backward.want(1) {
+            gpu::swiglu_dup(gate, dy, dup.operand().0);
         }
     }
 }

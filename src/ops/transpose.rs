@@ -1,9 +1,13 @@
 //! Axes in another order.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::gradient::in_dtype;
 use super::{Axes, Backward, Cost, Linear, Op, Site, letters, misfit};
 use crate::cpu::rows;
 use crate::dtype::{Slice, SliceMut};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y[i_order[0], i_order[1], ..] = x[i_0, i_1, ..]`: axis j of y is axis `order[j]` of x. Any element type.
@@ -30,6 +34,14 @@ fn permute(x: Slice, shape: &[usize], order: &[usize], y: SliceMut) {
     let to_shape: Vec<usize> = order.iter().map(|&axis| shape[axis]).collect();
     let from: Vec<usize> = order.iter().map(|&axis| from[axis]).collect();
     rows::copy_strided(x, &from, y, &strides(&to_shape), &to_shape);
+}
+
+#[cfg(feature = "gpu")]
+fn permute_gpu(x: gpu::Operand, shape: &[usize], order: &[usize], y: gpu::Operand) {
+    let from = strides(shape);
+    let to_shape: Vec<usize> = order.iter().map(|&axis| shape[axis]).collect();
+    let from: Vec<usize> = order.iter().map(|&axis| from[axis]).collect();
+    gpu::transpose(x, &from, y, &to_shape);
 }
 
 impl Op for Transpose {
@@ -82,6 +94,24 @@ impl Op for Transpose {
             in_dtype(dy, dx.tensor.dtype(), |values| {
                 permute(values, dy.shape(), &inverse, dx.tensor.slice_mut());
             });
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let x = inputs[0];
+        permute_gpu(read(x), x.shape(), &self.order, write(&mut outputs[0]));
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        let dy = backward.gradient(0);
+        let mut inverse = vec![0; self.order.len()];
+        for (to, &from) in self.order.iter().enumerate() {
+            inverse[from] = to;
+        }
+        if let Some(dx) = backward.want(0) {
+            permute_gpu(read(dy), dy.shape(), &inverse, dx.operand().0);
         }
     }
 }

@@ -8,9 +8,15 @@
 //! ```
 //! On a vocabulary that is not split the same three ops give the bits of [`CrossEntropy`](super::CrossEntropy).
 
+#[cfg(feature = "gpu")]
+use super::cross_entropy::gradient_gpu;
 use super::cross_entropy::{Statistics, check_labels, infer_rows, row_letters};
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Backward, Cost, Op, Saved, Site, traffic};
 use crate::cpu::rows::{self, Shard};
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// Where this chip's columns lie in the whole vocabulary.
@@ -21,6 +27,16 @@ fn columns(site: &Site, valid: Option<usize>) -> Shard {
     Shard {
         first: logits.start[last],
         valid: valid.unwrap_or(whole).min(whole),
+    }
+}
+
+#[cfg(feature = "gpu")]
+fn columns_gpu(site: &Site, valid: Option<usize>) -> gpu::Columns {
+    let shard = columns(site, valid);
+    gpu::Columns {
+        width: site.inputs[0].ty.last(),
+        first: shard.first,
+        valid: shard.valid,
     }
 }
 
@@ -61,6 +77,12 @@ impl Op for RowMax {
 
     fn differentiable(&self, _: usize) -> bool {
         false
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let columns = columns_gpu(site, self.valid);
+        gpu::row_max(read(inputs[0]), columns, write(&mut outputs[0]));
     }
 }
 
@@ -111,6 +133,16 @@ impl Op for RowExpSum {
 
     fn differentiable(&self, _: usize) -> bool {
         false
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let [sum, target] = outputs else {
+            unreachable!("infer gives two results")
+        };
+        let (x, max, labels) = (read(inputs[0]), read(inputs[1]), read(inputs[2]));
+        let columns = columns_gpu(site, self.valid);
+        gpu::row_exp_sum(x, columns, max, labels, write(sum), write(target));
     }
 }
 
@@ -208,6 +240,37 @@ impl Op for CrossEntropyFromStatistics {
         let logits = backward.inputs[0].as_ref();
         if let Some(dx) = backward.want(0) {
             statistics.gradient(dlosses, logits, dx);
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let valid = columns(site, self.valid).valid;
+        let labels = inputs[1].slice().typed();
+        check_labels(self.name(), labels, self.ignored, valid);
+        let [labels, max, sum, target] = [1, 2, 3, 4].map(|i| read(inputs[i]));
+        gpu::losses(
+            max,
+            sum,
+            target,
+            labels,
+            self.ignored,
+            write(&mut outputs[0]),
+        );
+    }
+
+    #[cfg(feature = "gpu")]
+    fn backward_gpu(&self, site: &Site, backward: &mut Backward) {
+        let rows = gpu::RowStatistics {
+            max: read(backward.input(2)),
+            sum: read(backward.input(3)),
+            labels: read(backward.input(1)),
+            ignored: self.ignored,
+            scale: read(backward.gradient(0)),
+        };
+        let logits = backward.inputs[0].as_ref();
+        if let Some(dx) = backward.want(0) {
+            gradient_gpu(logits, columns_gpu(site, self.valid), rows, dx);
         }
     }
 }

@@ -5,7 +5,7 @@ use super::resolve::{Resolved, resolve};
 use super::sharded::Tracked;
 use super::{Chip, Sharded};
 use crate::dtype::TensorType;
-use crate::ops::{Cost, Local, Op, Site};
+use crate::ops::{self, Cost, Local, Op, Site};
 use crate::placement::Placements;
 use crate::tensor::Tensor;
 use crate::trace::{Event, EventKind, MemoryChange, Stream, Time, Traffic, Value};
@@ -61,7 +61,7 @@ impl Chip {
                 seed: self.seed(),
             };
             let tensors: Vec<&Tensor> = inputs.iter().map(|x| &x.tensor).collect();
-            op.forward(&at, &tensors, &mut outputs);
+            ops::device::forward(&*op, &at, &tensors, &mut outputs);
         }
         self.refuse_lost(inputs, op.name(), site);
         let outputs = self.results(outputs, &global_out, &resolved, inputs);

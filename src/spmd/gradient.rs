@@ -9,8 +9,8 @@ use super::resolve::Resolved;
 use super::sharded::Tracked;
 use super::zero::Gathered;
 use super::{Chip, Sharded};
-use crate::cpu::rows;
 use crate::dtype::{DType, TensorType};
+use crate::ops::device;
 use crate::ops::{Accum, Backward, Cost, Gradient, Local, Op, Site};
 use crate::placement::Placements;
 use crate::tape::{Gradients, Node, Pass, ValueId};
@@ -124,7 +124,7 @@ impl Chip {
             (false, false) => (self.copy_of(&sum), more),
         };
         if !self.is_ghost() {
-            rows::add_assign(target.slice_mut(), other.slice());
+            device::add_assign(&mut target, &other);
         }
         let bytes = 2 * ty.bytes() + other.ty().bytes();
         drop(other);
@@ -150,7 +150,7 @@ impl Chip {
     fn copy_of(&self, tensor: &Tensor) -> Tensor {
         let mut copy = self.allocate(tensor.ty());
         if !self.is_ghost() {
-            copy.bytes_mut().copy_from_slice(tensor.bytes());
+            device::copy(tensor, &mut copy);
         }
         copy
     }
@@ -409,7 +409,8 @@ impl Applied {
             outputs: &outputs,
             seed: chip.seed(),
         };
-        self.op.backward(
+        device::backward(
+            &*self.op,
             &site,
             &mut Backward {
                 inputs: &saved_in,
@@ -476,7 +477,7 @@ impl Chip {
         let ty = TensorType::new(dy.shape(), dtype);
         let mut cast = self.allocate(&ty);
         if !self.is_ghost() {
-            rows::cast(dy.slice(), cast.slice_mut());
+            device::cast(dy, &mut cast);
         }
         let value = |ty: &TensorType| Value {
             ty: ty.clone(),

@@ -15,10 +15,12 @@
 //! | `started`, `message` | transfers beside the program; messages to one peer |
 //! | `execute` | walks a collective's list of steps over a wire |
 //! | `exchange` | the wire between threads: messages, waits, diagnosis |
+//! | `device` | what a chip computes on |
 //! | `threads`, `ghost` | the worlds |
 
 mod apply;
 mod chip;
+mod device;
 mod exchange;
 mod execute;
 mod ghost;
@@ -37,6 +39,7 @@ mod update;
 mod zero;
 
 pub use chip::{Chip, Contents, FromIndex};
+pub use device::Device;
 pub use ghost::Ghost;
 pub use grid::{Cut, Grid};
 pub use parameter::{Init, Parameter};
@@ -45,58 +48,18 @@ pub use started::Pending;
 pub use threads::{Run, Threads};
 pub use zero::Zero;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::mesh::Mesh;
-
-/// What a chip computes on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Device {
-    kind: DeviceKind,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum DeviceKind {
-    Cpu,
-}
-
-impl Device {
-    /// A slice of this machine's processor.
-    pub fn cpu() -> Self {
-        Device {
-            kind: DeviceKind::Cpu,
-        }
-    }
-
-    /// Reads a device's name, `cpu`.
-    ///
-    /// # Errors
-    /// For any other name, with the names there are.
-    pub fn parse(name: &str) -> Result<Self> {
-        match name {
-            "cpu" => Ok(Device::cpu()),
-            _ => Err(Error::new(
-                crate::ErrorKind::Input,
-                format!("device '{name}' is not known to this build; choose cpu"),
-            )),
-        }
-    }
-
-    /// The device's name.
-    pub fn name(&self) -> &'static str {
-        match self.kind {
-            DeviceKind::Cpu => "cpu",
-        }
-    }
-}
 
 /// Where a program can run.
 #[derive(Debug)]
 pub enum World {}
 
 impl World {
-    /// Chips that are slices of this machine, a thread pool each.
+    /// Chips that are slices of this machine, a thread pool each, or its graphics processors.
     ///
     /// # Errors
+    /// [`crate::ErrorKind::Device`] if a graphics processor is asked for that is not there;
     /// [`crate::ErrorKind::Mesh`] if the mesh has more chips than this machine could start threads for.
     pub fn threads(mesh: &Mesh, device: Device) -> Result<Threads> {
         Threads::new(mesh, device)

@@ -7,7 +7,6 @@ use super::{Chip, Device};
 use crate::collective::Algorithm;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
-use crate::tensor::Memory;
 use crate::trace::{ChipTrace, Class, Trace};
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,6 +20,7 @@ const MOST_CHIPS: usize = 1024;
 #[derive(Clone, Debug)]
 pub struct Threads {
     mesh: Arc<Mesh>,
+    device: Device,
     threads: usize,
     seed: u64,
     algorithm: Algorithm,
@@ -59,7 +59,7 @@ impl<T> Run<T> {
 }
 
 impl Threads {
-    pub(super) fn new(mesh: &Mesh, _device: Device) -> Result<Self> {
+    pub(super) fn new(mesh: &Mesh, device: Device) -> Result<Self> {
         let chips = mesh.chips();
         if chips > MOST_CHIPS {
             return Err(Error::new(
@@ -69,9 +69,11 @@ impl Threads {
                 ),
             ));
         }
+        device.check(None)?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Threads {
             mesh: Arc::new(mesh.clone()),
+            device,
             threads: (cores / chips).max(1),
             seed: 0,
             algorithm: Algorithm::Tree,
@@ -118,6 +120,11 @@ impl Threads {
     /// The mesh.
     pub fn mesh(&self) -> &Mesh {
         &self.mesh
+    }
+
+    /// What the chips compute on.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// The run's seed.
@@ -213,11 +220,18 @@ impl Threads {
                 return None;
             }
         };
+        let memory = match self.device.memory(rank, self.budget) {
+            Ok(memory) => memory,
+            Err(error) => {
+                exchange.fail(rank, error);
+                return None;
+            }
+        };
         let run = || {
             let chip = Chip::new(Setup {
                 mesh: self.mesh.clone(),
                 rank,
-                memory: Memory::cpu(self.budget),
+                memory: memory.clone(),
                 seed: self.seed,
                 algorithm: self.algorithm,
                 began,

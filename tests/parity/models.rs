@@ -150,7 +150,7 @@ struct Results {
     losses: Vec<f64>,
 }
 
-fn run(fixture: &Arc<Fixture>, mesh: &Mesh) -> Results {
+fn run(fixture: &Arc<Fixture>, mesh: &Mesh, device: Device) -> Results {
     let model = fixture.model(mesh);
     let vocab = model.config().vocab;
     let program = |chip: &Chip| {
@@ -210,7 +210,7 @@ fn run(fixture: &Arc<Fixture>, mesh: &Mesh) -> Results {
             losses,
         )
     };
-    let world = World::threads(mesh, Device::cpu())
+    let world = World::threads(mesh, device)
         .expect("a small mesh")
         .with_threads(1);
     // Adam state is no weight of the fixture: it starts at zero, as the source knows no such name.
@@ -225,8 +225,13 @@ fn run(fixture: &Arc<Fixture>, mesh: &Mesh) -> Results {
 }
 
 fn check(name: &str, mesh: &Mesh) {
+    check_on(name, mesh, Device::cpu());
+}
+
+/// Logits, loss, gradients and ten steps of a fixture on a mesh of chips of this kind.
+pub(crate) fn check_on(name: &str, mesh: &Mesh, device: Device) {
     let fixture = Fixture::load(name);
-    let got = run(&fixture, mesh);
+    let got = run(&fixture, mesh, device);
     let want = fixture.numbers("logits");
     assert_eq!(got.logits.len(), want.len());
     let error =

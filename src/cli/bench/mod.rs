@@ -65,7 +65,7 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
         let run = world.run(|chip| case.run(chip));
         let measured = run.map_err(|e| e.within(&case.origin))?.into_outputs()[0];
         match a.json {
-            true => table::print_line(case, device.name(), &measured),
+            true => table::print_line(case, &device.to_string(), &measured),
             false => table::print_row(&case, &measured),
         }
     }
@@ -81,11 +81,12 @@ impl Arguments {
 }
 
 fn backend(name: &str) -> Result<Device> {
-    Device::parse(name).map_err(|_| {
-        input(&format!(
-            "--backend {name}: this build computes on the CPU only; leave it out or say --backend cpu"
-        ))
-    })
+    match Device::parse(name)? {
+        device if device.is_cpu() => Ok(device),
+        _ => Err(input(&format!(
+            "--backend {name}: cases are timed on the CPU only; leave it out or say --backend cpu"
+        ))),
+    }
 }
 
 fn input(sentence: &str) -> Error {

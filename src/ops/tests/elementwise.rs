@@ -9,7 +9,7 @@ use crate::reference;
 const SHAPES: [&[usize]; 5] = [&[0], &[1], &[3, 37], &[2, 3, 5], &[4, 1031]];
 
 #[test]
-fn sums_and_products() {
+pub(super) fn sums_and_products() {
     for shape in SHAPES {
         for dtype in FLOATS {
             let ab = || {
@@ -36,7 +36,7 @@ fn sums_and_products() {
 }
 
 #[test]
-fn multiples() {
+pub(super) fn multiples() {
     let factor = 0.3f32;
     for shape in SHAPES {
         for dtype in FLOATS {
@@ -56,7 +56,7 @@ fn multiples() {
 }
 
 #[test]
-fn casts_go_and_come_back() {
+pub(super) fn casts_go_and_come_back() {
     for from in FLOATS {
         for to in FLOATS {
             let op = Cast { dtype: to };
@@ -73,7 +73,7 @@ fn casts_go_and_come_back() {
 }
 
 #[test]
-fn biases_of_one_axis_and_of_more() {
+pub(super) fn biases_of_one_axis_and_of_more() {
     for (x, bias) in [
         (&[3, 5, 7][..], &[7][..]),
         (&[3, 5, 7], &[5, 7]),
@@ -113,7 +113,7 @@ fn biases_of_one_axis_and_of_more() {
 }
 
 #[test]
-fn activations() {
+pub(super) fn activations() {
     use reference::Activation as Textbook;
     for (activation, f) in [
         (Activation::GeluTanh, Textbook::GeluTanh),
@@ -154,7 +154,7 @@ fn activations() {
 }
 
 #[test]
-fn swiglu() {
+pub(super) fn swiglu() {
     for shape in SHAPES {
         for dtype in FLOATS {
             let inputs = vec![
@@ -193,7 +193,7 @@ fn swiglu() {
 }
 
 #[test]
-fn dropout_belongs_to_the_whole_tensors_elements() {
+pub(super) fn dropout_belongs_to_the_whole_tensors_elements() {
     for shape in [&[6, 37][..], &[2, 4, 6], &[1]] {
         for dtype in FLOATS {
             let op = Dropout {

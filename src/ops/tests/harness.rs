@@ -7,7 +7,48 @@ use crate::ops::{Accum, Backward, Gradient, Local, Op, Site};
 use crate::reference::{self, assert_within, rounding};
 use crate::tensor::{Memory, Tensor, TensorType};
 use half::{bf16, f16};
+#[cfg(feature = "gpu")]
+use std::cell::RefCell;
 use std::ops::Range;
+
+#[cfg(feature = "gpu")]
+thread_local! {
+    /// The graphics processor's chip that cases of this thread run on.
+    static CHIP: RefCell<Option<crate::gpu::Chip>> = const { RefCell::new(None) };
+}
+
+/// Runs cases on the first graphics processor. A machine without one leaves them out and says so, or fails where
+/// `SUPERNODE_REQUIRE_GPU` is set.
+#[cfg(feature = "gpu")]
+pub(super) fn on_gpu(cases: impl FnOnce()) {
+    match crate::gpu::Chip::open(0) {
+        Ok(chip) => CHIP.set(Some(chip)),
+        Err(why) => {
+            let required = std::env::var_os("SUPERNODE_REQUIRE_GPU").is_some();
+            assert!(!required, "SUPERNODE_REQUIRE_GPU is set, but {why}");
+            eprintln!("ignored: {why}");
+            return;
+        }
+    }
+    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(cases));
+    // Not when the thread ends: wgpu's own thread-local values may be gone by then.
+    CHIP.set(None);
+    if let Err(payload) = ended {
+        match payload.downcast::<crate::Error>() {
+            Ok(error) => panic!("{error}"),
+            Err(payload) => std::panic::resume_unwind(payload),
+        }
+    }
+}
+
+/// Memory of the device that cases run on.
+pub(super) fn memory() -> Memory {
+    #[cfg(feature = "gpu")]
+    if let Some(chip) = CHIP.with_borrow(Clone::clone) {
+        return Memory::gpu(chip, None);
+    }
+    Memory::cpu(None)
+}
 
 /// Unit roundoff of the arithmetic inside every op.
 pub(super) const U: f64 = 1.0 / (1u64 << 24) as f64;
@@ -158,7 +199,7 @@ impl<'a> Case<'a> {
     }
 
     fn forward(&self, shares: &[Share]) -> (Vec<Tensor>, Vec<Local>) {
-        let memory = Memory::cpu(None);
+        let memory = memory();
         let types: Vec<TensorType> = shares.iter().map(|s| s.array.ty.clone()).collect();
         let outputs = self.op.infer(&types).unwrap_or_else(|why| panic!("{why}"));
         let locals: Vec<Local> = shares.iter().map(|s| s.local.clone()).collect();
@@ -174,7 +215,7 @@ impl<'a> Case<'a> {
             .iter()
             .map(|ty| memory.allocate(ty).expect("this memory has no budget"))
             .collect();
-        self.op.forward(&site, &inputs, &mut results);
+        crate::ops::device::forward(self.op, &site, &inputs, &mut results);
         (results, out_locals)
     }
 
@@ -186,7 +227,7 @@ impl<'a> Case<'a> {
         dy: &Array,
         want: &[Option<Start>],
     ) -> Vec<Option<Array>> {
-        let memory = Memory::cpu(None);
+        let memory = memory();
         let saves = self.op.saves();
         let reuses = |i: usize| matches!(want[i], Some(Start::Reuse));
         let locals: Vec<Local> = shares.iter().map(|s| s.local.clone()).collect();
@@ -239,7 +280,7 @@ impl<'a> Case<'a> {
             gradients: &gradients,
             wanted: &mut wanted,
         };
-        self.op.backward(&site, &mut backward);
+        crate::ops::device::backward(self.op, &site, &mut backward);
         wanted
             .iter()
             .map(|g| g.as_ref().map(|g| Array::of(&g.tensor)))

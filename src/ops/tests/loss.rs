@@ -83,7 +83,7 @@ fn gradient(x: &Array, labels: &[u32], valid: usize, dloss: &[f64]) -> Bounded {
 }
 
 #[test]
-fn on_a_whole_vocabulary() {
+pub(super) fn on_a_whole_vocabulary() {
     for (shape, valid) in CASES {
         for dtype in FLOATS {
             let op = CrossEntropy {
@@ -115,7 +115,7 @@ fn on_a_whole_vocabulary() {
 }
 
 #[test]
-fn on_a_vocabulary_in_parts() {
+pub(super) fn on_a_vocabulary_in_parts() {
     for (shape, valid) in CASES {
         for dtype in FLOATS {
             let whole = inputs(shape, valid, dtype);
@@ -160,7 +160,7 @@ fn on_a_vocabulary_in_parts() {
 }
 
 #[test]
-fn the_three_ops_give_the_bits_of_the_one() {
+pub(super) fn the_three_ops_give_the_bits_of_the_one() {
     let whole = inputs(&[7, 301], Some(299), DType::Bf16);
     let valid = Some(299);
     let one = CrossEntropy {
@@ -206,7 +206,7 @@ fn a_label_that_is_padding_is_refused() {
 }
 
 #[test]
-fn counts_and_means() {
+pub(super) fn counts_and_means() {
     for n in [0, 1, 9] {
         let labels: Vec<u32> = (0..n)
             .map(|i| if i % 3 == 1 { u32::MAX } else { i })

@@ -156,7 +156,7 @@ fn check(
 }
 
 #[test]
-fn products_of_every_type() {
+pub(super) fn products_of_every_type() {
     for a in FLOATS {
         for b in FLOATS {
             for gradient in [None, Some(DType::F32)] {
@@ -174,7 +174,7 @@ fn products_of_every_type() {
 }
 
 #[test]
-fn products_at_the_edges_of_tiles() {
+pub(super) fn products_at_the_edges_of_tiles() {
     for sizes in [
         [0, 3, 2],
         [3, 0, 2],
@@ -191,7 +191,7 @@ fn products_at_the_edges_of_tiles() {
 }
 
 #[test]
-fn either_side_transposed_and_batched() {
+pub(super) fn either_side_transposed_and_batched() {
     for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
         for dtype in FLOATS {
             let op = Matmul {
@@ -218,7 +218,7 @@ fn either_side_transposed_and_batched() {
 }
 
 #[test]
-fn bias_and_activation() {
+pub(super) fn bias_and_activation() {
     for dtype in FLOATS {
         for (bias, gradient) in [(true, None), (true, Some(DType::F32)), (false, None)] {
             for activation in [None].into_iter().chain(ACTIVATIONS.map(|a| Some(a.0))) {
@@ -234,7 +234,7 @@ fn bias_and_activation() {
 }
 
 #[test]
-fn the_result_has_the_type_that_is_asked_for() {
+pub(super) fn the_result_has_the_type_that_is_asked_for() {
     let op = Matmul {
         output: Some(DType::F32),
         bias: true,

@@ -2,6 +2,8 @@
 
 mod attention;
 mod elementwise;
+#[cfg(feature = "gpu")]
+mod gpu;
 mod harness;
 mod loss;
 mod matmul;

@@ -38,7 +38,7 @@ fn gradient_bounds(
 }
 
 #[test]
-fn layer_norm() {
+pub(super) fn layer_norm() {
     for shape in SHAPES {
         for dtype in FLOATS {
             for (weight, bias, gradient) in [
@@ -116,7 +116,7 @@ fn check_layer_norm(
 }
 
 #[test]
-fn rms_norm_over_rows_and_heads() {
+pub(super) fn rms_norm_over_rows_and_heads() {
     for shape in [
         &[0, 8][..],
         &[3, 1],
@@ -163,7 +163,7 @@ fn check_rms_norm(shape: &[usize], dtype: DType, weight: bool, gradient: Option<
 }
 
 #[test]
-fn softmax() {
+pub(super) fn softmax() {
     for shape in SHAPES {
         for dtype in FLOATS {
             let ty = TensorType::new(shape, dtype);

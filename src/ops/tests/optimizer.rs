@@ -1,6 +1,6 @@
 //! Updates in place, and the factor that clips.
 
-use super::harness::{Array, Case, FLOATS, U};
+use super::harness::{Array, Case, FLOATS, U, memory};
 use crate::dtype::DType;
 use crate::ops::{AdamW, ClipFactor, Sgd};
 use crate::reference::{self, assert_within};
@@ -34,8 +34,8 @@ fn within(what: &str, got: &Tensor, want: &[f64], size: &[f64]) {
 }
 
 #[test]
-fn adamw_follows_the_textbook() {
-    let memory = Memory::cpu(None);
+pub(super) fn adamw_follows_the_textbook() {
+    let memory = memory();
     for n in [0, 1, 37, 5000] {
         for gradient in FLOATS {
             for (step, clip) in [(1, None), (7, Some(0.25)), (1000, Some(1.0))] {
@@ -79,8 +79,8 @@ fn adamw_follows_the_textbook() {
 }
 
 #[test]
-fn sgd_follows_the_textbook() {
-    let memory = Memory::cpu(None);
+pub(super) fn sgd_follows_the_textbook() {
+    let memory = memory();
     for n in [0, 1, 37, 5000] {
         for gradient in FLOATS {
             for momentum in [None, Some(0.9f32)] {
@@ -112,8 +112,8 @@ fn sgd_follows_the_textbook() {
 }
 
 #[test]
-fn a_factor_that_is_not_finite_changes_nothing() {
-    let memory = Memory::cpu(None);
+pub(super) fn a_factor_that_is_not_finite_changes_nothing() {
+    let memory = memory();
     for factor in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         let factor = Array::rounded(&[1], DType::F32, vec![factor]).tensor(&memory);
         let mut s = state(&memory, 100, DType::F32);
@@ -132,13 +132,13 @@ fn a_factor_that_is_not_finite_changes_nothing() {
 #[test]
 #[should_panic(expected = "adamw: the parameter is f32[3], g is f32[4]")]
 fn shapes_that_differ_are_refused() {
-    let memory = Memory::cpu(None);
+    let memory = memory();
     let (mut a, b) = (state(&memory, 3, DType::F32), state(&memory, 4, DType::F32));
     AdamW::default().update(&mut a.p, &mut a.m, &mut a.v, &b.g, None);
 }
 
 #[test]
-fn clipping() {
+pub(super) fn clipping() {
     for (square, max, factor, norm) in [
         (0.0, 1.0, 1.0, 0.0),
         (0.25, 1.0, 1.0, 0.5),

@@ -11,7 +11,7 @@ fn sizes(x: &[f64]) -> Vec<f64> {
 }
 
 #[test]
-fn embeddings_and_parts_of_them() {
+pub(super) fn embeddings_and_parts_of_them() {
     let ids = Array::indices(&[2, 7], &[3, 0, 8, 8, 1, 3, 3, 5, 8, 0, 2, 2, 2, 8]);
     for c in [1, 5, 64] {
         for dtype in FLOATS {
@@ -63,7 +63,7 @@ fn an_id_outside_the_table_is_refused() {
 }
 
 #[test]
-fn rotary_positions() {
+pub(super) fn rotary_positions() {
     use reference::RotaryScaling as Textbook;
     let llama = |factor| (factor, 1.0, 4.0, 64.0);
     let (factor, low, high, original_context) = llama(8.0);
@@ -140,7 +140,7 @@ fn rotary_positions() {
 }
 
 #[test]
-fn transposes() {
+pub(super) fn transposes() {
     for (shape, order) in [
         (&[3, 5][..], &[1, 0][..]),
         (&[2, 3, 4, 5], &[0, 2, 1, 3]),
@@ -171,7 +171,7 @@ fn transposes() {
 }
 
 #[test]
-fn slices_and_what_they_join_to() {
+pub(super) fn slices_and_what_they_join_to() {
     for (shape, axis, range) in [
         (&[6, 5, 4][..], 1, 1..3),
         (&[6, 5, 4], 0, 2..6),
@@ -220,7 +220,7 @@ fn slices_and_what_they_join_to() {
 }
 
 #[test]
-fn concatenations() {
+pub(super) fn concatenations() {
     for (axis, parts) in [
         (0, vec![vec![2, 4, 3], vec![1, 4, 3]]),
         (1, vec![vec![2, 4, 3], vec![2, 1, 3], vec![2, 0, 3]]),
@@ -261,7 +261,7 @@ fn concatenations() {
 }
 
 #[test]
-fn sums_over_everything() {
+pub(super) fn sums_over_everything() {
     for shape in [&[0][..], &[1], &[31], &[2, 3, 5], &[67, 131]] {
         for dtype in FLOATS {
             let x = || vec![Array::normal("x", shape, dtype)];

@@ -1,0 +1,342 @@
+//! One chip on an adapter: its memory, and the commands that it records until somebody asks for a value.
+//!
+//! Commands run in the order in which they were recorded, uploads among them: a queue's own `write_buffer` would run ahead of
+//! dispatches that were recorded before it, and overwrite a pooled buffer that they still read. The one exception are the
+//! numbers of dispatches, which have a buffer of their own that is written once, as a whole, before each submission.
+
+use super::adapter::{self, Adapter};
+use super::device::Device;
+use crate::error::{Error, ErrorKind, Result};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Bytes between the numbers of two dispatches: the largest alignment that a device may ask for.
+pub(super) const SLOT: usize = 256;
+/// Dispatches that are recorded before they are submitted: enough to hide the submission, few enough to start early.
+const GATHERED: usize = 64;
+
+/// A chip on an adapter. Clones are the same chip.
+#[derive(Clone)]
+pub struct Chip(Arc<dyn Hidden<Inner>>);
+
+/// What lies behind a trait object. The compiler proves anew, wherever a tensor crosses threads, that all it holds may; in
+/// wgpu's types that proof is deeper than it looks by default, here and in every program that uses this crate. It stops at a
+/// trait object.
+pub(super) trait Hidden<T>: Send + Sync {
+    fn seen(&self) -> &T;
+}
+
+impl Hidden<Inner> for Inner {
+    fn seen(&self) -> &Inner {
+        self
+    }
+}
+
+impl Hidden<wgpu::Buffer> for wgpu::Buffer {
+    fn seen(&self) -> &wgpu::Buffer {
+        self
+    }
+}
+
+pub(super) struct Inner {
+    pub(super) device: Arc<Device>,
+    pub(super) numbers: wgpu::Buffer,
+    recording: Mutex<Recording>,
+    pool: Mutex<Pool>,
+}
+
+#[derive(Default)]
+pub(super) struct Recording {
+    pub(super) encoder: Option<wgpu::CommandEncoder>,
+    /// The numbers of dispatches that are recorded and not submitted, a slot each.
+    pub(super) numbers: Vec<u8>,
+    last: Option<wgpu::SubmissionIndex>,
+}
+
+/// Buffers that were given back, by size. A training step asks for the same sizes again and again.
+#[derive(Default)]
+struct Pool {
+    free: BTreeMap<u64, Vec<Held>>,
+    live: u64,
+    peak: u64,
+    fresh: u64,
+}
+
+/// A buffer on a chip; goes back to its pool when dropped.
+pub(crate) struct Block {
+    pub(super) buffer: Held,
+    chip: Chip,
+}
+
+/// A buffer, as [`Hidden`] says.
+pub(super) type Held = Arc<dyn Hidden<wgpu::Buffer>>;
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // Commands that still use the buffer were recorded before any that the next owner records.
+        let (mut pool, size) = (self.chip.pool(), self.buffer.seen().size());
+        pool.live -= size;
+        pool.free.entry(size).or_default().push(self.buffer.clone());
+    }
+}
+
+impl std::fmt::Debug for Chip {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.device().about)
+    }
+}
+
+impl Chip {
+    /// A chip on adapter `index`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Device`] if there is no such adapter or it cannot be opened.
+    pub fn open(index: usize) -> Result<Self> {
+        let device = adapter::open(index)?;
+        let numbers = device.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("numbers"),
+            size: (GATHERED * SLOT) as u64,
+            usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        });
+        Ok(Chip(Arc::new(Inner {
+            device,
+            numbers,
+            recording: Mutex::default(),
+            pool: Mutex::default(),
+        })))
+    }
+
+    /// The adapter that the chip is on.
+    pub fn adapter(&self) -> &Adapter {
+        &self.inner().device.about
+    }
+
+    pub(super) fn inner(&self) -> &Inner {
+        self.0.seen()
+    }
+
+    /// True for clones of one chip.
+    pub(super) fn is(&self, other: &Chip) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        &self.inner().device
+    }
+
+    fn pool(&self) -> MutexGuard<'_, Pool> {
+        self.inner()
+            .pool
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn recording(&self) -> MutexGuard<'_, Recording> {
+        self.inner()
+            .recording
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Highest number of bytes that were handed out at once, as the pool rounds them.
+    pub(crate) fn peak(&self) -> u64 {
+        self.pool().peak
+    }
+
+    /// How many buffers the pool asked the device for.
+    pub(crate) fn fresh(&self) -> u64 {
+        self.pool().fresh
+    }
+
+    /// Memory of at least `bytes`, with unspecified contents.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] if it is more than a shader may see, or the device has no more.
+    pub(crate) fn allocate(&self, bytes: u64) -> Result<Block> {
+        let most = self.inner().device.about.largest_tensor;
+        if bytes > most {
+            return Err(Error::new(
+                ErrorKind::Memory,
+                format!(
+                    "a tensor of {bytes} bytes is larger than the {most} bytes that a shader on {} may see; \
+                     split it over more chips or use a smaller micro-batch",
+                    self.inner().device.about
+                ),
+            ));
+        }
+        let size = bytes.next_multiple_of(64).max(64);
+        let mut pool = self.pool();
+        pool.live += size;
+        pool.peak = pool.peak.max(pool.live);
+        let kept = pool.free.get_mut(&size).and_then(Vec::pop);
+        let buffer = match kept {
+            Some(buffer) => buffer,
+            None => {
+                pool.fresh += 1;
+                drop(pool);
+                self.buffer(size)
+                    .inspect_err(|_| self.pool().live -= size)?
+            }
+        };
+        let block = Block {
+            buffer,
+            chip: self.clone(),
+        };
+        if cfg!(test) {
+            // NaN of every float type, so that reading before writing shows.
+            self.write(&block, &vec![0xff; size as usize]);
+        }
+        Ok(block)
+    }
+
+    fn buffer(&self, size: u64) -> Result<Held> {
+        let device = &self.inner().device.device;
+        let scope = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let buffer = device.create_buffer(&wgpu::BufferDescriptor {
+            label: None,
+            size,
+            usage: wgpu::BufferUsages::STORAGE
+                | wgpu::BufferUsages::COPY_SRC
+                | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        });
+        if pollster::block_on(scope.pop()).is_none() {
+            return Ok(Arc::new(buffer));
+        }
+        let live = self.pool().live - size;
+        Err(Error::new(
+            ErrorKind::Memory,
+            format!(
+                "{} has no room for {size} bytes beside the {live} bytes of tensors that live there; \
+                 use a smaller micro-batch, recompute blocks, or split over more chips",
+                self.inner().device.about
+            ),
+        ))
+    }
+
+    /// Lets `record` add commands; submits when enough have gathered.
+    pub(super) fn record<T>(
+        &self,
+        record: impl FnOnce(&mut wgpu::CommandEncoder, &mut Vec<u8>) -> T,
+    ) -> T {
+        let mut recording = self.recording();
+        let Recording {
+            encoder, numbers, ..
+        } = &mut *recording;
+        let encoder = encoder.get_or_insert_with(|| {
+            let device = &self.inner().device.device;
+            device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default())
+        });
+        let result = record(encoder, numbers);
+        if recording.numbers.len() >= GATHERED * SLOT {
+            self.submit(&mut recording);
+        }
+        result
+    }
+
+    fn submit(&self, recording: &mut Recording) {
+        let Some(encoder) = recording.encoder.take() else {
+            return;
+        };
+        let queue = &self.inner().device.queue;
+        if !recording.numbers.is_empty() {
+            queue.write_buffer(&self.inner().numbers, 0, &recording.numbers);
+            recording.numbers.clear();
+        }
+        recording.last = Some(queue.submit([encoder.finish()]));
+    }
+
+    /// Starts what is recorded, and waits until it is done.
+    ///
+    /// # Errors
+    /// What went wrong on the device since it was opened: it was lost, has no memory, or refused a command.
+    pub fn finish(&self) -> Result<()> {
+        let last = {
+            let mut recording = self.recording();
+            self.submit(&mut recording);
+            recording.last.clone()
+        };
+        match last {
+            Some(last) => self.inner().device.wait(last),
+            None => self.inner().device.failure().map_or(Ok(()), Err),
+        }
+    }
+
+    /// Copies `bytes` to the block, after what was recorded before.
+    pub(crate) fn write(&self, block: &Block, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        let size = (bytes.len() as u64).next_multiple_of(4);
+        let staging = self
+            .inner()
+            .device
+            .device
+            .create_buffer(&wgpu::BufferDescriptor {
+                label: Some("upload"),
+                size,
+                usage: wgpu::BufferUsages::COPY_SRC,
+                mapped_at_creation: true,
+            });
+        match staging.get_mapped_range_mut(..) {
+            Ok(mut view) => view.slice(..bytes.len()).copy_from_slice(bytes),
+            Err(e) => fail(self.refused("an upload", &e)),
+        }
+        staging.unmap();
+        self.record(|encoder, _| {
+            encoder.copy_buffer_to_buffer(&staging, 0, block.buffer.seen(), 0, size);
+        });
+    }
+
+    /// Copies the block's first bytes to `bytes`, after all that was recorded before.
+    ///
+    /// # Errors
+    /// As [`Chip::finish`].
+    pub(crate) fn read(&self, block: &Block, bytes: &mut [u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let size = (bytes.len() as u64).next_multiple_of(4);
+        let staging = self
+            .inner()
+            .device
+            .device
+            .create_buffer(&wgpu::BufferDescriptor {
+                label: Some("download"),
+                size,
+                usage: wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ,
+                mapped_at_creation: false,
+            });
+        self.record(|encoder, _| {
+            encoder.copy_buffer_to_buffer(block.buffer.seen(), 0, &staging, 0, size);
+        });
+        let last = {
+            let mut recording = self.recording();
+            self.submit(&mut recording);
+            recording.last.clone()
+        };
+        staging.map_async(wgpu::MapMode::Read, .., |_| {});
+        self.inner()
+            .device
+            .wait(last.expect("a copy was submitted"))?;
+        let view = staging
+            .get_mapped_range(..)
+            .map_err(|e| self.refused("a download", &e))?;
+        bytes.copy_from_slice(&view[..bytes.len()]);
+        Ok(())
+    }
+
+    fn refused(&self, what: &str, e: &dyn std::fmt::Display) -> Error {
+        let about = &self.inner().device.about;
+        let failed = self.inner().device.failure();
+        failed.unwrap_or_else(|| {
+            Error::new(ErrorKind::Device, format!("{about} refused {what}: {e}"))
+        })
+    }
+}
+
+/// Ends the chip's program with an error, as [`crate::error::Error`] says: the run returns it.
+pub(crate) fn fail(error: Error) -> ! {
+    std::panic::resume_unwind(Box::new(error))
+}

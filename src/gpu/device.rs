@@ -1,0 +1,184 @@
+//! An open adapter: its pipelines, each compiled once, and the first thing that went wrong on it.
+
+use super::adapter::Adapter;
+use super::shader::{self, Kernel, Variant, interface};
+use crate::error::{Error, ErrorKind, Result};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// A device that has not answered for so long is given up: drivers reset a hanging kernel within seconds, but a software
+/// device may compute for minutes.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
+
+pub(crate) struct Device {
+    pub(crate) about: Adapter,
+    pub(crate) device: wgpu::Device,
+    pub(crate) queue: wgpu::Queue,
+    pub(crate) limits: wgpu::Limits,
+    pipelines: Mutex<HashMap<(Kernel, Variant), Arc<Pipeline>>>,
+    failure: Arc<Mutex<Option<Error>>>,
+}
+
+pub(crate) struct Pipeline {
+    pub(crate) pipeline: wgpu::ComputePipeline,
+    pub(crate) layout: wgpu::BindGroupLayout,
+}
+
+impl Device {
+    pub(crate) fn open(adapter: &wgpu::Adapter, about: &Adapter) -> Result<Self> {
+        // The adapter's own limits: the defaults stop at 128 MiB a tensor.
+        let limits = adapter.limits();
+        let wanted = wgpu::DeviceDescriptor {
+            label: Some("supernode"),
+            required_features: adapter.features() & wgpu::Features::TIMESTAMP_QUERY,
+            required_limits: limits.clone(),
+            memory_hints: wgpu::MemoryHints::Performance,
+            ..Default::default()
+        };
+        let (device, queue) = pollster::block_on(adapter.request_device(&wanted))
+            .map_err(|e| Error::new(ErrorKind::Device, format!("{about} cannot be opened: {e}")))?;
+        let failure = Arc::new(Mutex::new(None));
+        let (kept, name) = (failure.clone(), about.to_string());
+        device.on_uncaptured_error(Arc::new(move |e| keep(&kept, of_wgpu(&name, e))));
+        let (kept, name) = (failure.clone(), about.to_string());
+        device.set_device_lost_callback(move |reason, why| {
+            if reason != wgpu::DeviceLostReason::Destroyed {
+                let what = format!(
+                    "{name} was lost ({why}); the last checkpoint is whole: resume from it, on another device if this one fails again"
+                );
+                keep(&kept, Error::new(ErrorKind::Device, what));
+            }
+        });
+        Ok(Device {
+            about: about.clone(),
+            device,
+            queue,
+            limits,
+            pipelines: Mutex::default(),
+            failure,
+        })
+    }
+
+    /// The first failure, if there was one.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        self.failure
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// True where invocations are a processor's vector lanes.
+    pub(crate) fn is_software(&self) -> bool {
+        self.about.kind == "software"
+    }
+
+    /// The compiled variant of a kernel.
+    pub(crate) fn pipeline(&self, kernel: &Kernel, variant: &Variant) -> Arc<Pipeline> {
+        let key = (*kernel, variant.clone());
+        let mut all = self
+            .pipelines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        all.entry(key)
+            .or_insert_with(|| Arc::new(self.compile(kernel, variant)))
+            .clone()
+    }
+
+    fn compile(&self, kernel: &Kernel, variant: &Variant) -> Pipeline {
+        let source = shader::source(kernel, variant);
+        let module = self
+            .device
+            .create_shader_module(wgpu::ShaderModuleDescriptor {
+                label: Some(kernel.name),
+                source: wgpu::ShaderSource::Wgsl(source.into()),
+            });
+        let visible = |binding: u32, ty: wgpu::BufferBindingType| wgpu::BindGroupLayoutEntry {
+            binding,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer {
+                ty,
+                has_dynamic_offset: false,
+                min_binding_size: None,
+            },
+            count: None,
+        };
+        let mut entries = vec![visible(0, wgpu::BufferBindingType::Uniform)];
+        let face = interface(kernel);
+        for (i, (slot, bound)) in face.slots.iter().zip(&variant.bound).enumerate() {
+            if let shader::Bound::Own(_) = bound {
+                let ty = wgpu::BufferBindingType::Storage {
+                    read_only: !slot.written,
+                };
+                entries.push(visible(i as u32 + 1, ty));
+            }
+        }
+        let layout = self
+            .device
+            .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+                label: Some(kernel.name),
+                entries: &entries,
+            });
+        let whole = self
+            .device
+            .create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                label: Some(kernel.name),
+                bind_group_layouts: &[Some(&layout)],
+                immediate_size: 0,
+            });
+        let pipeline = self
+            .device
+            .create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: Some(kernel.name),
+                layout: Some(&whole),
+                module: &module,
+                entry_point: Some("main"),
+                compilation_options: wgpu::PipelineCompilationOptions {
+                    // Every kernel writes what it reads of shared memory.
+                    zero_initialize_workgroup_memory: false,
+                    ..Default::default()
+                },
+                cache: None,
+            });
+        Pipeline { pipeline, layout }
+    }
+
+    /// Waits until all that was submitted is done.
+    pub(crate) fn wait(&self, submission: wgpu::SubmissionIndex) -> Result<()> {
+        let wait = wgpu::PollType::Wait {
+            submission_index: Some(submission),
+            timeout: Some(PATIENCE),
+        };
+        let waited = self.device.poll(wait);
+        if let Some(error) = self.failure() {
+            return Err(error);
+        }
+        waited.map(drop).map_err(|e| {
+            let what = format!(
+                "{} did not answer within {} s ({e}); make the step smaller, or use another device",
+                self.about,
+                PATIENCE.as_secs()
+            );
+            Error::new(ErrorKind::Device, what)
+        })
+    }
+}
+
+fn keep(failure: &Mutex<Option<Error>>, error: Error) {
+    failure
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .get_or_insert(error);
+}
+
+fn of_wgpu(name: &str, error: wgpu::Error) -> Error {
+    match error {
+        wgpu::Error::OutOfMemory { .. } => Error::new(
+            ErrorKind::Memory,
+            format!(
+                "{name} has no memory left; use a smaller micro-batch, recompute blocks, or split over more chips"
+            ),
+        ),
+        other => Error::new(ErrorKind::Device, format!("{name}: {other}")),
+    }
+}

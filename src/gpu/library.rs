@@ -1,0 +1,59 @@
+//! This crate's own kernels, by name.
+
+use super::shader::Kernel;
+
+macro_rules! kernels {
+    ($($constant:ident $name:literal),* $(,)?) => {
+        $(pub(crate) const $constant: Kernel = Kernel {
+            name: $name,
+            source: include_str!(concat!("../../shaders/", $name, ".wgsl")),
+        };)*
+
+        /// All of them.
+        #[cfg(test)]
+        pub(crate) const ALL: &[Kernel] = &[$($constant),*];
+    };
+}
+
+kernels! {
+    ACTIVATION "activation",
+    ACTIVATION_BACKWARD "activation_backward",
+    ADAMW "adamw",
+    ADD "add",
+    ADD_BIAS "add_bias",
+    ATTENTION "attention",
+    ATTENTION_DELTA "attention_delta",
+    ATTENTION_DKV "attention_dkv",
+    ATTENTION_DQ "attention_dq",
+    CAST "cast",
+    CLIP_FACTOR "clip_factor",
+    COLUMN_SUM "column_sum",
+    COUNT_LABELS "count_labels",
+    CROSS_ENTROPY_GRADIENT "cross_entropy_gradient",
+    DROPOUT "dropout",
+    EMBEDDING "embedding",
+    EMBEDDING_BACKWARD "embedding_backward",
+    FILL "fill",
+    LOSSES "losses",
+    MATMUL "matmul",
+    MULTIPLY "multiply",
+    NORM "norm",
+    NORM_BACKWARD "norm_backward",
+    NORM_WEIGHT "norm_weight",
+    PLACE "place",
+    PUT "put",
+    RATIO "ratio",
+    ROTARY "rotary",
+    ROW_EXP_SUM "row_exp_sum",
+    ROW_MAX "row_max",
+    SCALE "scale",
+    SGD "sgd",
+    SOFTMAX "softmax",
+    SOFTMAX_BACKWARD "softmax_backward",
+    SUM "sum",
+    SWIGLU "swiglu",
+    SWIGLU_DGATE "swiglu_dgate",
+    SWIGLU_DUP "swiglu_dup",
+    TAKE "take",
+    TRANSPOSE "transpose",
+}

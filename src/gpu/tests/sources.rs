@@ -1,0 +1,138 @@
+//! naga validates every shader with every element type of every operand, with and without the optional ones.
+
+use crate::dtype::DType;
+use crate::gpu::library::ALL;
+use crate::gpu::shader::{Bound, Kernel, Variant, interface, source};
+
+fn validate(kernel: &Kernel, variant: &Variant) {
+    let text = source(kernel, variant);
+    let module = naga::front::wgsl::parse_str(&text)
+        .unwrap_or_else(|e| panic!("{} {variant:?}: {}", kernel.name, e.emit_to_string(&text)));
+    // No optional capability: what a browser would take.
+    let mut validator = naga::valid::Validator::new(
+        naga::valid::ValidationFlags::all(),
+        naga::valid::Capabilities::empty(),
+    );
+    validator
+        .validate(&module)
+        .unwrap_or_else(|e| panic!("{} {variant:?}: {}", kernel.name, e.emit_to_string(&text)));
+}
+
+/// Every way to bind a kernel's operands: types of those of any type, presence of the optional ones, and each operand being
+/// the first result.
+fn bindings(kernel: &Kernel) -> Vec<Vec<Bound>> {
+    let face = interface(kernel);
+    let floats = [DType::F32, DType::Bf16, DType::F16];
+    let mut all = vec![Vec::new()];
+    for slot in &face.slots {
+        let mut choices: Vec<Bound> = match slot.dtype {
+            Some(dtype) => vec![Bound::Own(dtype)],
+            None => floats.map(Bound::Own).to_vec(),
+        };
+        if slot.optional {
+            choices.push(Bound::Absent);
+        }
+        let longer = |bound: &Vec<Bound>| {
+            let more = |choice: &Bound| {
+                let mut bound = bound.clone();
+                bound.push(*choice);
+                bound
+            };
+            choices.iter().map(more).collect::<Vec<_>>()
+        };
+        all = all.iter().flat_map(longer).collect();
+    }
+    // A large product of types says nothing that its first, last and every seventh combination do not.
+    let step = if all.len() > 300 { 7 } else { 1 };
+    let last = all.len() - 1;
+    all.into_iter()
+        .enumerate()
+        .filter(|(i, _)| i % step == 0 || *i == last)
+        .map(|(_, b)| b)
+        .collect()
+}
+
+/// Constants of a kernel: all of them small, and all of them at their largest.
+fn constants(kernel: &Kernel) -> Vec<Vec<u32>> {
+    let face = interface(kernel);
+    let range = |name: &String| match name.as_str() {
+        "ADD" | "MEAN" | "SQUARES" | "PAIRS" | "CAUSAL" | "WINDOW" | "CAP" => [0, 1],
+        "FUNCTION" => [0, 4],
+        "ROWS" | "COLUMNS" => [1, 8],
+        "WG_X" | "WG_Y" => [4, 8],
+        "D" => [1, 64],
+        other => panic!("the test knows no values of {other}"),
+    };
+    let ranges: Vec<[u32; 2]> = face.constants.iter().map(range).collect();
+    let of = |end: usize| ranges.iter().map(|r| r[end]).collect();
+    if ranges.is_empty() {
+        vec![Vec::new()]
+    } else {
+        vec![of(0), of(1)]
+    }
+}
+
+#[test]
+fn every_shader_is_valid_for_every_type_and_constant() {
+    let mut count = 0;
+    for kernel in ALL {
+        let all = bindings(kernel);
+        for (i, bound) in all.iter().enumerate() {
+            for constants in constants(kernel) {
+                // Unrolled bodies are long: their largest form once, for the first types.
+                if i > 0 && constants.iter().any(|&c| c > 8) {
+                    continue;
+                }
+                let group = if i % 2 == 0 { 64 } else { 8 };
+                validate(
+                    kernel,
+                    &Variant {
+                        bound: bound.clone(),
+                        constants,
+                        group,
+                    },
+                );
+                count += 1;
+            }
+        }
+    }
+    assert!(count > 1000, "only {count} variants were validated");
+}
+
+#[test]
+fn operands_may_be_results_and_indices_may_be_moved() {
+    for kernel in ALL {
+        let face = interface(kernel);
+        let result = face.slots.iter().position(|s| s.written).expect("a result");
+        for (i, slot) in face.slots.iter().enumerate().filter(|(_, s)| !s.written) {
+            if slot.dtype == Some(DType::U32) || slot.dtype != face.slots[result].dtype {
+                continue;
+            }
+            let own = |s: &crate::gpu::shader::Slot| Bound::Own(s.dtype.unwrap_or(DType::F32));
+            let mut bound: Vec<Bound> = face.slots.iter().map(own).collect();
+            bound[i] = Bound::Same(result);
+            let constants = constants(kernel)[0].clone();
+            validate(
+                kernel,
+                &Variant {
+                    bound,
+                    constants,
+                    group: 64,
+                },
+            );
+        }
+    }
+    for name in ["take", "put", "place", "transpose", "cast"] {
+        let kernel = ALL.iter().find(|k| k.name == name).expect("a kernel");
+        let bound = vec![Bound::Own(DType::U32); 2];
+        let constants = constants(kernel)[0].clone();
+        validate(
+            kernel,
+            &Variant {
+                bound,
+                constants,
+                group: 64,
+            },
+        );
+    }
+}

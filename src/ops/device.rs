@@ -1,0 +1,90 @@
+//! Where an op runs: on the device that holds its results.
+
+#[cfg(feature = "gpu")]
+use super::{Accum, Gradient};
+use super::{Backward, Op, Site};
+use crate::cpu::rows;
+#[cfg(feature = "gpu")]
+use crate::gpu::{self, Operand};
+use crate::tensor::Tensor;
+
+/// Computes the results of `op` where they live.
+pub(crate) fn forward(op: &dyn Op, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+    #[cfg(feature = "gpu")]
+    if outputs.iter().any(Tensor::is_on_gpu) {
+        return op.forward_gpu(site, inputs, outputs);
+    }
+    op.forward(site, inputs, outputs);
+}
+
+/// Computes the wanted gradients of `op` where they live.
+pub(crate) fn backward(op: &dyn Op, site: &Site, backward: &mut Backward) {
+    #[cfg(feature = "gpu")]
+    if backward
+        .wanted
+        .iter()
+        .flatten()
+        .any(|g| g.tensor.is_on_gpu())
+    {
+        return op.backward_gpu(site, backward);
+    }
+    op.backward(site, backward);
+}
+
+/// `sum += x`, both float tensors of one shape.
+pub(crate) fn add_assign(sum: &mut Tensor, x: &Tensor) {
+    #[cfg(feature = "gpu")]
+    if sum.is_on_gpu() {
+        return gpu::add_assign(write(sum), read(x));
+    }
+    rows::add_assign(sum.slice_mut(), x.slice());
+}
+
+/// `y = x` in the type of y, both floats.
+pub(crate) fn cast(x: &Tensor, y: &mut Tensor) {
+    #[cfg(feature = "gpu")]
+    if y.is_on_gpu() {
+        return gpu::cast(read(x), write(y));
+    }
+    rows::cast(x.slice(), y.slice_mut());
+}
+
+/// `y = x`, of one type.
+pub(crate) fn copy(x: &Tensor, y: &mut Tensor) {
+    #[cfg(feature = "gpu")]
+    if y.is_on_gpu() {
+        return gpu::cast(read(x), write(y));
+    }
+    y.bytes_mut().copy_from_slice(x.bytes());
+}
+
+/// The tensor for a kernel to read.
+#[cfg(feature = "gpu")]
+pub(crate) fn read(x: &Tensor) -> Operand {
+    x.operand()
+        .unwrap_or_else(|| panic!("{x:?} is not on the graphics processor that computes with it"))
+}
+
+/// The tensor for a kernel to write.
+#[cfg(feature = "gpu")]
+pub(crate) fn write(y: &mut Tensor) -> Operand {
+    let what = format!("{y:?}");
+    y.operand_mut()
+        .unwrap_or_else(|| panic!("{what} is not on the graphics processor that computes it"))
+}
+
+#[cfg(feature = "gpu")]
+impl Gradient {
+    /// The gradient for a kernel to write, and whether to add to it.
+    pub(crate) fn operand(&mut self) -> (Operand, bool) {
+        (write(&mut self.tensor), self.accum == Accum::Add)
+    }
+
+    /// Puts x, or adds it.
+    pub(crate) fn put_gpu(&mut self, x: Operand) {
+        match self.operand() {
+            (y, true) => gpu::add_assign(y, x),
+            (y, false) => gpu::cast(x, y),
+        }
+    }
+}

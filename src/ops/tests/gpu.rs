@@ -1,0 +1,52 @@
+//! The same tables on a graphics processor: same cases, same bounds.
+//!
+//! Left out is the largest head: a software device takes minutes to compile kernels that hold 256 elements of a row in
+//! registers.
+
+use super::harness::on_gpu;
+use super::{attention, elementwise, loss, matmul, norms, optimizer, shapes};
+
+/// Tests of the same name that run on the first graphics processor.
+macro_rules! the_same {
+    ($($room:ident::$case:ident),* $(,)?) => {
+        $(#[test]
+        fn $case() {
+            on_gpu($room::$case);
+        })*
+    };
+}
+
+the_same! {
+    attention::every_mask_in_every_type,
+    attention::sizes_at_the_edges,
+    attention::one_key_head_stays_whole_while_query_heads_are_split,
+    elementwise::sums_and_products,
+    elementwise::multiples,
+    elementwise::casts_go_and_come_back,
+    elementwise::biases_of_one_axis_and_of_more,
+    elementwise::activations,
+    elementwise::swiglu,
+    elementwise::dropout_belongs_to_the_whole_tensors_elements,
+    loss::on_a_whole_vocabulary,
+    loss::on_a_vocabulary_in_parts,
+    loss::the_three_ops_give_the_bits_of_the_one,
+    loss::counts_and_means,
+    matmul::products_of_every_type,
+    matmul::products_at_the_edges_of_tiles,
+    matmul::either_side_transposed_and_batched,
+    matmul::bias_and_activation,
+    matmul::the_result_has_the_type_that_is_asked_for,
+    norms::layer_norm,
+    norms::rms_norm_over_rows_and_heads,
+    norms::softmax,
+    optimizer::adamw_follows_the_textbook,
+    optimizer::sgd_follows_the_textbook,
+    optimizer::a_factor_that_is_not_finite_changes_nothing,
+    optimizer::clipping,
+    shapes::embeddings_and_parts_of_them,
+    shapes::rotary_positions,
+    shapes::transposes,
+    shapes::slices_and_what_they_join_to,
+    shapes::concatenations,
+    shapes::sums_over_everything,
+}
