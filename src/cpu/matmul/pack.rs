@@ -2,7 +2,8 @@
 //!
 //! Both operands are cut into panels: W lines (rows of A, columns of B) side by side, element (p, i) of a panel at
 //! p W + i. One function serves both, since a panel of A is a panel of B transposed. What is contiguous in memory
-//! decides how: along the lines (vectors are copied), along k (squares are transposed in registers), or neither.
+//! decides how: along the lines (vectors are copied, in bands of a few k across all panels), along k (squares are
+//! transposed in registers), or neither. Panel by panel the copy took two cycles an element, a page for each 64 bytes.
 
 #![allow(unsafe_code)]
 
