@@ -419,6 +419,26 @@ pub fn plan(
     )
 }
 
+/// Elements of a tensor of this shape that all chips of `mesh` send together to turn `from` into `to`, at the floors of the
+/// collectives that [`plan`] lists.
+///
+/// The error is [`plan`]'s.
+pub fn plan_volume(
+    from: &Placements,
+    to: &Placements,
+    shape: &[usize],
+    mesh: &Mesh,
+) -> Result<u128, String> {
+    let (mut state, mut sent) = (from.clone(), 0);
+    for (axis, step) in plan(from, to, shape, mesh)? {
+        sent += traffic(&state, axis, step, mesh);
+        state = state.with(axis, step.target());
+    }
+    let elements: u128 = shape.iter().map(|&len| len as u128).product();
+    let chips: u128 = mesh.axes().iter().map(|axis| axis.size() as u128).product();
+    Ok(sent * elements / chips)
+}
+
 /// True if an inner axis cuts a dimension that `step` would cut or join on `axis`: the pieces would interleave.
 fn blocked(state: &Placements, axis: usize, step: Transition, mesh: &Mesh) -> bool {
     let size = |axis: usize| mesh.axes()[axis].size();

@@ -45,6 +45,40 @@ impl Stream {
         )
     }
 
+    /// The four words at each of the counters `c..c + COUNTERS`: [`Stream::words`] in loops over counters, which a compiler
+    /// makes vectors of. Inlined, so that they are those of the caller's instruction set.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
+    pub(crate) fn words_of_many(&self, c: u64) -> [[u32; 4]; COUNTERS] {
+        let (name, mut key) = (self.name, self.key);
+        let mut x = [[0; COUNTERS]; 4];
+        for i in 0..COUNTERS {
+            let c = c.wrapping_add(i as u64);
+            x[0][i] = c as u32;
+            x[1][i] = (c >> 32) as u32;
+            x[2][i] = name as u32;
+            x[3][i] = (name >> 32) as u32;
+        }
+        for _ in 0..10 {
+            let mut next = [[0; COUNTERS]; 4];
+            for i in 0..COUNTERS {
+                let p0 = x[0][i] as u64 * MULTIPLIERS[0];
+                let p1 = x[2][i] as u64 * MULTIPLIERS[1];
+                next[0][i] = (p1 >> 32) as u32 ^ x[1][i] ^ key[0];
+                next[1][i] = p1 as u32;
+                next[2][i] = (p0 >> 32) as u32 ^ x[3][i] ^ key[1];
+                next[3][i] = p0 as u32;
+            }
+            x = next;
+            key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
+        }
+        let mut words = [[0; 4]; COUNTERS];
+        for (i, words) in words.iter_mut().enumerate() {
+            *words = [x[0][i], x[1][i], x[2][i], x[3][i]];
+        }
+        words
+    }
+
     /// The word of element `i`: word `i mod 4` at counter `i / 4`.
     #[inline]
     pub fn word(&self, i: u64) -> u32 {
@@ -109,19 +143,28 @@ fn fnv1a(text: &str) -> u64 {
     })
 }
 
+/// Counters of [`Stream::words_of_many`].
+pub(crate) const COUNTERS: usize = 16;
+
+/// Philox4x32's factors.
+const MULTIPLIERS: [u64; 2] = [0xD2511F53, 0xCD9E8D57];
+
+/// What a round adds to the key: the golden ratio and the root of 3, less 1.
+const WEYL: [u32; 2] = [0x9E3779B9, 0xBB67AE85];
+
 /// Ten rounds of Philox4x32.
 #[inline]
 fn philox(mut c: [u32; 4], mut k: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
-        let p0 = c[0] as u64 * 0xD2511F53;
-        let p1 = c[2] as u64 * 0xCD9E8D57;
+        let p0 = c[0] as u64 * MULTIPLIERS[0];
+        let p1 = c[2] as u64 * MULTIPLIERS[1];
         c = [
             (p1 >> 32) as u32 ^ c[1] ^ k[0],
             p1 as u32,
             (p0 >> 32) as u32 ^ c[3] ^ k[1],
             p0 as u32,
         ];
-        k = [k[0].wrapping_add(0x9E3779B9), k[1].wrapping_add(0xBB67AE85)];
+        k = [k[0].wrapping_add(WEYL[0]), k[1].wrapping_add(WEYL[1])];
     }
     c
 }
@@ -129,6 +172,17 @@ fn philox(mut c: [u32; 4], mut k: [u32; 2]) -> [u32; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn many_counters_give_the_words_of_each() {
+        let stream = Stream::new(7, "many");
+        for c in [0, 5, u32::MAX as u64 - 3, u64::MAX - 2] {
+            let many = stream.words_of_many(c);
+            for (i, words) in many.iter().enumerate() {
+                assert_eq!(*words, stream.words(c.wrapping_add(i as u64)), "{c} + {i}");
+            }
+        }
+    }
 
     #[test]
     fn philox_gives_the_papers_known_answers() {

@@ -24,15 +24,19 @@ mod spmd {
     mod classes;
     mod counts;
     mod diagnosis;
+    mod faults;
     mod ghost;
+    mod grid;
     mod own_op;
     mod placements;
     mod started;
     mod transposes;
+    mod zero;
 }
 
 mod train {
     mod meshes;
     mod resume;
     mod separate;
+    mod splits;
 }

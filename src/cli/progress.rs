@@ -9,7 +9,7 @@ use supernode::model::Config;
 use supernode::spmd::Run;
 use supernode::trace::{CollectiveTotal, Trace};
 use supernode::train::data::Vocabulary;
-use supernode::train::{Finished, Report, Training};
+use supernode::train::{Finished, Layout, Report, Training};
 
 /// Without a terminal, a line after so many steps is enough.
 const LINE_EVERY: u64 = 50;
@@ -165,6 +165,14 @@ impl Progress {
                 rate.map_or("no".to_string(), |r| format!("{r:.0}")),
             ));
         }
+    }
+}
+
+/// What lives where and what moves when.
+pub(super) fn print_layout(layout: &Layout, json: bool) {
+    match json {
+        true => print_line(&json!({ "layout": layout })),
+        false => print_text(&format!("{layout}\n")),
     }
 }
 

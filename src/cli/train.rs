@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use supernode::collective::Algorithm;
 use supernode::mesh::Mesh;
 use supernode::model::{Config, Transformer};
-use supernode::spmd::{Device, World};
+use supernode::spmd::{Device, World, Zero};
 use supernode::train::data::{Batches, Split, TRAIN_SHARE, Tokens};
 use supernode::train::schedule::LearningRate;
 use supernode::train::{AdamW, Options, Training};
@@ -23,9 +23,19 @@ pub(super) struct Arguments {
     /// Model and recipe
     #[arg(long, value_enum, default_value = "nanogpt-cpu")]
     preset: Preset,
-    /// Chips along each axis, dp (data) and tp (tensor); without it one chip
+    /// Chips along each axis: dp (data), fsdp (fully sharded data), cp (context), tp (tensor); without it one chip
     #[arg(long, value_name = "dp=2,tp=2")]
     mesh: Option<String>,
+    /// ZeRO's stage over fsdp, or over dp without one: 1 splits optimizer state, 2 also gradients, 3 also parameters; by
+    /// default 3 over fsdp, 0 over dp
+    #[arg(long, value_name = "0|1|2|3")]
+    zero: Option<usize>,
+    /// Split over tp also the tokens of what lies between its matrices: norms, dropout, the residual stream
+    #[arg(long)]
+    sequence_parallel: bool,
+    /// How attention is split over cp
+    #[arg(long, value_enum, default_value = "ulysses")]
+    cp_method: ContextMethod,
     /// How collectives are done: tree, ring or recursive
     #[arg(long, default_value = "tree", value_name = "ALGORITHM")]
     collectives: Algorithm,
@@ -117,9 +127,19 @@ pub(super) struct Arguments {
     /// Trace one step without running it: peak bytes and traffic per chip of any mesh
     #[arg(long, help_heading = "Results")]
     ghost: bool,
+    /// With --ghost: print which chip keeps what of each parameter, and what moves in each phase of a step
+    #[arg(long, requires = "ghost", help_heading = "Results")]
+    layout: bool,
     /// Print one JSON object a line
     #[arg(long, help_heading = "Results")]
     json: bool,
+}
+
+/// Ways to split attention over cp.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum ContextMethod {
+    /// All tokens of some heads, by all-to-alls
+    Ulysses,
 }
 
 /// Runs the command.
@@ -185,7 +205,9 @@ impl Arguments {
         let batches = Batches::new(tokens, split, context, rows, self.seed)?;
         let model = Transformer::new(config, mesh)?
             .with_dtype(self.dtype)
-            .with_recompute(self.recompute);
+            .with_recompute(self.recompute)
+            .with_sequence_parallel(self.sequence_parallel);
+        let ContextMethod::Ulysses = self.cp_method;
         let options = self.options(&recipe)?;
         let training = Training {
             model,
@@ -251,6 +273,7 @@ impl Arguments {
         Ok(Options {
             steps,
             micro_batch: self.micro_batch,
+            zero: self.zero.map(Zero::stage).transpose()?,
             learning_rate,
             optimizer: AdamW {
                 beta2: recipe.beta2,
@@ -271,6 +294,9 @@ impl Arguments {
         let mut ghost = World::ghost(mesh).with_algorithm(self.collectives);
         if let Some(bytes) = self.memory_budget {
             ghost = ghost.with_memory_budget(bytes);
+        }
+        if self.layout {
+            super::progress::print_layout(&training.layout(&ghost)?, self.json);
         }
         let trace = training.trace(&ghost)?;
         if let Some(path) = &self.trace {

@@ -2,11 +2,12 @@
 //!
 //! A training step asks for the same sizes in every step. The pool keeps what is given back, so that after its first
 //! steps a loop asks the system for nothing. It counts tensors by their rounded size, whatever block holds them: that
-//! number does not depend on history, and a ghost predicts it. Blocks are plain vectors of cache lines, always
-//! initialised, which keeps everything but one `Pod` line safe.
+//! number does not depend on history, and a ghost predicts it. Blocks are cache lines, always initialised, which keeps
+//! everything but one `Pod` line safe; large ones lie on large pages.
 
 #![allow(unsafe_code)]
 
+use memmap2::MmapMut;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -24,12 +25,75 @@ unsafe impl bytemuck::Zeroable for Line {}
 // SAFETY: as above, and Line is Copy without pointers.
 unsafe impl bytemuck::Pod for Line {}
 
-type Block = Vec<Line>;
+/// Cache lines, always initialised.
+enum Block {
+    /// From the allocator.
+    Heap(Vec<Line>),
+    /// From the system, which is asked for large pages: a page of 4 KiB costs a fault when it is first written and a walk
+    /// through the page tables for every row of a tall matrix.
+    Mapped(MmapMut),
+}
+
+/// Bytes from which a block is mapped: one large page of x86-64 and of most ARM systems.
+const LARGE_PAGE: usize = 2 << 20;
+
+impl Block {
+    const fn empty() -> Self {
+        Block::Heap(Vec::new())
+    }
+
+    /// Number of lines.
+    fn len(&self) -> usize {
+        match self {
+            Block::Heap(lines) => lines.len(),
+            Block::Mapped(map) => map.len() / LINE,
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl std::ops::Deref for Block {
+    type Target = [Line];
+
+    fn deref(&self) -> &[Line] {
+        match self {
+            Block::Heap(lines) => lines,
+            Block::Mapped(map) => bytemuck::cast_slice(map),
+        }
+    }
+}
+
+impl std::ops::DerefMut for Block {
+    fn deref_mut(&mut self) -> &mut [Line] {
+        match self {
+            Block::Heap(lines) => lines,
+            Block::Mapped(map) => bytemuck::cast_slice_mut(map),
+        }
+    }
+}
 
 fn fresh_block(lines: usize) -> Block {
-    let mut block = bytemuck::zeroed_vec::<Line>(lines);
+    let mut block = mapped(lines).unwrap_or_else(|| Block::Heap(bytemuck::zeroed_vec(lines)));
     poison(&mut block);
     block
+}
+
+/// A large block on large pages, where the system has them. Without them, or without its consent, the allocator serves.
+fn mapped(lines: usize) -> Option<Block> {
+    let bytes = lines * LINE;
+    if bytes < LARGE_PAGE || cfg!(not(target_os = "linux")) {
+        return None;
+    }
+    let map = MmapMut::map_anon(bytes).ok()?;
+    #[cfg(target_os = "linux")]
+    {
+        // Advice: a system built without large pages refuses it and loses nothing.
+        let _ = map.advise(memmap2::Advice::HugePage);
+    }
+    Some(Block::Mapped(map))
 }
 
 /// Debug builds fill memory with NaN of every float type, so that reading before writing shows.
@@ -63,12 +127,12 @@ impl Buffer {
 
     /// The contents.
     pub(crate) fn as_bytes(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.block)[..self.len]
+        &bytemuck::cast_slice(&self.block[..])[..self.len]
     }
 
     /// The contents, for writing.
     pub(crate) fn as_bytes_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.block)[..self.len]
+        &mut bytemuck::cast_slice_mut(&mut self.block[..])[..self.len]
     }
 }
 
@@ -82,7 +146,8 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         if let Some(pool) = self.pool.take() {
             let lines = self.len.div_ceil(LINE);
-            pool.lock().give(std::mem::take(&mut self.block), lines);
+            let block = std::mem::replace(&mut self.block, Block::empty());
+            pool.lock().give(block, lines);
         }
     }
 }
@@ -248,7 +313,7 @@ impl State {
             });
         }
         let reused = if lines == 0 {
-            Some(Block::new())
+            Some(Block::empty())
         } else {
             self.reuse(lines)
         };
@@ -318,7 +383,7 @@ pub(crate) fn with_scratch<R>(bytes: usize, f: impl FnOnce(&mut [u8]) -> R) -> R
     }
     let mut block = block.expect("made above");
     poison(&mut block[..lines]);
-    let result = f(&mut bytemuck::cast_slice_mut(&mut block)[..bytes]);
+    let result = f(&mut bytemuck::cast_slice_mut(&mut block[..])[..bytes]);
     SCRATCH.with_borrow_mut(|kept| {
         let at = kept.partition_point(|b| b.len() < block.len());
         kept.insert(at, block);

@@ -1,12 +1,12 @@
-//! exp, exp2, ln, tanh, erf, sigmoid and the activations, generic over [`Simd`].
+//! exp, exp2, ln, tanh, sigmoid and the activations with their slopes, generic over [`Simd`].
 //!
 //! One fixed sequence of correctly rounded operations each, so that every instruction set gives the same bits. The
 //! coefficients are minimax fits of this project (Lawson's iteration on Chebyshev nodes in 50 digits, each coefficient
 //! rounded to f32 before the next ones are fitted). The tests state each function's error; no branch depends on data.
 
 use super::Activation;
-use super::simd::Simd;
-use std::f32::consts::{FRAC_1_SQRT_2, LN_2, LOG2_E};
+use super::simd::{POWER, Simd};
+use std::f32::consts::{LN_2, LOG2_E};
 
 /// c\[0\] + c\[1\] x + c\[2\] x^2 + ..., by Horner's rule.
 #[inline(always)]
@@ -119,61 +119,156 @@ pub(crate) fn tanh<S: Simd>(s: S, x: S::V) -> S::V {
     s.copysign(s.select(s.lt(a, s.splat(0.625)), small, large), x)
 }
 
-/// Error function, 2/sqrt(pi) times the integral of e^(-t^2) from 0 to x. Within 2 ulp.
+/// e^x for x <= 88, 0 below -87, where [`exp`] goes through the subnormal numbers; NaN stays. Within 1 ulp.
+///
+/// What softmax needs, at half the cost: one sum rounds x log2(e) to an integer and leaves that in its lowest bits.
 #[inline(always)]
-pub(crate) fn erf<S: Simd>(s: S, x: S::V) -> S::V {
-    let a = s.abs(x);
-    let square = s.mul(x, x);
-    // The leading 2/sqrt(pi) is split into 1 + C[0], since f32 alone would round it too coarsely.
-    const C: [f32; 6] = [
-        0.128_379_17,
-        -0.376_125_16,
-        0.112_818_52,
-        -0.026_764_775,
-        0.004_987_887_6,
-        -0.000_595_546_5,
+pub(crate) fn exp_normal<S: Simd>(s: S, x: S::V) -> S::V {
+    let t = s.fma(x, s.splat(LOG2_E), s.splat(POWER));
+    let n = s.sub(t, s.splat(POWER));
+    let r = s.neg_fma(n, s.splat(LN_2_HIGH), x);
+    let r = s.neg_fma(n, s.splat(LN_2_LOW), r);
+    const C: [f32; 7] = [
+        1.0,
+        1.0,
+        0.499_999_94,
+        0.166_665_21,
+        0.041_668_26,
+        0.008_368_669,
+        0.001_382_136,
     ];
-    let small = s.fma(horner(s, square, C), x, x);
-    // ln erfc on 0.9..4; from there on erf rounds to 1.
-    const Q: [f32; 7] = [
-        -0.000_166_243_57,
-        -1.127_798_2,
-        -0.636_974_3,
-        -0.104_115_434,
-        0.022_316_134,
-        -0.003_065_737,
-        0.000_198_246,
-    ];
-    let tail = exp(s, horner(s, s.min(s.splat(4.0), a), Q));
-    let large = s.copysign(s.sub(s.splat(1.0), tail), x);
-    s.select(s.lt(a, s.splat(0.92)), small, large)
+    let y = s.shift(horner(s, r, C), t);
+    s.select(s.lt(x, s.splat(-87.0)), s.zero(), y)
 }
 
-/// 1 / (1 + e^-x). Within 3 ulp while e^-x is finite, 0 below.
+/// 1 / (1 + e^-x). Within 3 ulp down to -87, 0 below.
 #[inline(always)]
 pub(crate) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
     let one = s.splat(1.0);
-    s.div(one, s.add(one, exp(s, s.neg(x))))
+    // -|x|, so that nothing overflows: a NaN stays.
+    let e = exp_normal(s, s.min(x, s.sub(s.zero(), x)));
+    s.div(s.select(s.lt(x, s.zero()), e, one), s.add(one, e))
 }
+
+/// An odd function that tends to 1/2: x p(x^2) / q(x^2) up to `limit`, 1/2 with x's sign beyond; NaN stays.
+///
+/// Both GELUs are x (1/2 + such a function), and so are their slopes 1/2 + another one. One division costs less than the
+/// exponential and the two ranges that erf and tanh need, and the error is absolute, as it is in their sum with 1/2.
+struct OddRational<const P: usize, const Q: usize> {
+    limit: f32,
+    p: [f32; P],
+    q: [f32; Q],
+}
+
+impl<const P: usize, const Q: usize> OddRational<P, Q> {
+    #[inline(always)]
+    fn at<S: Simd>(&self, s: S, x: S::V) -> S::V {
+        let square = s.mul(x, x);
+        let p = s.mul(x, horner(s, square, self.p));
+        let inside = s.div(p, horner(s, square, self.q));
+        let beyond = s.lt(s.splat(self.limit), s.abs(x));
+        s.select(beyond, s.copysign(s.splat(0.5), x), inside)
+    }
+}
+
+/// erf(x / sqrt 2) / 2. Within 2^-22.9.
+const GELU_ERF: OddRational<6, 6> = OddRational {
+    limit: 5.5,
+    p: [
+        0.398_942_23,
+        0.033_862_807,
+        0.004_677_895_5,
+        0.000_168_933_18,
+        6.353_236e-6,
+        2.274_333_6e-8,
+    ],
+    q: [
+        1.0,
+        0.251_547_37,
+        0.028_651_73,
+        0.001_885_039,
+        7.368_434e-5,
+        1.197_413_9e-6,
+    ],
+};
+
+/// erf(x / sqrt 2) / 2 + x e^(-x^2/2) / sqrt(2 pi). Within 2^-22.
+const GELU_ERF_SLOPE: OddRational<8, 7> = OddRational {
+    limit: 5.8,
+    p: [
+        0.797_884_5,
+        -0.022_087_902,
+        0.013_729_752,
+        0.000_212_577_7,
+        3.200_369e-5,
+        9.362_863e-7,
+        1.194_678_7e-8,
+        -2.872_309_2e-11,
+    ],
+    q: [
+        1.0,
+        0.305_649_82,
+        0.044_092_186,
+        0.003_943_256,
+        0.000_240_727,
+        9.859_073e-6,
+        3.162_689_4e-7,
+    ],
+};
+
+/// tanh(sqrt(2/pi) (x + 0.044715 x^3)) / 2. Within 2^-22.9.
+const GELU_TANH: OddRational<6, 6> = OddRational {
+    limit: 5.1,
+    p: [
+        0.398_942_32,
+        0.030_419_433,
+        0.003_628_190_6,
+        0.000_133_183_87,
+        6.985_691_5e-6,
+        2.355_154_1e-8,
+    ],
+    q: [
+        1.0,
+        0.243_742_56,
+        0.024_346_247,
+        0.001_296_149_1,
+        7.536_848e-5,
+        1.296_912_5e-6,
+    ],
+};
+
+/// The slope of x (1/2 + [`GELU_TANH`]), less 1/2. Within 2^-22.
+const GELU_TANH_SLOPE: OddRational<8, 7> = OddRational {
+    limit: 5.3,
+    p: [
+        0.797_884_6,
+        -0.060_223_933,
+        0.014_107_192,
+        -0.000_462_945_55,
+        3.281_414e-5,
+        -3.111_905e-7,
+        9.618_073e-9,
+        -4.579_516_3e-11,
+    ],
+    q: [
+        1.0,
+        0.259_503_96,
+        0.027_894_775,
+        0.001_320_957_4,
+        0.000_100_503_38,
+        2.539_067_5e-6,
+        7.216_216e-8,
+    ],
+};
 
 impl Activation {
     /// The function's value, lane by lane. Called in a loop, the choice is made outside it by the compiler.
     #[inline(always)]
     pub(crate) fn apply<S: Simd>(self, s: S, x: S::V) -> S::V {
+        let half = s.mul(x, s.splat(0.5));
         match self {
-            Activation::GeluTanh => {
-                let inner = s.fma(
-                    s.mul(s.mul(x, x), x),
-                    s.splat(SQRT_2_OVER_PI * 0.044_715),
-                    s.mul(x, s.splat(SQRT_2_OVER_PI)),
-                );
-                let half = s.mul(x, s.splat(0.5));
-                s.fma(half, tanh(s, inner), half)
-            }
-            Activation::GeluErf => {
-                let half = s.mul(x, s.splat(0.5));
-                s.fma(half, erf(s, s.mul(x, s.splat(FRAC_1_SQRT_2))), half)
-            }
+            Activation::GeluTanh => s.fma(x, GELU_TANH.at(s, x), half),
+            Activation::GeluErf => s.fma(x, GELU_ERF.at(s, x), half),
             Activation::Relu2 => {
                 let positive = s.max(s.zero(), x);
                 s.mul(positive, positive)
@@ -181,10 +276,25 @@ impl Activation {
             Activation::Silu => s.mul(x, sigmoid(s, x)),
         }
     }
-}
 
-/// sqrt(2/pi), in GELU's tanh form.
-pub(crate) const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+    /// The function's slope at x, lane by lane.
+    #[inline(always)]
+    pub(crate) fn slope<S: Simd>(self, s: S, x: S::V) -> S::V {
+        let half = s.splat(0.5);
+        match self {
+            Activation::GeluTanh => s.add(half, GELU_TANH_SLOPE.at(s, x)),
+            Activation::GeluErf => s.add(half, GELU_ERF_SLOPE.at(s, x)),
+            Activation::Relu2 => {
+                let r = s.max_nan(x, s.zero());
+                s.add(r, r)
+            }
+            Activation::Silu => {
+                let p = sigmoid(s, x);
+                s.fma(s.mul(x, p), s.sub(s.splat(1.0), p), p)
+            }
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -198,9 +308,10 @@ mod tests {
         Exp,
         Ln,
         Tanh,
-        Erf,
+        ExpNormal,
         Sigmoid,
         Activate(Activation),
+        Slope(Activation),
     }
 
     struct Evaluate<'a>(Function, &'a [f32]);
@@ -217,9 +328,10 @@ mod tests {
                     Function::Exp => exp(s, x),
                     Function::Ln => ln(s, x),
                     Function::Tanh => tanh(s, x),
-                    Function::Erf => erf(s, x),
+                    Function::ExpNormal => exp_normal(s, x),
                     Function::Sigmoid => sigmoid(s, x),
                     Function::Activate(a) => a.apply(s, x),
+                    Function::Slope(a) => a.slope(s, x),
                 };
                 s.store_first(y, v);
             }
@@ -248,7 +360,7 @@ mod tests {
             Function::Exp => x.exp(),
             Function::Ln => x.ln(),
             Function::Tanh => x.tanh(),
-            Function::Erf => erf64(x),
+            Function::ExpNormal => x.exp(),
             Function::Sigmoid => 1.0 / (1.0 + (-x).exp()),
             Function::Activate(a) => match a {
                 Activation::GeluTanh => {
@@ -258,6 +370,22 @@ mod tests {
                 Activation::GeluErf => x / 2.0 * (1.0 + erf64(x / 2f64.sqrt())),
                 Activation::Relu2 => x.max(0.0).powi(2),
                 Activation::Silu => x / (1.0 + (-x).exp()),
+            },
+            Function::Slope(a) => match a {
+                Activation::GeluTanh => {
+                    let c = (2.0 / std::f64::consts::PI).sqrt();
+                    let t = (c * (x + 0.044715 * x * x * x)).tanh();
+                    0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * c * (1.0 + 3.0 * 0.044715 * x * x)
+                }
+                Activation::GeluErf => {
+                    let density = (-x * x / 2.0).exp() / std::f64::consts::TAU.sqrt();
+                    0.5 * (1.0 + erf64(x / 2f64.sqrt())) + x * density
+                }
+                Activation::Relu2 => 2.0 * x.max(0.0),
+                Activation::Silu => {
+                    let p = 1.0 / (1.0 + (-x).exp());
+                    p + x * p * (1.0 - p)
+                }
             },
         }
     }
@@ -304,8 +432,8 @@ mod tests {
             (Function::Ln, 1.0, 3e38, 2.0),
             (Function::Tanh, -10.0, 10.0, 2.0),
             (Function::Tanh, -1.0, 1.0, 2.0),
-            (Function::Erf, -5.0, 5.0, 2.0),
-            (Function::Erf, -1.0, 1.0, 2.0),
+            (Function::ExpNormal, -87.0, 88.0, 1.0),
+            (Function::ExpNormal, -1.0, 1.0, 1.0),
             (Function::Sigmoid, -80.0, 80.0, 3.0),
         ] {
             let (error, at) = worst(f, lo, hi);
@@ -335,6 +463,30 @@ mod tests {
     }
 
     #[test]
+    fn slopes_stay_close() {
+        use Activation::*;
+        for a in [GeluTanh, GeluErf, Relu2, Silu] {
+            let f = Function::Slope(a);
+            let x = grid(-12.0, 12.0, 20_000);
+            let y = dispatch(Isa::available()[0], Evaluate(f, &x));
+            for (x, y) in x.iter().map(|&x| x as f64).zip(y) {
+                let want = exact(f, x);
+                // Slopes lie between -0.13 and 1.13, but for that of a square. SiLU's multiplies 1 - p, rounded, by x.
+                let scale = if a == Silu {
+                    1.0 + x.abs()
+                } else {
+                    want.abs().max(1.0)
+                };
+                let error = (y as f64 - want).abs();
+                assert!(
+                    error <= 4.0 * scale * 2f64.powi(-24),
+                    "slope of {a:?}({x}) = {y}, not {want}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn special_arguments() {
         let inf = f32::INFINITY;
         for isa in Isa::available() {
@@ -354,8 +506,14 @@ mod tests {
                 (Function::Ln, f32::from_bits(1), -103.278_93),
                 (Function::Tanh, inf, 1.0),
                 (Function::Tanh, -inf, -1.0),
-                (Function::Erf, inf, 1.0),
-                (Function::Erf, -4.5, -1.0),
+                (Function::ExpNormal, 0.0, 1.0),
+                (Function::ExpNormal, -87.5, 0.0),
+                (Function::ExpNormal, -inf, 0.0),
+                (Function::Activate(GeluErf), -6.0, 0.0),
+                (Function::Activate(GeluErf), 60.0, 60.0),
+                (Function::Activate(GeluTanh), -6.0, 0.0),
+                (Function::Slope(GeluErf), -6.0, 0.0),
+                (Function::Slope(GeluTanh), 6.0, 1.0),
                 (Function::Sigmoid, 0.0, 0.5),
                 (Function::Sigmoid, -inf, 0.0),
                 (Function::Sigmoid, inf, 1.0),
@@ -368,11 +526,12 @@ mod tests {
                 Function::Exp,
                 Function::Ln,
                 Function::Tanh,
-                Function::Erf,
+                Function::ExpNormal,
             ]
             .into_iter()
             .chain([Function::Sigmoid])
             .chain([GeluTanh, GeluErf, Relu2, Silu].map(Function::Activate))
+            .chain([GeluTanh, GeluErf, Relu2, Silu].map(Function::Slope))
             {
                 assert!(at(f, f32::NAN).is_nan(), "{f:?}(NaN) on {isa:?}");
             }
@@ -392,11 +551,12 @@ mod tests {
             Function::Exp,
             Function::Ln,
             Function::Tanh,
-            Function::Erf,
+            Function::ExpNormal,
         ]
         .into_iter()
         .chain([Function::Sigmoid])
         .chain([GeluTanh, GeluErf, Relu2, Silu].map(Function::Activate))
+        .chain([GeluTanh, GeluErf, Relu2, Silu].map(Function::Slope))
         {
             let bits = |isa| -> Vec<u32> {
                 let y = dispatch(isa, Evaluate(f, &x));

@@ -1,9 +1,14 @@
-//! The transformer, written once over sharded tensors: the same code on one chip and on any mesh of dp and tp.
+//! The transformer, written once over sharded tensors: the same code on one chip and on any mesh of dp, fsdp, cp and tp.
 //!
 //! Tensor parallelism is Megatron's (Shoeybi et al. 2019, arXiv:1909.08053): the first matrix of each pair is split by
 //! columns and the second by rows, so that a block costs two all-reduces forward and two backward; the embedding and the
 //! loss are split over the vocabulary. A vocabulary that tp does not divide is padded in storage only: padded logits are
 //! masked and get no gradient. Weights are stored [in, out].
+//!
+//! Sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198) also splits over tp what lies between those pairs: the
+//! residual stream, norms and dropout are cut by tokens, and each all-reduce becomes a reduce-scatter and an all-gather, of
+//! the same bytes. Context parallelism is Ulysses' (Jacobs et al. 2023, arXiv:2309.14509): tokens are split over cp
+//! everywhere but in attention, which has all tokens of some heads; all-to-alls lead there and back.
 
 mod config;
 
@@ -24,6 +29,7 @@ pub struct Transformer {
     config: Config,
     dtype: DType,
     recompute: bool,
+    sequence_parallel: bool,
     draw: Option<u64>,
     rotary: Option<ops::Rotary>,
 }
@@ -47,6 +53,7 @@ impl Transformer {
             config,
             dtype: DType::F32,
             recompute: false,
+            sequence_parallel: false,
             draw: None,
             rotary,
         })
@@ -62,6 +69,12 @@ impl Transformer {
     /// Whether backward computes each block again instead of keeping its intermediate values.
     pub fn with_recompute(mut self, recompute: bool) -> Self {
         self.recompute = recompute;
+        self
+    }
+
+    /// Whether tp also splits the tokens of what lies between its pairs of matrices.
+    pub fn with_sequence_parallel(mut self, sequence_parallel: bool) -> Self {
+        self.sequence_parallel = sequence_parallel;
         self
     }
 
@@ -88,12 +101,12 @@ impl Transformer {
         self.config.vocab.next_multiple_of(chip.size_of("tp"))
     }
 
-    /// Placement of a batch of token numbers or labels [b, t]: sequences split over dp.
+    /// Placement of a batch of token numbers or labels [b, t]: sequences split over dp and fsdp, tokens over cp.
     pub fn batch_placement(chip: &Chip) -> Placements {
-        chip.placed(&[("dp", Shard(0))])
+        chip.placed(&[("dp", Shard(0)), ("fsdp", Shard(0)), ("cp", Shard(1))])
     }
 
-    /// Logits [b, t, v padded], split over dp by sequences and over tp by vocabulary, from token numbers [b, t].
+    /// Logits [b, t, v padded], split as the tokens are and over tp by vocabulary, from token numbers [b, t].
     #[track_caller]
     pub fn logits(&self, chip: &Chip, tokens: &Sharded) -> Sharded {
         let mut x = chip.scope("embedding", || self.embed(chip, tokens));
@@ -107,9 +120,9 @@ impl Transformer {
             };
         }
         chip.scope("head", || {
-            let x = self.norm(chip, "norm", &x);
+            let x = self.whole_over_tp(chip, &self.norm(chip, "norm", &x));
             if self.config.tied {
-                x.matmul_transposed(&self.embedding_table(chip).cast(self.dtype))
+                x.matmul_transposed(&self.embedding_table(chip, self.dtype))
             } else {
                 let (c, v, padded) = (
                     self.config.hidden,
@@ -117,14 +130,9 @@ impl Transformer {
                     self.padded_vocab(chip),
                 );
                 let placement = chip.placed(&[("tp", Shard(1))]);
-                let head = chip.padded_parameter(
-                    "head",
-                    [c, v],
-                    [c, padded],
-                    placement,
-                    Init::normal(0.02),
-                );
-                x.matmul(&head.cast(self.dtype))
+                let shapes = (vec![c, v], vec![c, padded]);
+                let init = Init::normal(0.02);
+                x.matmul(&chip.parameter_as("head", shapes, placement, init, self.dtype))
             }
         })
     }
@@ -153,22 +161,45 @@ impl Transformer {
         chip.apply_one(op, &[&logits, labels, &max, &sum, &target])
     }
 
-    fn embedding_table(&self, chip: &Chip) -> Sharded {
+    fn embedding_table(&self, chip: &Chip, dtype: DType) -> Sharded {
         let (v, c, padded) = (
             self.config.vocab,
             self.config.hidden,
             self.padded_vocab(chip),
         );
         let placement = chip.placed(&[("tp", Shard(0))]);
-        chip.padded_parameter("wte", [v, c], [padded, c], placement, Init::normal(0.02))
+        let shapes = (vec![v, c], vec![padded, c]);
+        chip.parameter_as("wte", shapes, placement, Init::normal(0.02), dtype)
+    }
+
+    /// Where the residual stream lies between pairs of matrices, for tokens [b, t] that lie as `tokens` does.
+    fn residual(&self, chip: &Chip, tokens: &Placements) -> Placements {
+        match self.sequence_parallel && chip.size_of("tp") > 1 {
+            true => tokens.with(chip.mesh().axis_index("tp"), Shard(1)),
+            false => tokens.clone(),
+        }
+    }
+
+    /// All the chip's tokens in front of a matrix that tp splits by columns: an all-gather under sequence parallelism.
+    fn whole_over_tp(&self, chip: &Chip, x: &Sharded) -> Sharded {
+        match self.sequence_parallel && chip.size_of("tp") > 1 {
+            true => {
+                let tp = chip.mesh().axis_index("tp");
+                x.redistribute(x.placements().with(tp, Replicate))
+            }
+            false => x.clone(),
+        }
     }
 
     fn embed(&self, chip: &Chip, tokens: &Sharded) -> Sharded {
         let op = ops::Embedding {
             output: Some(self.dtype),
         };
-        let x = chip.apply_one(op.clone(), &[&self.embedding_table(chip), tokens]);
-        let x = x.redistribute(tokens.placements());
+        let table = self.embedding_table(chip, DType::F32);
+        let x = chip.apply_one(op.clone(), &[&table, tokens]);
+        drop(table);
+        let placed = self.residual(chip, tokens.placements());
+        let x = x.redistribute(&placed);
         let x = match self.config.positions {
             Positions::Rotary { .. } => x,
             Positions::Learned => {
@@ -177,7 +208,7 @@ impl Transformer {
                 let at = chip.input(
                     "positions",
                     tokens.shape(),
-                    tokens.placements(),
+                    &placed,
                     &positions(tokens.shape()[1]),
                 );
                 x.add(&chip.apply_one(op, &[&table, &at]))
@@ -247,25 +278,28 @@ impl Transformer {
         &self,
         chip: &Chip,
         name: &str,
-        bias: &str,
+        bias_name: &str,
         shape: [usize; 2],
     ) -> (Sharded, Option<Sharded>) {
-        let weight = chip.parameter(
-            name,
-            shape,
-            chip.placed(&[("tp", Shard(1))]),
-            Init::normal(0.02),
-        );
-        let bias = self.config.bias.then(|| {
-            chip.parameter(
-                bias,
-                [shape[1]],
-                chip.placed(&[("tp", Shard(0))]),
-                Init::zeros(),
-            )
-            .cast(self.dtype)
-        });
-        (weight.cast(self.dtype), bias)
+        let placed = |dim| chip.placed(&[("tp", Shard(dim))]);
+        let weight = self.weight(chip, name, &shape, placed(1), Init::normal(0.02));
+        let bias = self.config.bias;
+        let bias =
+            bias.then(|| self.weight(chip, bias_name, &shape[1..], placed(0), Init::zeros()));
+        (weight, bias)
+    }
+
+    /// A parameter as matmuls take it: in the type that activations have.
+    fn weight(
+        &self,
+        chip: &Chip,
+        name: &str,
+        shape: &[usize],
+        placements: Placements,
+        init: Init,
+    ) -> Sharded {
+        let shapes = (shape.to_vec(), shape.to_vec());
+        chip.parameter_as(name, shapes, placements, init, self.dtype)
     }
 
     /// `x w + b` with w split by rows: partial sums are reduced over tp, and the bias is added once, behind it.
@@ -279,21 +313,23 @@ impl Transformer {
     ) -> Sharded {
         // GPT-2 scales the projections that end in the residual stream by the number of them.
         let init = Init::normal(0.02 / (2.0 * self.config.layers as f32).sqrt());
-        let weight = chip
-            .parameter(name, shape, chip.placed(&[("tp", Shard(0))]), init)
-            .cast(self.dtype);
+        let weight = self.weight(chip, name, &shape, chip.placed(&[("tp", Shard(0))]), init);
         let bias = bias.filter(|_| self.config.bias);
-        let bias = bias.map(|b| {
-            chip.parameter(b, [shape[1]], chip.replicated(), Init::zeros())
-                .cast(self.dtype)
-        });
+        let bias =
+            bias.map(|b| self.weight(chip, b, &shape[1..], chip.replicated(), Init::zeros()));
         if chip.size_of("tp") == 1 {
             return x.linear(&weight, bias.as_ref(), None);
         }
         let y = x.matmul(&weight);
+        drop(weight);
         // A batch need not be split over dp: a sampled text is on every chip.
-        let whole = |p: &Placement| if *p == Partial { Replicate } else { *p };
-        let placements: Placements = y.placements().iter().map(whole).collect();
+        let summed = if self.sequence_parallel {
+            Shard(1)
+        } else {
+            Replicate
+        };
+        let settled = |p: &Placement| if *p == Partial { summed } else { *p };
+        let placements: Placements = y.placements().iter().map(settled).collect();
         let y = y.redistribute(placements);
         match bias {
             Some(bias) => y.add_bias(&bias),
@@ -309,6 +345,7 @@ impl Transformer {
             self.config.head_dim(),
         );
         let (b, t) = (x.shape()[0], x.shape()[1]);
+        let x = self.whole_over_tp(chip, x);
         let project = |which: char, heads: usize| {
             let (weight, bias) = self.column(
                 chip,
@@ -322,12 +359,16 @@ impl Transformer {
         let q = self.turn(chip, &format!("{name}.q_norm"), project('q', h));
         let k = self.turn(chip, &format!("{name}.k_norm"), project('k', g));
         let v = project('v', g);
+        drop(x);
+        let by_tokens = q.placements().clone();
+        let [q, k, v] = [q, k, v].map(|x| all_tokens_of_some_heads(chip, x));
         let op = ops::Attention {
             causal: true,
             ..Default::default()
         };
-        let o = chip.apply_one(op, &[&q, &k, &v]).reshape([b, t, c]);
+        let o = chip.apply_one(op, &[&q, &k, &v]);
         drop((q, k, v));
+        let o = o.redistribute(by_tokens).reshape([b, t, c]);
         self.row(
             chip,
             &format!("{name}.wo"),
@@ -364,6 +405,7 @@ impl Transformer {
 
     fn feed_forward(&self, chip: &Chip, name: &str, x: &Sharded) -> Sharded {
         let (c, f) = (self.config.hidden, self.config.ffn);
+        let x = &self.whole_over_tp(chip, x);
         match self.config.feed_forward.activation() {
             Some(activation) => {
                 let (w1, b1) =
@@ -379,14 +421,9 @@ impl Transformer {
             }
             None => {
                 let weight = |which: &str| {
-                    let placement = chip.placed(&[("tp", Shard(1))]);
-                    chip.parameter(
-                        &format!("{name}.{which}"),
-                        [c, f],
-                        placement,
-                        Init::normal(0.02),
-                    )
-                    .cast(self.dtype)
+                    let placed = chip.placed(&[("tp", Shard(1))]);
+                    let name = format!("{name}.{which}");
+                    self.weight(chip, &name, &[c, f], placed, Init::normal(0.02))
                 };
                 let y = x.matmul(&weight("gate")).swiglu(&x.matmul(&weight("up")));
                 self.row(chip, &format!("{name}.down"), None, [f, c], &y)
@@ -405,6 +442,18 @@ impl Transformer {
             ),
             _ => x.clone(),
         }
+    }
+}
+
+/// Queries, keys or values [b, t, h, d] as attention takes them: tokens that are split over cp are exchanged for heads.
+fn all_tokens_of_some_heads(chip: &Chip, x: Sharded) -> Sharded {
+    if chip.size_of("cp") == 1 {
+        return x;
+    }
+    let cp = chip.mesh().axis_index("cp");
+    match x.placements()[cp] {
+        Shard(1) => x.redistribute(x.placements().with(cp, Shard(2))),
+        _ => x,
     }
 }
 

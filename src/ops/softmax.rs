@@ -3,9 +3,7 @@
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
 use super::{Axes, Backward, Cost, Op, Saved, Site, letters_besides, misfit};
-use crate::cpu::memory::with_scratch_f32;
-use crate::cpu::rows::{self, parallel::part};
-use crate::dtype::{Slice, SliceMut};
+use crate::cpu::rows;
 #[cfg(feature = "gpu")]
 use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
@@ -51,7 +49,7 @@ impl Op for Softmax {
         Cost {
             flops: 4 * inputs[0].elements() as u64,
             bytes: 2 * outputs[0].bytes() + inputs[0].bytes(),
-            scratch: 4 * outputs[0].elements() as u64,
+            scratch: 0,
         }
     }
 
@@ -59,15 +57,7 @@ impl Op for Softmax {
         let (y, dy) = (backward.output(0), backward.gradient(0));
         if let Some(dx) = backward.want(0) {
             let c = y.ty().last();
-            // t = y dy, then t - y sum of t: differences are taken in f32 and rounded once.
-            with_scratch_f32(y.elements(), |t| {
-                rows::multiply(y.slice(), dy.slice(), SliceMut::F32(t));
-                for (i, t) in t.chunks_exact_mut(c.max(1)).enumerate() {
-                    let sum = rows::sum(Slice::F32(t));
-                    rows::axpy(-sum, part(y.slice(), i * c..(i + 1) * c), SliceMut::F32(t));
-                }
-                rows::cast(Slice::F32(t), dx.tensor.slice_mut());
-            });
+            rows::softmax_backward(y.slice(), dy.slice(), c, dx.tensor.slice_mut());
         }
     }
 

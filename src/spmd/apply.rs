@@ -63,6 +63,7 @@ impl Chip {
             let tensors: Vec<&Tensor> = inputs.iter().map(|x| &x.tensor).collect();
             ops::device::forward(&*op, &at, &tensors, &mut outputs);
         }
+        self.refuse_lost(inputs, op.name(), site);
         let outputs = self.results(outputs, &global_out, &resolved, inputs);
         self.tell(Told {
             kind: EventKind::Op,
@@ -86,6 +87,19 @@ impl Chip {
     #[track_caller]
     pub fn apply_one(&self, op: impl Op, inputs: &[&Sharded]) -> Sharded {
         self.apply(op, inputs).swap_remove(0)
+    }
+
+    /// Refuses a parameter that was gathered before recording began: no gradient would reach it.
+    fn refuse_lost(&self, inputs: &[&Sharded], op: &str, site: &'static Location<'static>) {
+        let recording = self.inner().tape.borrow().is_some();
+        let mut gathered = inputs.iter().filter_map(|x| x.gathered.as_ref());
+        if let Some(lost) = gathered.find(|g| recording && !g.recorded) {
+            panic!(
+                "{op} at {site}: the parameter of {} was gathered outside of Chip::record and would get no gradient; \
+                 ask for it inside",
+                lost.site
+            );
+        }
     }
 
     fn locals(&self, values: &[&Sharded], site: &'static Location<'static>) -> Vec<Local> {

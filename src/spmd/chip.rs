@@ -52,6 +52,7 @@ pub(super) struct Inner {
     pub(super) sequence: RefCell<Vec<u64>>,
     pub(super) tickets: Cell<u64>,
     pub(super) open_tickets: RefCell<BTreeSet<u64>>,
+    pub(super) zero: Cell<Option<(super::Zero, usize)>>,
 }
 
 /// What a chip is made from.
@@ -98,6 +99,7 @@ impl Chip {
             sequence: RefCell::new(vec![0; axes + 1]),
             tickets: Cell::new(0),
             open_tickets: RefCell::default(),
+            zero: Cell::new(None),
         }))
     }
 

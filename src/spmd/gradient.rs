@@ -7,6 +7,7 @@
 use super::apply::Told;
 use super::resolve::Resolved;
 use super::sharded::Tracked;
+use super::zero::Gathered;
 use super::{Chip, Sharded};
 use crate::dtype::{DType, TensorType};
 use crate::ops::device;
@@ -42,7 +43,9 @@ impl Chip {
                     ty: x.tensor.ty().clone(),
                     global: x.global.clone(),
                     placements: x.placements.clone(),
-                    saved: keep(saves.inputs, i).then(|| x.tensor.clone()),
+                    saved: (keep(saves.inputs, i) && self.regathers(x).is_none())
+                        .then(|| x.tensor.clone()),
+                    regather: self.regathers(x).filter(|_| keep(saves.inputs, i)),
                     gradient: resolved.gradients[i].clone(),
                 })
                 .collect(),
@@ -78,6 +81,13 @@ impl Chip {
                 applied.backward(chip, gradients, pass)
             }),
         });
+    }
+
+    /// What an operand can be gathered from again in the backward. A block that is computed again keeps it: its backward
+    /// follows at once.
+    fn regathers(&self, x: &Sharded) -> Option<Rc<Gathered>> {
+        let again = self.current_phase() == Phase::Recompute;
+        x.gathered.clone().filter(|_| !again)
     }
 
     pub(super) fn push_node(&self, node: Node<Chip>) {
@@ -215,6 +225,8 @@ struct Operand {
     global: Vec<usize>,
     placements: Placements,
     saved: Option<Tensor>,
+    /// The share to gather the operand from for the backward, instead of keeping the operand.
+    regather: Option<Rc<Gathered>>,
     gradient: Placements,
 }
 
@@ -303,10 +315,20 @@ impl Applied {
             }
             return;
         }
+        for x in &mut self.inputs {
+            x.saved = x
+                .regather
+                .as_ref()
+                .map(|g| g.again(chip))
+                .or(x.saved.take());
+        }
         let (mut slots, before) = self.slots(chip, gradients, &wanted, pass);
         let began = chip.now();
         if !chip.is_ghost() {
             self.compute(chip, settled, &mut slots);
+        }
+        for x in self.inputs.iter_mut().filter(|x| x.regather.is_some()) {
+            x.saved = None;
         }
         self.tell(chip, settled, &slots, &wanted, began);
         for ((x, slot), before) in self.inputs.iter().zip(slots).zip(before) {

@@ -9,7 +9,9 @@
 //! | `sharded` | a tensor over the mesh and the ops on it |
 //! | `apply`, `resolve` | one op on placed operands: shapes, placements, event |
 //! | `gradient`, `recompute` | backward: settling, adding, computing again |
+//! | `zero`, `update` | what belongs to a parameter split over the batch's axis; changing parameters |
 //! | `redistribute` | moving between placements; collectives as events |
+//! | `grid` | matmul on a grid of chips: 1-D, SUMMA, 2.5-D |
 //! | `started`, `message` | transfers beside the program; messages to one peer |
 //! | `execute` | walks a collective's list of steps over a wire |
 //! | `exchange` | the wire between threads: messages, waits, diagnosis |
@@ -23,6 +25,7 @@ mod exchange;
 mod execute;
 mod ghost;
 mod gradient;
+mod grid;
 mod message;
 mod parameter;
 mod recompute;
@@ -33,14 +36,17 @@ mod sharded;
 mod started;
 mod threads;
 mod update;
+mod zero;
 
 pub use chip::{Chip, Contents, FromIndex};
 pub use device::Device;
 pub use ghost::Ghost;
+pub use grid::{Cut, Grid};
 pub use parameter::{Init, Parameter};
 pub use sharded::Sharded;
 pub use started::Pending;
 pub use threads::{Run, Threads};
+pub use zero::Zero;
 
 use crate::error::Result;
 use crate::mesh::Mesh;

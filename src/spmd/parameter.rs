@@ -50,9 +50,12 @@ pub struct Parameter {
     pub padded: Vec<usize>,
     /// Placement.
     pub placements: Placements,
+    /// Placement of the state and of the gradient once it is reduced: `placements`, unless [`Chip::split_parameters`]
+    /// splits these and not the parameter.
+    pub kept: Placements,
     /// The chip's share, in f32.
     pub value: Tensor,
-    /// What an optimizer keeps beside it, placed as it is; see [`Chip::keep_state`].
+    /// What an optimizer keeps beside it, placed as `kept`; see [`Chip::keep_state`].
     pub state: Vec<Tensor>,
     /// Contributions to the gradient, by placement.
     pub gradient: Vec<(Placements, Tensor)>,
@@ -106,14 +109,32 @@ impl Chip {
         placements: impl Into<Placements>,
         init: Init,
     ) -> Sharded {
-        let (shape, padded) = (shape.into(), padded.into());
-        let placements = self.normalize(&placements.into());
+        let (padded, used) = (padded.into(), placements.into());
+        self.parameter_as(name, (shape.into(), padded), used, init, DType::F32)
+    }
+
+    /// A [`Chip::padded_parameter`] of (shape, padded shape) in the type `dtype`. If [`Chip::split_parameters`] splits
+    /// parameters, it is gathered in this type.
+    ///
+    /// # Panics
+    /// As [`Chip::padded_parameter`].
+    #[track_caller]
+    pub fn parameter_as(
+        &self,
+        name: &str,
+        (shape, padded): (Vec<usize>, Vec<usize>),
+        placements: Placements,
+        init: Init,
+        dtype: DType,
+    ) -> Sharded {
+        let used = self.normalize(&placements);
         let fits = shape.len() == padded.len() && shape.iter().zip(&padded).all(|(s, p)| s <= p);
         assert!(
             fits,
             "parameter '{name}': padded shape {padded:?} is smaller than {shape:?}"
         );
         let site = Location::caller();
+        let (placements, kept) = self.zero_placements(&padded, &used);
         let known = self.parameters().iter().position(|p| *p.name == *name);
         let at = known.unwrap_or_else(|| {
             let value = self.first_value(name, &shape, &padded, &placements, init, site);
@@ -122,6 +143,7 @@ impl Chip {
                 shape: shape.clone(),
                 padded: padded.clone(),
                 placements: placements.clone(),
+                kept: kept.clone(),
                 value,
                 state: Vec::new(),
                 gradient: Vec::new(),
@@ -140,7 +162,9 @@ impl Chip {
             p.shape,
             p.placements
         );
-        Sharded::leaf(self, p)
+        let leaf = Sharded::leaf(self, p);
+        drop(all);
+        self.as_used(leaf.cast(dtype), &used, &kept, site)
     }
 
     fn first_value(
@@ -191,16 +215,15 @@ impl Chip {
         for name in &names[p.state.len().min(names.len())..] {
             let name = format!("{name}/{}", p.name);
             let (init, site) = (Init::zeros(), Location::caller());
-            let state = self.first_value(&name, &p.shape, &p.padded, &p.placements, init, site);
+            let state = self.first_value(&name, &p.shape, &p.padded, &p.kept, init, site);
             p.state.push(state);
         }
     }
 
-    /// The whole, unpadded tensor of a share, on every chip: what a checkpoint stores. No ghost has it.
-    pub(crate) fn whole(&self, share: &Tensor, parameter: &Parameter) -> Vec<f32> {
-        let p = parameter;
-        let value =
-            Sharded::unrecorded(self, share.clone(), p.padded.clone(), p.placements.clone());
+    /// The whole, unpadded tensor of a share of a parameter or of its state, placed as `placements`, on every chip: what a
+    /// checkpoint stores. No ghost has it.
+    pub(crate) fn whole(&self, share: &Tensor, placements: &Placements, p: &Parameter) -> Vec<f32> {
+        let value = Sharded::unrecorded(self, share.clone(), p.padded.clone(), placements.clone());
         let all = value.gather().tensor().clone();
         let local = Local::whole(TensorType::new(p.padded.clone(), DType::F32));
         let from = all.slice().typed::<f32>();

@@ -4,6 +4,7 @@
 //! do where they do not. Only the functions of `redistribute` move data, and each shows in the trace.
 
 use super::parameter::Parameter;
+use super::zero::Gathered;
 use super::{Chip, Pending};
 use crate::dtype::{DType, TensorType};
 use crate::ops::{self, Activation};
@@ -13,6 +14,7 @@ use crate::tensor::Tensor;
 use crate::trace::Value;
 use ndarray::ArrayD;
 use std::fmt;
+use std::rc::Rc;
 
 /// A tensor over the mesh. Clones share the contents.
 #[derive(Clone)]
@@ -22,6 +24,8 @@ pub struct Sharded {
     pub(super) global: Vec<usize>,
     pub(super) placements: Placements,
     pub(super) tracked: Tracked,
+    /// Set if this is a parameter that was gathered to be used.
+    pub(super) gathered: Option<Rc<Gathered>>,
 }
 
 /// What the tape knows of a value.
@@ -57,6 +61,7 @@ impl Sharded {
             global,
             placements,
             tracked,
+            gathered: None,
         }
     }
 
@@ -74,6 +79,7 @@ impl Sharded {
             global: parameter.padded.clone(),
             placements: parameter.placements.clone(),
             tracked,
+            gathered: None,
         }
     }
 
@@ -148,6 +154,16 @@ impl Sharded {
     #[track_caller]
     pub fn matmul(&self, other: &Sharded) -> Sharded {
         self.chip.apply_one(ops::Matmul::default(), &[self, other])
+    }
+
+    /// `self w` with the result placed as `placements`: operands and result are moved so that the fewest bytes are sent,
+    /// whatever their placements. See [`Grid`](super::Grid).
+    ///
+    /// # Panics
+    /// If the shapes do not fit, or nothing leads to `placements`.
+    #[track_caller]
+    pub fn matmul_to(&self, other: &Sharded, placements: impl Into<Placements>) -> Sharded {
+        self.chip.matmul_to(self, other, &placements.into())
     }
 
     /// `self w^T`: [.., m, k] by [n, k].

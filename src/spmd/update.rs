@@ -7,7 +7,7 @@ use crate::trace::{EventKind, Phase, Stream};
 use std::panic::Location;
 
 impl Chip {
-    /// Reduces every parameter's gradient to the parameter's placement: over the axes that split the work but not the
+    /// Reduces every parameter's gradient to where the parameter keeps it: over the axes that split the work but not the
     /// parameter, contributions are summed, once. Parameters without a gradient are left out.
     ///
     /// Returns the indices into [`Chip::parameters`] with their gradients, which the chip no longer holds.
@@ -19,7 +19,7 @@ impl Chip {
                 let p = &mut self.parameters_mut()[i];
                 (
                     std::mem::take(&mut p.gradient),
-                    p.placements.gradient(),
+                    p.kept.gradient(),
                     p.padded.clone(),
                     p.name.clone(),
                 )

@@ -28,20 +28,26 @@ impl Contents for Half<'_> {
     }
 
     fn copy_share(&self, local: &Local, to: &mut Tensor) -> Result<(), String> {
-        if local.ty.shape[1] != local.global[1] {
-            return Err(format!(
-                "rows are not split: the share is {} of {:?}",
-                local.ty, local.global
-            ));
-        }
-        let to = to.slice_mut().typed::<u32>();
-        let mut other = vec![0u32; to.len()];
-        let (tokens, labels) = if self.labels {
-            (&mut other[..], to)
-        } else {
-            (to, &mut other[..])
-        };
         let (begin, count) = (local.start[0], local.ty.shape[0]);
+        let (whole, held) = (local.global[1], local.ty.shape[1]);
+        // Rows are drawn whole; a chip that holds some of a row's tokens keeps those.
+        let mut tokens = vec![0u32; count * whole];
+        let mut labels = vec![0u32; count * whole];
+        self.draw(begin, count, &mut tokens, &mut labels);
+        let rows = if self.labels { labels } else { tokens };
+        let to = to.slice_mut().typed::<u32>();
+        for (to, row) in to
+            .chunks_exact_mut(held.max(1))
+            .zip(rows.chunks_exact(whole))
+        {
+            to.copy_from_slice(&row[local.start[1]..][..held]);
+        }
+        Ok(())
+    }
+}
+
+impl Half<'_> {
+    fn draw(&self, begin: usize, count: usize, tokens: &mut [u32], labels: &mut [u32]) {
         match self.rows {
             Rows::Training { step, first } => {
                 self.batches
@@ -52,6 +58,5 @@ impl Contents for Half<'_> {
                     .fill_validation(first + begin..first + begin + count, tokens, labels);
             }
         }
-        Ok(())
     }
 }

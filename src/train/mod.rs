@@ -6,6 +6,7 @@
 //! | `schedule` | learning rates |
 //! | `optimizer` | AdamW and clipping over sharded parameters |
 //! | `checkpoint` | files of which nothing is lost |
+//! | `layout` | what lives where and what moves when, as a table |
 //! | `trainer` | the loop, with `evaluate`, `persist` and `generate` |
 
 mod batch;
@@ -13,11 +14,13 @@ pub mod checkpoint;
 pub mod data;
 mod evaluate;
 mod generate;
+mod layout;
 mod mapped;
 mod optimizer;
 mod persist;
 pub mod schedule;
 mod trainer;
 
+pub use layout::{Layout, Move, Row};
 pub use optimizer::{AdamW, Optimizer};
 pub use trainer::{Finished, Options, Report, Training};

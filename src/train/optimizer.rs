@@ -7,6 +7,7 @@
 use crate::ops::{self, ClipFactor, SumOfSquares};
 use crate::placement::Placements;
 use crate::spmd::{Chip, Sharded};
+use crate::tensor::Tensor;
 use crate::trace::Phase;
 use serde::{Deserialize, Serialize};
 
@@ -38,7 +39,7 @@ impl Default for AdamW {
     }
 }
 
-/// AdamW on one chip. Its state is two tensors in f32 beside each parameter, placed as it is.
+/// AdamW on one chip. Its state is two tensors in f32 beside each parameter.
 #[derive(Debug)]
 pub struct Optimizer {
     options: AdamW,
@@ -102,8 +103,8 @@ impl Optimizer {
     }
 
     fn update(&self, chip: &Chip, index: usize, gradient: Sharded, lr: f64, factor: &Sharded) {
-        let mut all = chip.parameters_mut();
-        let p = &mut all[index];
+        let all = chip.parameters();
+        let p = &all[index];
         let rule = ops::AdamW {
             lr: lr as f32,
             beta1: self.options.beta1,
@@ -116,20 +117,22 @@ impl Optimizer {
             },
             step: self.steps,
         };
-        let cost = rule.cost(p.value.ty(), gradient.tensor().ty());
+        // The update is of the piece that has a gradient here, f32 as the gradient is.
+        let cost = rule.cost(gradient.tensor().ty(), gradient.tensor().ty());
         let name = p.name.clone();
-        let value = &mut p.value;
-        let [m, v] = &mut p.state[..] else {
-            panic!(
-                "parameter '{name}' has {} state tensors, AdamW keeps 2",
-                p.state.len()
-            )
-        };
+        drop(all);
         let factor = factor.tensor();
-        chip.scope(&name, || {
+        let update = |value: &mut Tensor, state: &mut [Tensor]| {
+            let [m, v] = state else {
+                panic!(
+                    "parameter '{name}' has {} state tensors, AdamW keeps 2",
+                    state.len()
+                )
+            };
             chip.change("adamw", &[&gradient], cost, || {
                 rule.update(value, m, v, gradient.tensor(), Some(factor));
             });
-        });
+        };
+        chip.scope(&name, || chip.change_kept(index, update));
     }
 }

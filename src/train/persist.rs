@@ -111,14 +111,11 @@ impl Persist {
         for index in 0..count {
             let all = chip.parameters();
             let p = &all[index];
-            let mut parts = vec![(p.name.to_string(), p.value.clone())];
-            parts.extend(
-                Optimizer::state_names(&p.name)
-                    .into_iter()
-                    .zip(p.state.iter().cloned()),
-            );
-            for (name, share) in parts {
-                let whole = chip.whole(&share, p);
+            let mut parts = vec![(p.name.to_string(), p.value.clone(), &p.placements)];
+            let state = Optimizer::state_names(&p.name).into_iter().zip(&p.state);
+            parts.extend(state.map(|(name, share)| (name, share.clone(), &p.kept)));
+            for (name, share, placed) in parts {
+                let whole = chip.whole(&share, placed, p);
                 if writes {
                     tensors.insert(name, (p.shape.clone(), whole));
                 }

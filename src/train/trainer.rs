@@ -12,7 +12,7 @@ use super::schedule::LearningRate;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
 use crate::model::{Transformer, nearest_divisor};
-use crate::spmd::{Chip, Ghost, Run, Sharded, Threads};
+use crate::spmd::{Chip, Ghost, Run, Sharded, Threads, Zero};
 use crate::trace::Trace;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -25,6 +25,9 @@ pub struct Options {
     pub steps: u64,
     /// Sequences that a chip computes at a time; all of its share if none.
     pub micro_batch: Option<usize>,
+    /// What is split of parameters and what belongs to them: over mesh axis fsdp if there is one, else over dp. If none, all
+    /// of it over fsdp and nothing over dp.
+    pub zero: Option<Zero>,
     /// Learning rate of each step.
     pub learning_rate: LearningRate,
     /// The optimizer's constants.
@@ -46,6 +49,7 @@ impl Default for Options {
         Options {
             steps: 100,
             micro_batch: None,
+            zero: None,
             learning_rate: LearningRate::Constant { lr: 1e-3 },
             optimizer: AdamW::default(),
             eval_every: None,
@@ -132,7 +136,7 @@ impl Training {
     /// [`ErrorKind::Mesh`] or [`ErrorKind::Input`]: which number stands in the way, and the nearest that works.
     pub fn check(&self, mesh: &Mesh) -> Result<()> {
         self.model.config().check(mesh)?;
-        let known = |name: &str| matches!(name, "dp" | "tp");
+        let known = |name: &str| matches!(name, "dp" | "fsdp" | "cp" | "tp");
         if let Some(axis) = mesh
             .axes()
             .iter()
@@ -141,24 +145,24 @@ impl Training {
             return Err(Error::new(
                 ErrorKind::Mesh,
                 format!(
-                    "the training loop splits over dp and tp; it does not know mesh axis {}={}",
+                    "the training loop splits over dp, fsdp, cp and tp; it does not know mesh axis {}={}",
                     axis.name(),
                     axis.size()
                 ),
             ));
         }
-        let (batch, dp) = (self.batches.rows(), mesh.size_of("dp"));
-        if batch % dp != 0 {
+        self.check_batch(mesh)?;
+        let (zero, axis) = self.zero(mesh);
+        if self.options.zero.is_some() && zero != Zero::Nothing && mesh.size_of(axis) == 1 {
             return Err(Error::new(
                 ErrorKind::Mesh,
                 format!(
-                    "mesh axis dp={dp} does not divide a batch of {batch} sequences; dp={} does, or a batch of {}",
-                    nearest_divisor(batch, dp),
-                    batch.next_multiple_of(dp)
+                    "{zero:?} are to be split over the chips of fsdp or dp, and the mesh {mesh} has neither; a mesh with \
+                     fsdp=2 would do"
                 ),
             ));
         }
-        let (share, micro) = (batch / dp, self.micro_batch(mesh));
+        let (share, micro) = (self.batches.rows() / replicas(mesh), self.micro_batch(mesh));
         if micro == 0 || share % micro != 0 {
             return Err(Error::new(
                 ErrorKind::Input,
@@ -184,7 +188,45 @@ impl Training {
     fn micro_batch(&self, mesh: &Mesh) -> usize {
         self.options
             .micro_batch
-            .unwrap_or(self.batches.rows() / mesh.size_of("dp"))
+            .unwrap_or(self.batches.rows() / replicas(mesh))
+    }
+
+    fn check_batch(&self, mesh: &Mesh) -> Result<()> {
+        let mut left = self.batches.rows();
+        for axis in ["dp", "fsdp"] {
+            let (size, batch) = (mesh.size_of(axis), self.batches.rows());
+            if !left.is_multiple_of(size) {
+                let others = if left == batch {
+                    String::new()
+                } else {
+                    format!("the {left} that dp leaves of ")
+                };
+                return Err(Error::new(
+                    ErrorKind::Mesh,
+                    format!(
+                        "mesh axis {axis}={size} does not divide {others}a batch of {batch} sequences; {axis}={} does, or a \
+                         batch of {}",
+                        nearest_divisor(left, size),
+                        batch.next_multiple_of(replicas(mesh))
+                    ),
+                ));
+            }
+            left /= size;
+        }
+        Ok(())
+    }
+
+    /// What is split of parameters, and over which axis.
+    fn zero(&self, mesh: &Mesh) -> (Zero, &'static str) {
+        match (mesh.size_of("fsdp") > 1, self.options.zero) {
+            (true, zero) => (zero.unwrap_or(Zero::Parameters), "fsdp"),
+            (false, zero) => (zero.unwrap_or_default(), "dp"),
+        }
+    }
+
+    fn split_parameters(&self, chip: &Chip) {
+        let (zero, axis) = self.zero(chip.mesh());
+        chip.split_parameters(zero, axis);
     }
 
     /// Trains on a mesh of chips of this machine. `observe` is told what happens, by one chip; setting `stop` ends the run
@@ -209,11 +251,18 @@ impl Training {
     /// # Errors
     /// What [`Training::check`] finds.
     pub fn trace(&self, ghost: &Ghost) -> Result<Trace> {
+        self.trace_and(ghost, |_| ())
+    }
+
+    /// As [`Training::trace`], with `look` at each traced chip after its step.
+    pub(super) fn trace_and(&self, ghost: &Ghost, look: impl Fn(&Chip)) -> Result<Trace> {
         self.check(ghost.mesh())?;
         ghost.trace(|chip| {
+            self.split_parameters(chip);
             let mut optimizer = Optimizer::new(self.options.optimizer, 0);
             optimizer.prepare(chip);
             chip.step(1, || self.step(chip, &mut optimizer, 1));
+            look(chip);
         })
     }
 
@@ -229,6 +278,7 @@ impl Training {
                 observe(&report);
             }
         };
+        self.split_parameters(chip);
         let done = persist.restore(chip);
         if persist.resumes() {
             tell(Report::Resumed { step: done });
@@ -345,7 +395,7 @@ impl Training {
 
     /// Step `number`, from 1: mean loss and gradient norm, [1] each, on every chip.
     fn step(&self, chip: &Chip, optimizer: &mut Optimizer, number: u64) -> (Sharded, Sharded) {
-        let rows = self.micro_batch(chip.mesh()) * chip.size_of("dp");
+        let rows = self.micro_batch(chip.mesh()) * replicas(chip.mesh());
         let batch = self.batches.rows();
         let labels = (batch * self.batches.context()) as f32;
         let passes = batch / rows;
@@ -379,7 +429,7 @@ impl Training {
         (loss.gather(), norm)
     }
 
-    /// Tokens and labels of some rows, [rows, t], split over dp.
+    /// Tokens and labels of some rows, [rows, t], placed as a batch is.
     pub(super) fn inputs(&self, chip: &Chip, rows: Rows, count: usize) -> (Sharded, Sharded) {
         let shape = [count, self.batches.context()];
         let half = |name: &str, labels: bool| {
@@ -392,6 +442,11 @@ impl Training {
         };
         (half("tokens", false), half("labels", true))
     }
+}
+
+/// Into how many parts the mesh splits the sequences of a batch.
+fn replicas(mesh: &Mesh) -> usize {
+    mesh.size_of("dp") * mesh.size_of("fsdp")
 }
 
 /// The number in a scalar.

@@ -377,7 +377,12 @@ fn meshes_that_do_not_divide_are_told_before_anything_runs() {
         ErrorKind::Mesh,
         &["dp=3 does not divide a batch of 8", "dp=2 does", "9"],
     );
-    check(&of, "pp=2", ErrorKind::Mesh, &["pp=2", "dp and tp"]);
+    check(
+        &of,
+        "pp=2",
+        ErrorKind::Mesh,
+        &["pp=2", "dp, fsdp, cp and tp"],
+    );
     let mut micro = of.clone();
     micro.options.micro_batch = Some(3);
     check(

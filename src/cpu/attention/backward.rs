@@ -11,7 +11,7 @@
 use super::forward::{load, load_transposed};
 use super::heads::OutRows;
 use super::mask::{SCORES, SIDE, Sight, Tile};
-use super::tile::{Left, Product, Start, padded, pitch};
+use super::tile::{BAND, LINE, Left, Part, Product, Start, padded, pitch};
 use super::{Fold, Geometry, Heads};
 use crate::cpu::memory::with_scratch_f32;
 use crate::cpu::polynomial::{exp2, tanh};
@@ -37,8 +37,12 @@ pub(super) struct Arguments<'a> {
 pub(super) fn scratch(head_dim: usize, keys: usize) -> usize {
     let line = pitch(head_dim);
     let blocks = keys.next_multiple_of(SIDE);
-    // K, V, dK, dV; Q, dO, dQ; Q and dO transposed; P and dS; two rows.
-    4 * blocks * line + 3 * SIDE * line + 2 * head_dim * SCORES + 2 * SIDE * SCORES + 2 * head_dim
+    // K, V, dK, dV; Q, dO, dQ; Q and dO transposed; P and dS; rows to transpose, and one.
+    4 * blocks * line
+        + 3 * SIDE * line
+        + 2 * head_dim * SCORES
+        + 2 * SIDE * SCORES
+        + (LINE + 1) * head_dim
 }
 
 /// Computes all three gradients.
@@ -183,7 +187,7 @@ impl Kernel for Run<'_> {
             lse: [0.0; SIDE],
             d: [0.0; SIDE],
         };
-        let (row, other) = (take(d), take(d));
+        let (row, other) = (take(LINE * d), take(d));
         work(s, &pass, keys, key_side, query_side, row, other);
     }
 }
@@ -224,6 +228,7 @@ fn work<S: Simd>(
             if sight == Sight::Nothing {
                 continue;
             }
+            let ends = tile.ends(g, &keys);
             let part = (keys.start - first_key) * line..(keys.end - first_key) * line;
             tile_side.scores(
                 s,
@@ -231,6 +236,7 @@ fn work<S: Simd>(
                 tile,
                 sight,
                 keys.clone(),
+                &ends,
                 &side.k[part.clone()],
                 &side.v[part.clone()],
             );
@@ -242,8 +248,8 @@ fn work<S: Simd>(
                 ] {
                     let a = Left {
                         data: a,
-                        row: SCORES,
-                        column: 1,
+                        pitch: SCORES,
+                        transposed: false,
                     };
                     s.run(Product {
                         m,
@@ -255,14 +261,15 @@ fn work<S: Simd>(
                         c,
                         c_pitch: line,
                         start: Start::Resume,
+                        part: Part::Queries(&ends),
                     });
                 }
             }
             if pass.dq.is_some() {
                 let a = Left {
                     data: tile_side.ds,
-                    row: 1,
-                    column: SCORES,
+                    pitch: SCORES,
+                    transposed: true,
                 };
                 let (b, c) = (&side.k[part], &mut *tile_side.dq);
                 s.run(Product {
@@ -275,12 +282,14 @@ fn work<S: Simd>(
                     c,
                     c_pitch: line,
                     start: Start::Resume,
+                    part: Part::Keys(&ends),
                 });
             }
         }
         if let Some(dq) = pass.dq {
             for r in 0..tile.rows {
                 let (t, h) = tile.token(g, r);
+                let row = &mut row[..d];
                 scaled(s, &tile_side.dq[r * line..][..d], g.scale, row);
                 // SAFETY: a tile belongs to one task, and each of its rows is written once.
                 narrow_into(s, row, unsafe { dq.row(tile.batch, h, t) });
@@ -289,6 +298,7 @@ fn work<S: Simd>(
     }
     if let Some((dk, dv)) = pass.dkv {
         for (i, key) in range.enumerate() {
+            let row = &mut row[..d];
             scaled(s, &side.dk[i * line..][..d], g.scale, row);
             // SAFETY: a key's gradients belong to one task, and each is written once.
             unsafe {
@@ -364,6 +374,7 @@ impl QuerySide<'_> {
         tile: Tile,
         sight: Sight,
         keys: Range<usize>,
+        ends: &[usize],
         k: &[f32],
         v: &[f32],
     ) {
@@ -378,14 +389,15 @@ impl QuerySide<'_> {
                 k: d,
                 a: Left {
                     data: a,
-                    row: line,
-                    column: 1,
+                    pitch: line,
+                    transposed: false,
                 },
                 b,
                 b_pitch: SCORES,
                 c,
                 c_pitch: SCORES,
                 start: Start::Zero,
+                part: Part::Scores(ends),
             });
         }
         let fold = Fold::new(g);
@@ -395,6 +407,7 @@ impl QuerySide<'_> {
             fold,
             sight,
             keys,
+            ends,
             p: self.p,
             ds: self.ds,
             lse: &self.lse,
@@ -410,6 +423,7 @@ struct Step<'a> {
     fold: Fold,
     sight: Sight,
     keys: Range<usize>,
+    ends: &'a [usize],
     p: &'a mut [f32],
     ds: &'a mut [f32],
     lse: &'a [f32; SIDE],
@@ -424,18 +438,16 @@ impl Kernel for Step<'_> {
         let (n, columns) = (self.keys.len(), padded(self.tile.rows));
         let one = s.splat(1.0);
         if let Some(cap) = self.fold.cap {
-            for (p, ds) in self
-                .p
-                .chunks_exact_mut(SCORES)
-                .zip(self.ds.chunks_exact_mut(SCORES))
-                .take(n)
-            {
-                for at in (0..columns).step_by(S::LANES) {
+            for at in (0..columns).step_by(S::LANES) {
+                let n = n.min(self.ends[at / BAND]);
+                let d = s.load(&self.d[at..]);
+                let rows = self.p.chunks_exact_mut(SCORES);
+                for (p, ds) in rows.zip(self.ds.chunks_exact_mut(SCORES)).take(n) {
                     let t = tanh(s, s.load(&p[at..]));
                     s.store(&mut p[at..], s.mul(t, s.splat(cap)));
                     // The slope is known only here, before the scores are hidden; so D is taken away here too.
                     let slope = s.neg_fma(t, t, one);
-                    let dp = s.sub(s.load(&ds[at..]), s.load(&self.d[at..]));
+                    let dp = s.sub(s.load(&ds[at..]), d);
                     s.store(&mut ds[at..], s.mul(dp, slope));
                 }
             }
@@ -450,12 +462,9 @@ impl Kernel for Step<'_> {
             } else {
                 s.load(&self.d[at..])
             };
-            for (p, ds) in self
-                .p
-                .chunks_exact_mut(SCORES)
-                .zip(self.ds.chunks_exact_mut(SCORES))
-                .take(n)
-            {
+            let n = n.min(self.ends[at / BAND]);
+            let rows = self.p.chunks_exact_mut(SCORES);
+            for (p, ds) in rows.zip(self.ds.chunks_exact_mut(SCORES)).take(n) {
                 let x = exp2(s, s.sub(s.load(&p[at..]), lse));
                 s.store(&mut p[at..], x);
                 let dp = s.load(&ds[at..]);

@@ -5,20 +5,20 @@
 
 use super::heads::OutRows;
 use super::mask::{SCORES, SIDE, Sight, Tile};
-use super::tile::{Left, Product, Start, padded, pitch};
+use super::tile::{BAND, LINE, Left, Part, Product, Start, padded, pitch};
 use super::{Fold, Geometry, Heads};
 use crate::cpu::polynomial::{exp2, ln, tanh};
-use crate::cpu::rows::lanes::{map, narrow_into, widen, widen_into};
+use crate::cpu::rows::lanes::{map, narrow_into, widen_into};
 use crate::cpu::simd::{Kernel, Simd};
-use crate::dtype::SliceMut;
+use crate::dtype::{Slice, SliceMut};
 use std::f32::consts::LN_2;
 use std::ops::Range;
 
 /// f32 of scratch that a task needs.
 pub(super) fn scratch(head_dim: usize) -> usize {
     let d = pitch(head_dim);
-    // Q transposed, scores; O, K, V; one row.
-    head_dim * SCORES + SIDE * SCORES + 3 * SIDE * d + head_dim
+    // Q transposed, scores; O, K, V; rows to transpose.
+    head_dim * SCORES + SIDE * SCORES + 3 * SIDE * d + LINE * head_dim
 }
 
 /// One tile of query rows against all keys that it sees.
@@ -47,6 +47,7 @@ impl Kernel for Forward<'_> {
         let (k, rest) = rest.split_at_mut(SIDE * line);
         let (v, row) = rest.split_at_mut(SIDE * line);
         load_transposed(s, g, self.q, tile, fold.query, qt, row);
+        let row = &mut row[..d];
         o.fill(0.0);
         let mut online = Online::new();
         for block in tile.blocks(g) {
@@ -55,22 +56,20 @@ impl Kernel for Forward<'_> {
             if sight == Sight::Nothing {
                 continue;
             }
-            load(s, self.k, tile, keys.clone(), d, k);
-            load(s, self.v, tile, keys.clone(), d, v);
+            let ends = &tile.ends(g, &keys);
+            let k = rows(s, self.k, tile, keys.clone(), d, k);
+            let v = rows(s, self.v, tile, keys.clone(), d, v);
             s.run(Product {
                 m: keys.len(),
                 n: padded(tile.rows),
                 k: d,
-                a: Left {
-                    data: k,
-                    row: line,
-                    column: 1,
-                },
+                a: k,
                 b: qt,
                 b_pitch: SCORES,
                 c: scores,
                 c_pitch: SCORES,
                 start: Start::Zero,
+                part: Part::Scores(ends),
             });
             s.run(Step {
                 g,
@@ -78,23 +77,31 @@ impl Kernel for Forward<'_> {
                 fold,
                 sight,
                 keys: keys.clone(),
+                ends,
                 scores,
                 online: &mut online,
             });
+            // While no maximum moves, nothing has to be scaled.
+            let start = if online.rescale[..tile.rows].iter().all(|&x| x == 1.0) {
+                Start::Resume
+            } else {
+                Start::Scaled(&online.rescale)
+            };
             s.run(Product {
                 m: tile.rows,
                 n: padded(d),
                 k: keys.len(),
                 a: Left {
                     data: scores,
-                    row: 1,
-                    column: SCORES,
+                    pitch: SCORES,
+                    transposed: true,
                 },
-                b: v,
-                b_pitch: line,
+                b: v.data,
+                b_pitch: v.pitch,
                 c: o,
                 c_pitch: line,
-                start: Start::Scaled(&online.rescale),
+                start,
+                part: Part::Keys(ends),
             });
         }
         let lse = online.finish(s);
@@ -141,6 +148,35 @@ pub(super) fn load<S: Simd>(
     }
 }
 
+/// Rows `keys` of a key head as a tile: as they lie where they are f32 and do not crowd into a few sets of the first cache, else
+/// copied to `to`.
+#[inline(always)]
+pub(super) fn rows<'a, S: Simd>(
+    s: S,
+    x: Heads<'a>,
+    tile: Tile,
+    keys: Range<usize>,
+    d: usize,
+    to: &'a mut [f32],
+) -> Left<'a> {
+    let stride = x.strides[2];
+    let lies_well = stride == 64 || stride % (2 * LINE) == LINE;
+    if let (Slice::F32(data), true) = (x.data, lies_well && d.is_multiple_of(LINE)) {
+        let at = tile.batch * x.strides[0] + tile.kv_head * x.strides[1] + keys.start * stride;
+        return Left {
+            data: &data[at..at + (keys.len() - 1) * stride + d],
+            pitch: stride,
+            transposed: false,
+        };
+    }
+    load(s, x, tile, keys, d, to);
+    Left {
+        data: to,
+        pitch: pitch(d),
+        transposed: false,
+    }
+}
+
 /// Writes the tile's query rows, times `factor`, as the columns of `to` [d, rows], padded with zeros to whole lines.
 #[inline(always)]
 pub(super) fn load_transposed<S: Simd>(
@@ -150,18 +186,28 @@ pub(super) fn load_transposed<S: Simd>(
     tile: Tile,
     factor: f32,
     to: &mut [f32],
-    row: &mut [f32],
+    rows: &mut [f32],
 ) {
-    let d = g.head_dim;
-    for r in 0..tile.rows {
-        let (t, h) = tile.token(g, r);
-        let x = widen(s, x.row(tile.batch, h, t, d), 0..d, row);
-        for (c, x) in x.iter().enumerate() {
-            to[c * SCORES + r] = x * factor;
+    let (d, lanes) = (g.head_dim, S::LANES);
+    let factor = s.splat(factor);
+    for first in (0..padded(tile.rows)).step_by(lanes) {
+        let here = lanes.min(tile.rows.saturating_sub(first));
+        for (r, row) in rows.chunks_exact_mut(d).enumerate().take(here) {
+            let (t, h) = tile.token(g, first + r);
+            widen_into(s, x.row(tile.batch, h, t, d), row);
         }
-    }
-    for column in to.chunks_exact_mut(SCORES) {
-        column[tile.rows..padded(tile.rows)].fill(0.0);
+        for c in (0..d).step_by(lanes) {
+            let deep = lanes.min(d - c);
+            let mut square = [s.zero(); 16];
+            let square = &mut square[..lanes];
+            for (v, row) in square.iter_mut().zip(rows.chunks_exact(d)).take(here) {
+                *v = s.mul(s.load_first(&row[c..c + deep]), factor);
+            }
+            s.transpose(square);
+            for (i, v) in square.iter().enumerate().take(deep) {
+                s.store(&mut to[(c + i) * SCORES + first..], *v);
+            }
+        }
     }
 }
 
@@ -204,6 +250,7 @@ struct Step<'a> {
     fold: Fold,
     sight: Sight,
     keys: Range<usize>,
+    ends: &'a [usize],
     scores: &'a mut [f32],
     online: &'a mut Online,
 }
@@ -216,10 +263,11 @@ impl Kernel for Step<'_> {
         let n = self.keys.len();
         let columns = padded(self.tile.rows);
         if let Some(cap) = self.fold.cap {
-            for row in self.scores.chunks_exact_mut(SCORES).take(n) {
-                for x in row[..columns].chunks_exact_mut(S::LANES) {
-                    let t = tanh(s, s.load(x));
-                    s.store(x, s.mul(t, s.splat(cap)));
+            for at in (0..columns).step_by(S::LANES) {
+                let n = n.min(self.ends[at / BAND]);
+                for row in self.scores.chunks_exact_mut(SCORES).take(n) {
+                    let t = tanh(s, s.load(&row[at..]));
+                    s.store(&mut row[at..], s.mul(t, s.splat(cap)));
                 }
             }
         }
@@ -228,6 +276,7 @@ impl Kernel for Step<'_> {
         }
         let none = s.splat(f32::NEG_INFINITY);
         for at in (0..columns).step_by(S::LANES) {
+            let n = n.min(self.ends[at / BAND]);
             // Four maxima at once hide the latency of each; a maximum does not depend on the order.
             let mut parts = [none; 4];
             for (j, row) in self.scores.chunks_exact(SCORES).take(n).enumerate() {

@@ -1,7 +1,7 @@
 //! Which keys a query sees, and which blocks of keys need not be looked at.
 
 use super::Geometry;
-use super::tile::{LINE, pitch};
+use super::tile::{BAND, LINE, pitch};
 use crate::cpu::simd::Simd;
 use std::ops::Range;
 
@@ -74,6 +74,17 @@ impl Tile {
             return 0..0;
         }
         start / SIDE..end.div_ceil(SIDE)
+    }
+
+    /// For each band of rows the end of the keys that its last row sees by position, counted from the block's first, in
+    /// whole bands: a band of keys is computed for all of a band of rows or for none.
+    pub(super) fn ends(&self, g: &Geometry, keys: &Range<usize>) -> [usize; SIDE / BAND] {
+        std::array::from_fn(|band| {
+            let last = (band * BAND + BAND - 1).min(self.rows - 1);
+            let end = g.visible(self.token(g, last).0).end;
+            let seen = end.clamp(keys.start, keys.end) - keys.start;
+            seen.next_multiple_of(BAND).min(keys.len())
+        })
     }
 
     /// What the tile sees of `keys`.

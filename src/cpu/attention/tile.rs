@@ -36,12 +36,33 @@ pub(super) enum Start<'a> {
     Scaled(&'a [f32]),
 }
 
-/// A tile to read: element (i, j) at i `row` + j `column`.
+/// A tile to read: rows `pitch` apart. `transposed` says that its rows are A's columns.
 #[derive(Clone, Copy)]
 pub(super) struct Left<'a> {
     pub(super) data: &'a [f32],
-    pub(super) row: usize,
-    pub(super) column: usize,
+    pub(super) pitch: usize,
+    pub(super) transposed: bool,
+}
+
+/// Rows of a band, which share one bound on what they see.
+pub(super) const BAND: usize = 16;
+
+/// The part of a product that masks leave. `ends` holds, for each band of query rows, the end of the keys that its last row
+/// sees, ascending: what lies beyond is neither read nor written. Bands belong to the op, not to the machine.
+#[derive(Clone, Copy)]
+pub(super) enum Part<'a> {
+    /// Rows are keys, columns are query rows: whole bands of columns from the first one that sees a key of the band.
+    Scores(&'a [usize]),
+    /// Rows are query rows, k counts keys, up to the band's end.
+    Keys(&'a [usize]),
+    /// Rows are keys, k counts query rows, from the first band that sees a key of the band of rows.
+    Queries(&'a [usize]),
+}
+
+/// First query row of the first band that sees key j.
+#[inline(always)]
+fn first_row(ends: &[usize], j: usize) -> usize {
+    ends.iter().take_while(|&&end| end <= j).count() * BAND
 }
 
 /// C (m x n) = start + A (m x k) B (k x n); n in whole lines, B and C with rows `b_pitch` and `c_pitch` apart.
@@ -55,6 +76,7 @@ pub(super) struct Product<'a> {
     pub(super) c: &'a mut [f32],
     pub(super) c_pitch: usize,
     pub(super) start: Start<'a>,
+    pub(super) part: Part<'a>,
 }
 
 impl Kernel for Product<'_> {
@@ -69,79 +91,126 @@ impl Kernel for Product<'_> {
         }
         assert!(self.c.len() >= (m - 1) * self.c_pitch + n, "C is too small");
         if k > 0 {
-            let reach = (m - 1) * self.a.row + (k - 1) * self.a.column;
-            assert!(self.a.data.len() > reach, "A is too small");
+            let (rows, columns) = if self.a.transposed { (k, m) } else { (m, k) };
+            let reach = (rows - 1) * self.a.pitch + columns;
+            assert!(self.a.data.len() >= reach, "A is too small");
             assert!(self.b.len() >= (k - 1) * self.b_pitch + n, "B is too small");
         }
         if let Start::Scaled(factors) = self.start {
             assert!(factors.len() >= m, "one factor a row");
         }
-        let tile = Tile {
-            k,
-            a: self.a.data.as_ptr(),
-            a_row: self.a.row,
-            a_column: self.a.column,
-            b: self.b.as_ptr(),
-            b_pitch: self.b_pitch,
-            c: self.c.as_mut_ptr(),
-            c_pitch: self.c_pitch,
-            start: self.start,
-        };
-        let mut j = 0;
-        while j < n {
-            // SAFETY: rows up to m and columns up to n were checked above.
+        for i in (0..m).step_by(BAND) {
+            let rows = BAND.min(m - i);
+            let (columns, depth) = match self.part {
+                Part::Scores(ends) => (first_row(ends, i).min(n), 0..k),
+                Part::Keys(ends) => (0, 0..ends[i / BAND].min(k)),
+                Part::Queries(ends) => (0, first_row(ends, i).min(k)..k),
+            };
+            let a_at = if self.a.transposed {
+                depth.start * self.a.pitch + i
+            } else {
+                i * self.a.pitch + depth.start
+            };
+            let band = Band {
+                k: depth.len(),
+                a: self.a.data.as_ptr().wrapping_add(a_at),
+                a_pitch: self.a.pitch,
+                b: self.b.as_ptr().wrapping_add(depth.start * self.b_pitch),
+                b_pitch: self.b_pitch,
+                c: self.c.as_mut_ptr().wrapping_add(i * self.c_pitch),
+                c_pitch: self.c_pitch,
+                factors: match self.start {
+                    Start::Scaled(factors) => &factors[i..i + rows],
+                    _ => &[],
+                },
+                fresh: matches!(self.start, Start::Zero),
+            };
+            // SAFETY: rows i.. and columns up to n lie in C, and with k in A and B, as checked above.
             unsafe {
-                j += match (S::LANES, n - j >= 2 * LINE) {
-                    (16, true) => tile.columns::<S, 12, 2>(s, m, j),
-                    (16, false) => tile.columns::<S, 12, 1>(s, m, j),
-                    (8, _) => tile.columns::<S, 6, 2>(s, m, j),
-                    _ => tile.columns::<S, 6, 4>(s, m, j),
-                };
+                if self.a.transposed {
+                    band.run::<S, true>(s, rows, columns..n);
+                } else {
+                    band.run::<S, false>(s, rows, columns..n);
+                }
             }
         }
     }
 }
 
+/// At most `BAND` rows of a product; pointers stand at the band's first row, B's at its first column.
 #[derive(Clone, Copy)]
-struct Tile<'a> {
+struct Band<'a> {
     k: usize,
     a: *const f32,
-    a_row: usize,
-    a_column: usize,
+    a_pitch: usize,
     b: *const f32,
     b_pitch: usize,
     c: *mut f32,
     c_pitch: usize,
-    start: Start<'a>,
+    factors: &'a [f32],
+    fresh: bool,
 }
 
-impl Tile<'_> {
-    /// `V` vectors of columns from j, all m rows in blocks of `R`; gives the number of columns.
-    ///
+impl Band<'_> {
     /// # Safety
-    /// The product has m rows and the columns from j on.
+    /// The product has these rows and columns; `T` says whether A is transposed.
     #[inline(always)]
-    unsafe fn columns<S: Simd, const R: usize, const V: usize>(
+    unsafe fn run<S: Simd, const T: bool>(
         self,
         s: S,
-        m: usize,
+        rows: usize,
+        columns: std::ops::Range<usize>,
+    ) {
+        let mut j = columns.start;
+        while j < columns.end {
+            // SAFETY: the caller's promise: columns end in whole lines.
+            unsafe {
+                // Constant conditions: a block that this instruction set does not use is not compiled.
+                j += if const { S::LANES == 16 } {
+                    if columns.end - j >= 2 * LINE {
+                        self.columns::<S, T, 8, 2>(s, rows, j)
+                    } else {
+                        self.columns::<S, T, 8, 1>(s, rows, j)
+                    }
+                } else if const { S::LANES == 8 } {
+                    self.columns::<S, T, 6, 2>(s, rows, j)
+                } else {
+                    self.columns::<S, T, 6, 4>(s, rows, j)
+                };
+            }
+        }
+    }
+
+    /// `V` vectors of columns from j, all rows in blocks of at most `R`; gives the number of columns.
+    ///
+    /// # Safety
+    /// The product has these rows and the columns from j on.
+    #[inline(always)]
+    unsafe fn columns<S: Simd, const T: bool, const R: usize, const V: usize>(
+        self,
+        s: S,
+        rows: usize,
         j: usize,
     ) -> usize {
         let mut i = 0;
-        // SAFETY: i + rows <= m in each call.
-        unsafe {
-            while i + R <= m {
-                self.block::<S, R, V>(s, i, j);
-                i += R;
+        while i < rows {
+            // As even as can be: few rows wait for their own sums.
+            let left = rows - i;
+            let next = left.div_ceil(left.div_ceil(R));
+            // A constant condition keeps the compiler from generating blocks beyond R.
+            macro_rules! of_rows {
+                ($($r:literal)*) => {
+                    $(if const { $r <= R } {
+                        if next == $r {
+                            // SAFETY: i + r <= rows.
+                            unsafe { self.block::<S, T, $r, V>(s, i, j) }
+                            i += $r;
+                            continue;
+                        }
+                    })*
+                };
             }
-            while i + 4 <= m {
-                self.block::<S, 4, V>(s, i, j);
-                i += 4;
-            }
-            while i < m {
-                self.block::<S, 1, V>(s, i, j);
-                i += 1;
-            }
+            of_rows!(8 7 6 5 4 3 2 1);
         }
         V * S::LANES
     }
@@ -149,41 +218,56 @@ impl Tile<'_> {
     /// # Safety
     /// The product has `R` rows from i and `V` vectors of columns from j.
     #[inline(always)]
-    unsafe fn block<S: Simd, const R: usize, const V: usize>(self, s: S, i: usize, j: usize) {
+    unsafe fn block<S: Simd, const T: bool, const R: usize, const V: usize>(
+        self,
+        s: S,
+        i: usize,
+        j: usize,
+    ) {
         // SAFETY: every pointer below stays in rows i..i + R, columns j..j + V LANES and k, which the caller vouches for.
         unsafe {
             let c = self.c.add(i * self.c_pitch + j);
             let mut sums = [[s.zero(); V]; R];
-            if !matches!(self.start, Start::Zero) {
+            if !self.fresh {
                 for (r, sums) in sums.iter_mut().enumerate() {
                     for (v, sum) in sums.iter_mut().enumerate() {
                         *sum = s.load_ptr(c.add(r * self.c_pitch + v * S::LANES));
                     }
                 }
             }
-            if let Start::Scaled(factors) = self.start {
+            if !self.factors.is_empty() {
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let factor = s.splat(*factors.get_unchecked(i + r));
+                    let factor = s.splat(*self.factors.get_unchecked(i + r));
                     for sum in sums.iter_mut() {
                         *sum = s.mul(*sum, factor);
                     }
                 }
             }
-            let mut a = self.a.add(i * self.a_row);
+            // A pointer a row: one for all would be a chain of additions as long as the products.
+            let mut a = [self.a; R];
+            for (r, a) in a.iter_mut().enumerate() {
+                let row = i + r;
+                *a = self
+                    .a
+                    .wrapping_add(if T { row } else { row * self.a_pitch });
+            }
             let mut b = self.b.add(j);
-            for _ in 0..self.k {
+            for p in 0..self.k {
                 let mut row = [s.zero(); V];
                 for (v, x) in row.iter_mut().enumerate() {
                     *x = s.load_ptr(b.add(v * S::LANES));
                 }
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = s.splat(*a.add(r * self.a_row));
+                    let x = s.splat(*if T {
+                        a[0].add(p * self.a_pitch + r)
+                    } else {
+                        a[r].add(p)
+                    });
                     for (sum, &y) in sums.iter_mut().zip(&row) {
                         *sum = s.fma(x, y, *sum);
                     }
                 }
                 // The last step may point past the end, where nothing is read.
-                a = a.wrapping_add(self.a_column);
                 b = b.wrapping_add(self.b_pitch);
             }
             for (r, sums) in sums.iter().enumerate() {
@@ -227,13 +311,13 @@ mod tests {
         let b: Vec<f32> = (0..k * b_pitch).map(|i| value(i, 2)).collect();
         let factors: Vec<f32> = (0..m).map(|i| value(i, 3)).collect();
         let old: Vec<f32> = (0..m * c_pitch).map(|i| value(i, 4)).collect();
-        let (row, column) = if transposed { (1, m) } else { (k, 1) };
+        let pitch = if transposed { m } else { k };
         let mut c = old.clone();
         let start_kind = [Start::Zero, Start::Resume, Start::Scaled(&factors)][start];
         let a_left = Left {
             data: &a,
-            row,
-            column,
+            pitch,
+            transposed,
         };
         let product = Product {
             m,
@@ -245,6 +329,7 @@ mod tests {
             c: &mut c,
             c_pitch,
             start: start_kind,
+            part: Part::Keys(&[k; 2]),
         };
         dispatch(isa, product);
         for (at, &got) in c.iter().enumerate() {
@@ -253,7 +338,12 @@ mod tests {
             if j < n {
                 want = [0.0, want, want * factors[i]][start];
                 for p in 0..k {
-                    want = a[i * row + p * column].mul_add(b[p * b_pitch + j], want);
+                    let x = a[if transposed {
+                        p * pitch + i
+                    } else {
+                        i * pitch + p
+                    }];
+                    want = x.mul_add(b[p * b_pitch + j], want);
                 }
             }
             assert!(got == want, "{isa:?} ({i}, {j}): {got}, not {want}");

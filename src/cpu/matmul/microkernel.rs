@@ -64,6 +64,8 @@ pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
     debug_assert_eq!(rows, MR);
     if a.row_stride == 1 && a.k_stride == MR {
         s.run(PackedChains(Chains::<MR, V> { k, a, b, from, to }));
+    } else if a.k_stride == 1 {
+        s.run(LongChains(Chains::<MR, V> { k, a, b, from, to }));
     } else {
         s.run(Chains::<MR, V> { k, a, b, from, to });
     }
@@ -84,6 +86,18 @@ impl<const R: usize, const V: usize> Kernel for Chains<R, V> {
     fn call<S: Simd>(self, s: S) {
         // SAFETY: made by `tile` only, under its promise.
         unsafe { chains::<S, R, V>(s, self.k, self.a, self.b, self.from, self.to) }
+    }
+}
+
+/// [`Chains`] over rows that lie along k.
+struct LongChains<const R: usize, const V: usize>(Chains<R, V>);
+
+impl<const R: usize, const V: usize> Kernel for LongChains<R, V> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(mut self, s: S) {
+        self.0.a.k_stride = 1;
+        self.0.call(s);
     }
 }
 
@@ -118,22 +132,19 @@ unsafe fn chains<S: Simd, const R: usize, const V: usize>(
             }
         }
     }
-    let (mut a_p, mut b_p) = (a.data, b.data);
+    // A pointer for every three rows: the rest is an address with a scaled stride. One for all would be a chain of additions.
+    let mut a_p = [a.data; 5];
+    for (g, p) in a_p.iter_mut().enumerate() {
+        *p = a.data.wrapping_add(3 * g * a.row_stride);
+    }
+    let mut b_p = b.data;
     for _ in 0..k {
-        let mut columns = [s.zero(); V];
-        for (j, v) in columns.iter_mut().enumerate() {
-            // SAFETY: the caller vouches for k rows of V vectors.
-            *v = unsafe { s.load_ptr(b_p.add(j * S::LANES)) };
-        }
-        for (i, row) in acc.iter_mut().enumerate() {
-            // SAFETY: the caller vouches for R rows of k elements.
-            let x = s.splat(unsafe { *a_p.add(i * a.row_stride) });
-            for (v, column) in row.iter_mut().zip(columns) {
-                *v = s.fma(x, column, *v);
-            }
-        }
+        // SAFETY: the caller vouches for k rows of V vectors, and for R rows of k elements.
+        unsafe { step(s, &mut acc, a_p, a.row_stride, b_p) }
         // One step past the last element at the end, where nothing is read.
-        a_p = a_p.wrapping_add(a.k_stride);
+        for p in &mut a_p {
+            *p = p.wrapping_add(a.k_stride);
+        }
         b_p = b_p.wrapping_add(b.k_stride);
     }
     for (i, row) in acc.into_iter().enumerate() {
@@ -144,122 +155,29 @@ unsafe fn chains<S: Simd, const R: usize, const V: usize>(
     }
 }
 
-/// y\[i, j\] += sum over p of a\[i, p\] b\[p, j\] for R rows and n columns, reading B row by row: `U` rows of it at a time, each
-/// a stream that the hardware prefetches.
+/// One p: every chain grows by one product.
 ///
 /// # Safety
-/// Element (i, p) of A as in [`Rows`], (p, j) of B at `b + p b_row + j`, and (i, j) of y as in [`Sums`] for R rows, k and
-/// n are readable, y's also writable; nothing else refers to y.
+/// Of R elements `row_stride` apart every third is a pointer of a; they are readable, and V vectors at b.
 #[inline(always)]
-pub(super) unsafe fn stream<S: Simd, T: Float, const R: usize, const U: usize>(
+unsafe fn step<S: Simd, const R: usize, const V: usize>(
     s: S,
-    (k, n): (usize, usize),
-    a: Rows,
-    (b, b_row): (*const T, usize),
-    y: Sums,
+    acc: &mut [[S::V; V]; R],
+    a: [*const f32; 5],
+    row_stride: usize,
+    b: *const f32,
 ) {
-    s.run(Stream::<T, R, U> {
-        k,
-        n,
-        a,
-        b,
-        b_row,
-        y,
-    });
-}
-
-/// The arguments of [`stream`], whose promise holds wherever one is made.
-struct Stream<T, const R: usize, const U: usize> {
-    k: usize,
-    n: usize,
-    a: Rows,
-    b: *const T,
-    b_row: usize,
-    y: Sums,
-}
-
-impl<T: Float, const R: usize, const U: usize> Kernel for Stream<T, R, U> {
-    type Output = ();
-    #[inline(always)]
-    fn call<S: Simd>(self, s: S) {
-        let mut p = 0;
-        while p < self.k {
-            // SAFETY: the promise of `stream`; U rows from p on, or one, lie within k.
-            unsafe {
-                let a = Rows {
-                    data: self.a.data.add(p * self.a.k_stride),
-                    ..self.a
-                };
-                let b = (self.b.add(p * self.b_row), self.b_row);
-                if p + U <= self.k {
-                    stream_rows::<S, T, R, U>(s, self.n, a, b, self.y);
-                    p += U;
-                } else {
-                    stream_rows::<S, T, R, 1>(s, self.n, a, b, self.y);
-                    p += 1;
-                }
-            }
-        }
+    let mut columns = [s.zero(); V];
+    for (j, v) in columns.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *v = unsafe { s.load_ptr(b.add(j * S::LANES)) };
     }
-}
-
-#[inline(always)]
-unsafe fn stream_rows<S: Simd, T: Float, const R: usize, const U: usize>(
-    s: S,
-    n: usize,
-    a: Rows,
-    (b, b_row): (*const T, usize),
-    y: Sums,
-) {
-    let mut x = [[s.zero(); R]; U];
-    for (u, x) in x.iter_mut().enumerate() {
-        for (i, x) in x.iter_mut().enumerate() {
-            // SAFETY: the caller vouches for R x U elements of A.
-            *x = s.splat(unsafe { *a.data.add(i * a.row_stride + u * a.k_stride) });
+    for (i, row) in acc.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        let x = s.splat(unsafe { *a[i / 3].add(i % 3 * row_stride) });
+        for (v, column) in row.iter_mut().zip(columns) {
+            *v = s.fma(x, column, *v);
         }
-    }
-    let mut j = 0;
-    while j < n {
-        let lanes = S::LANES.min(n - j);
-        let whole = lanes == S::LANES;
-        let mut acc = [s.zero(); R];
-        for (i, v) in acc.iter_mut().enumerate() {
-            // SAFETY: `lanes` columns from j lie within n.
-            *v = unsafe {
-                let y = y.data.add(i * y.row_stride + j);
-                if whole {
-                    s.load_ptr(y)
-                } else {
-                    s.load_first_ptr(y, lanes)
-                }
-            };
-        }
-        for (u, x) in x.iter().enumerate() {
-            // SAFETY: as above, in row u of B.
-            let column = unsafe {
-                let b = b.add(u * b_row + j);
-                if whole {
-                    s.load_ptr(b)
-                } else {
-                    s.load_first_ptr(b, lanes)
-                }
-            };
-            for (v, &x) in acc.iter_mut().zip(x) {
-                *v = s.fma(x, column, *v);
-            }
-        }
-        for (i, v) in acc.into_iter().enumerate() {
-            // SAFETY: as above.
-            unsafe {
-                let y = y.data.add(i * y.row_stride + j);
-                if whole {
-                    s.store_ptr(y, v);
-                } else {
-                    s.store_first_ptr(y, lanes, v);
-                }
-            }
-        }
-        j += lanes;
     }
 }
 

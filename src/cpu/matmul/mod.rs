@@ -9,6 +9,7 @@
 //! | this one | arguments, checks, the cut into regions of C for the threads (m, n and batch, never k) |
 //! | `region` | blocks that fit the caches, and which operands are packed |
 //! | `pack` | copies in the microkernel's order, widened: dtype ends here |
+//! | `stream` | few rows: B streams by once |
 //! | `microkernel` | the tile in registers, and its way to memory: bias, activation, narrowing |
 //!
 //! A unit that multiplies narrow types itself will be a token with a packed format and a `chains` of its own; it has to
@@ -19,6 +20,7 @@
 mod microkernel;
 mod pack;
 mod region;
+mod stream;
 #[cfg(test)]
 mod tests;
 

@@ -2,7 +2,8 @@
 //!
 //! Both operands are cut into panels: W lines (rows of A, columns of B) side by side, element (p, i) of a panel at
 //! p W + i. One function serves both, since a panel of A is a panel of B transposed. What is contiguous in memory
-//! decides how: along the lines (vectors are copied), along k (squares are transposed in registers), or neither.
+//! decides how: along the lines (vectors are copied, in bands of a few k across all panels), along k (squares are
+//! transposed in registers), or neither. Panel by panel the copy took two cycles an element, a page for each 64 bytes.
 
 #![allow(unsafe_code)]
 
@@ -24,130 +25,252 @@ pub(super) struct Block {
     pub depth_stride: usize,
 }
 
-/// Writes panels of W = `width` lines, `depth * width` f32 each; the missing lines of the last panel are 0.
+/// Writes panels of W = R lines of A, `depth * W` f32 each; the missing lines of the last panel are 0.
 ///
 /// # Safety
-/// The block's elements are readable. From `to`, `lines` rounded up to `width`, times `depth`, plus 16 f32 are writable.
+/// The block's elements are readable. From `to`, `lines` rounded up to W, times `depth`, plus 16 f32 are writable.
 #[inline(always)]
-pub(super) unsafe fn pack<S: Simd>(s: S, block: Block, width: usize, to: *mut f32) {
+pub(super) unsafe fn pack_rows<S: Simd, const R: usize>(s: S, block: Block, to: *mut f32) {
     // A function of its own for each type, not a copy wherever something is packed.
     match block.dtype {
-        DType::F32 => s.run(Pack::<f32>(block, width, to, PhantomData)),
-        DType::Bf16 => s.run(Pack::<bf16>(block, width, to, PhantomData)),
-        DType::F16 => s.run(Pack::<f16>(block, width, to, PhantomData)),
+        DType::F32 => s.run(PackRows::<f32, R>(block, to, PhantomData)),
+        DType::Bf16 => s.run(PackRows::<bf16, R>(block, to, PhantomData)),
+        DType::F16 => s.run(PackRows::<f16, R>(block, to, PhantomData)),
         DType::U32 => unreachable!("checked on entry"),
     }
 }
 
-/// The arguments of [`pack`], whose promise holds wherever one is made.
-struct Pack<T>(Block, usize, *mut f32, PhantomData<T>);
-
-impl<T: Float> Kernel for Pack<T> {
-    type Output = ();
-    #[inline(always)]
-    fn call<S: Simd>(self, s: S) {
-        // SAFETY: made by `pack` only, under its promise.
-        unsafe { pack_typed::<S, T>(s, self.0, self.1, self.2) }
+/// As [`pack_rows`], for panels of V vectors of columns of B.
+///
+/// # Safety
+/// As [`pack_rows`].
+#[inline(always)]
+pub(super) unsafe fn pack_columns<S: Simd, const V: usize>(s: S, block: Block, to: *mut f32) {
+    match block.dtype {
+        DType::F32 => s.run(PackColumns::<f32, V>(block, to, PhantomData)),
+        DType::Bf16 => s.run(PackColumns::<bf16, V>(block, to, PhantomData)),
+        DType::F16 => s.run(PackColumns::<f16, V>(block, to, PhantomData)),
+        DType::U32 => unreachable!("checked on entry"),
     }
 }
 
+/// The arguments of [`pack_rows`], whose promise holds wherever one is made.
+struct PackRows<T, const R: usize>(Block, *mut f32, PhantomData<T>);
+
+impl<T: Float, const R: usize> Kernel for PackRows<T, R> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        // SAFETY: made by `pack_rows` only, under its promise.
+        unsafe { pack::<S, T>(s, self.0, R, self.1) }
+    }
+}
+
+/// The arguments of [`pack_columns`], whose promise holds wherever one is made.
+struct PackColumns<T, const V: usize>(Block, *mut f32, PhantomData<T>);
+
+impl<T: Float, const V: usize> Kernel for PackColumns<T, V> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        // SAFETY: made by `pack_columns` only, under its promise.
+        unsafe { pack::<S, T>(s, self.0, V * S::LANES, self.1) }
+    }
+}
+
+/// `width` is a constant once inlined.
+///
+/// # Safety
+/// As [`pack_rows`].
 #[inline(always)]
-unsafe fn pack_typed<S: Simd, T: Float>(s: S, block: Block, width: usize, to: *mut f32) {
-    let data = block.data.cast::<T>();
-    for (panel, line) in (0..block.lines).step_by(width).enumerate() {
-        let lines = width.min(block.lines - line);
-        // SAFETY: the panel's lines lie in the block, its copy in the space that the caller promised.
-        unsafe {
-            let (from, to) = (
-                data.add(line * block.line_stride),
-                to.add(panel * width * block.depth),
-            );
-            if block.line_stride == 1 {
-                copy_lines(s, from, block, lines, width, to);
-            } else if block.depth_stride == 1 {
-                transpose_lines(s, from, block, lines, width, to);
-            } else {
+unsafe fn pack<S: Simd, T: Float>(s: S, block: Block, width: usize, to: *mut f32) {
+    // SAFETY: the caller's promise, handed on; the last loop stays in the block and in the panels.
+    unsafe {
+        if block.line_stride == 1 {
+            copy_lines::<S, T>(s, block, width, to);
+        } else if block.depth_stride == 1 {
+            transpose_lines::<S, T>(s, block, width, to);
+        } else {
+            let data = block.data.cast::<T>();
+            for line in 0..block.lines.next_multiple_of(width) {
+                let to = to.add(line / width * width * block.depth + line % width);
                 for p in 0..block.depth {
-                    for i in 0..width {
-                        *to.add(p * width + i) = if i < lines {
-                            (*from.add(i * block.line_stride + p * block.depth_stride)).to_f32()
-                        } else {
-                            0.0
-                        };
-                    }
+                    *to.add(p * width) = if line < block.lines {
+                        let at = line * block.line_stride + p * block.depth_stride;
+                        (*data.add(at)).to_f32()
+                    } else {
+                        0.0
+                    };
                 }
             }
         }
     }
 }
 
+/// k in a band of [`copy_lines`]: so many rows are read at a time, each from panel to panel as it lies, so that memory
+/// sees a few long streams instead of a piece from every page.
+const BAND: usize = 8;
+
 /// # Safety
-/// As [`pack`], for one panel. Stores reach up to a vector beyond the width: what lies there is written later.
+/// As [`pack_rows`].
 #[inline(always)]
-unsafe fn copy_lines<S: Simd, T: Float>(
-    s: S,
-    from: *const T,
-    block: Block,
-    lines: usize,
-    width: usize,
-    to: *mut f32,
-) {
-    for p in 0..block.depth {
-        // SAFETY: vector by vector inside the lines; the stores stay within 15 f32 after the panel.
-        unsafe {
-            let (from, to) = (from.add(p * block.depth_stride), to.add(p * width));
-            for i in (0..width).step_by(S::LANES) {
-                let v = if i + S::LANES <= lines {
-                    s.load_ptr(from.add(i))
-                } else if i < lines {
-                    s.load_first_ptr(from.add(i), lines - i)
-                } else {
-                    s.zero()
-                };
-                s.store_ptr(to.add(i), v);
+unsafe fn copy_lines<S: Simd, T: Float>(s: S, block: Block, width: usize, to: *mut f32) {
+    let (data, depth) = (block.data.cast::<T>(), block.depth);
+    let vectors = width.next_multiple_of(S::LANES);
+    for band in (0..depth).step_by(BAND) {
+        let band = band..(band + BAND).min(depth);
+        for line in (0..block.lines).step_by(width) {
+            let left = block.lines - line;
+            for p in band.clone() {
+                // SAFETY: `left` lines from this one on lie in the block; the vectors stay in the panel but for the
+                // last row of a panel, which may not spill into the next one's first.
+                unsafe {
+                    let from = data.add(p * block.depth_stride + line);
+                    let to = to.add(line * depth + p * width);
+                    s.prefetch(from.wrapping_add(BAND * block.depth_stride));
+                    for i in (0..width).step_by(S::LANES) {
+                        let v = if left >= vectors || i + S::LANES <= left {
+                            s.load_ptr(from.add(i))
+                        } else if i < left {
+                            s.load_first_ptr(from.add(i), left - i)
+                        } else {
+                            s.zero()
+                        };
+                        // Beyond `left` lies a line of the next panel: it is overwritten, or not stored.
+                        store_line(s, to, width, i, p + 1 == depth, v);
+                    }
+                }
             }
+        }
+    }
+    let ragged = block.lines % width;
+    if ragged > 0 && !width.is_multiple_of(S::LANES) {
+        // SAFETY: the last panel's missing lines.
+        unsafe { clear_missing(block, width, ragged, to) }
+    }
+}
+
+/// # Safety
+/// As [`pack_rows`], for a last panel with only `ragged` lines.
+#[inline(always)]
+unsafe fn clear_missing(block: Block, width: usize, ragged: usize, to: *mut f32) {
+    let first = block.lines - ragged;
+    for p in 0..block.depth {
+        for i in ragged..width {
+            // SAFETY: row p of the last panel.
+            unsafe { *to.add(first * block.depth + p * width + i) = 0.0 };
+        }
+    }
+}
+
+/// Stores lanes for lines i.. of a row of a panel. What exceeds the row belongs to the next one, which is written later,
+/// except after the panel's last row.
+///
+/// # Safety
+/// The panel is writable.
+#[inline(always)]
+unsafe fn store_line<S: Simd>(s: S, to: *mut f32, width: usize, i: usize, last: bool, v: S::V) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if i + S::LANES <= width || !last {
+            s.store_ptr(to.add(i), v);
+        } else {
+            s.store_first_ptr(to.add(i), width - i, v);
         }
     }
 }
 
 /// # Safety
-/// As [`pack`], for one panel. Stores reach up to a vector beyond the width: what lies there is written later.
+/// As [`pack_rows`].
 #[inline(always)]
-unsafe fn transpose_lines<S: Simd, T: Float>(
-    s: S,
-    from: *const T,
-    block: Block,
-    lines: usize,
-    width: usize,
-    to: *mut f32,
-) {
-    let mut square = [s.zero(); 16];
-    let square = &mut square[..S::LANES];
-    for p in (0..block.depth).step_by(S::LANES) {
-        let deep = S::LANES.min(block.depth - p);
+unsafe fn transpose_lines<S: Simd, T: Float>(s: S, block: Block, width: usize, to: *mut f32) {
+    let (data, depth) = (block.data.cast::<T>(), block.depth);
+    for line in (0..block.lines).step_by(width) {
         for i in (0..width).step_by(S::LANES) {
-            for (row, v) in square.iter_mut().enumerate() {
-                let from = from.wrapping_add((i + row) * block.line_stride + p);
-                // SAFETY: line i + row < lines is the block's, and `deep` elements from p on are.
-                *v = unsafe {
-                    match i + row < lines {
-                        true if deep == S::LANES => s.load_ptr(from),
-                        true => s.load_first_ptr(from, deep),
-                        false => s.zero(),
-                    }
-                };
-            }
-            s.transpose(square);
-            for (q, &v) in square.iter().enumerate().take(deep) {
-                // SAFETY: row p + q of the panel, and at most 15 f32 after the panel. Where the width is less than a
-                // vector the rows are written in ascending order, so that each one's excess is overwritten.
+            // Whole squares of this panel, without a question inside.
+            let lanes = S::LANES.min(width - i);
+            let here = lanes.min((block.lines - line).saturating_sub(i));
+            let from = data.wrapping_add((line + i) * block.line_stride);
+            let mut p = 0;
+            while p < depth {
+                let deep = S::LANES.min(depth - p);
+                let mut square = [s.zero(); 16];
+                let square = &mut square[..S::LANES];
+                // SAFETY: `here` lines of the block from `from` on, each with `deep` more elements; rows p.. of the
+                // panel, which `store_line` keeps to.
                 unsafe {
-                    let to = to.add((p + q) * width + i);
-                    if i == 0 || i + S::LANES <= width {
-                        s.store_ptr(to, v);
+                    if here == lanes && deep == S::LANES {
+                        for (row, v) in square.iter_mut().enumerate().take(lanes) {
+                            *v = s.load_ptr(from.add(row * block.line_stride + p));
+                        }
                     } else {
-                        s.store_first_ptr(to, width - i, v);
+                        for (row, v) in square.iter_mut().enumerate().take(here) {
+                            let from = from.add(row * block.line_stride + p);
+                            *v = if deep == S::LANES {
+                                s.load_ptr(from)
+                            } else {
+                                s.load_first_ptr(from, deep)
+                            };
+                        }
                     }
+                    s.transpose(square);
+                    let to = to.add(line * depth + p * width);
+                    if deep == S::LANES && p + deep < depth {
+                        for (q, &v) in square.iter().enumerate() {
+                            store_line(s, to.add(q * width), width, i, i > 0, v);
+                        }
+                    } else {
+                        for (q, &v) in square.iter().enumerate().take(deep) {
+                            let last = i > 0 || p + q + 1 == depth;
+                            store_line(s, to.add(q * width), width, i, last, v);
+                        }
+                    }
+                }
+                p += deep;
+            }
+        }
+    }
+}
+
+/// Copies lines that lie along k, widened, `pitch` f32 apart.
+///
+/// # Safety
+/// The block's elements are readable; `depth` f32 are writable from every `pitch`th on.
+#[inline(always)]
+pub(super) unsafe fn copy_rows<S: Simd>(s: S, block: Block, pitch: usize, to: *mut f32) {
+    debug_assert_eq!(block.depth_stride, 1);
+    match block.dtype {
+        DType::F32 => s.run(CopyRows::<f32>(block, pitch, to, PhantomData)),
+        DType::Bf16 => s.run(CopyRows::<bf16>(block, pitch, to, PhantomData)),
+        DType::F16 => s.run(CopyRows::<f16>(block, pitch, to, PhantomData)),
+        DType::U32 => unreachable!("checked on entry"),
+    }
+}
+
+/// The arguments of [`copy_rows`], whose promise holds wherever one is made.
+struct CopyRows<T>(Block, usize, *mut f32, PhantomData<T>);
+
+impl<T: Float> Kernel for CopyRows<T> {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        let CopyRows(block, pitch, to, _) = self;
+        for line in 0..block.lines {
+            let from = block
+                .data
+                .cast::<T>()
+                .wrapping_add(line * block.line_stride);
+            let to = to.wrapping_add(line * pitch);
+            let mut p = 0;
+            // SAFETY: the promise of `copy_rows`, within one line.
+            unsafe {
+                while p + S::LANES <= block.depth {
+                    s.store_ptr(to.add(p), s.load_ptr(from.add(p)));
+                    p += S::LANES;
+                }
+                if p < block.depth {
+                    let left = block.depth - p;
+                    s.store_first_ptr(to.add(p), left, s.load_first_ptr(from.add(p), left));
                 }
             }
         }

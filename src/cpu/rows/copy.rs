@@ -5,14 +5,12 @@
 //! of both sides is used whole while it is in cache.
 
 use super::parallel::SMALL;
+use crate::cpu::simd::{Isa, Kernel, Simd, dispatch, isa};
 use crate::dtype::{Slice, SliceMut};
-use bytemuck::Pod;
+use bytemuck::{Pod, cast_slice, cast_slice_mut};
 
 /// An axis: elements, stride in the source, stride in the target.
 type Axis = (usize, usize, usize);
-
-/// Side of a square of a transpose.
-const SQUARE: usize = 32;
 
 /// y[sum i_a y_strides[a]] = x[sum i_a x_strides[a]] for all indices i below `shape`. Strides count elements.
 ///
@@ -39,12 +37,107 @@ pub(crate) fn copy_strided(
     ] {
         assert!(stride < len, "the copy reaches element {stride} of {len}");
     }
+    let isa = isa();
     match (x, y) {
-        (Slice::F32(x), SliceMut::F32(y)) => walk(x, y, &axes),
-        (Slice::Bf16(x), SliceMut::Bf16(y)) => walk(x, y, &axes),
-        (Slice::F16(x), SliceMut::F16(y)) => walk(x, y, &axes),
-        (Slice::U32(x), SliceMut::U32(y)) => walk(x, y, &axes),
+        (Slice::F32(x), SliceMut::F32(y)) => walk(isa, x, y, &axes),
+        (Slice::Bf16(x), SliceMut::Bf16(y)) => walk(isa, bits(x), bits_mut(y), &axes),
+        (Slice::F16(x), SliceMut::F16(y)) => walk(isa, bits(x), bits_mut(y), &axes),
+        // Vectors of f32 are only moved: any bits survive.
+        (Slice::U32(x), SliceMut::U32(y)) => {
+            walk::<f32>(isa, cast_slice(x), cast_slice_mut(y), &axes)
+        }
         _ => unreachable!("the element types are equal"),
+    }
+}
+
+fn bits<T: Pod>(x: &[T]) -> &[u16] {
+    cast_slice(x)
+}
+
+fn bits_mut<T: Pod>(x: &mut [T]) -> &mut [u16] {
+    cast_slice_mut(x)
+}
+
+/// An element of 4 or 2 bytes.
+trait Element: Pod + Send + Sync {
+    /// Copies the whole tiles of `Squares`.
+    fn tiles(isa: Isa, squares: Squares<Self>);
+}
+
+/// Rows and columns of a tile of a transpose: a cache line of f32 each way, so that every line is read and written whole,
+/// once. Larger tiles wait in a cache whose sets a power of two as stride exhausts.
+const TILE: usize = 16;
+
+/// A transpose of `rows` by `columns` tiles: y[i ys + j] = x[j xs + i].
+struct Squares<'a, T> {
+    x: &'a [T],
+    xs: usize,
+    y: &'a mut [T],
+    ys: usize,
+    rows: usize,
+    columns: usize,
+}
+
+impl Element for f32 {
+    fn tiles(isa: Isa, squares: Squares<f32>) {
+        dispatch(isa, squares);
+    }
+}
+
+impl Element for u16 {
+    fn tiles(_: Isa, t: Squares<u16>) {
+        for j in (0..t.columns * TILE).step_by(TILE) {
+            for i in (0..t.rows * TILE).step_by(TILE) {
+                let mut tile = [[0; TILE]; TILE];
+                for (row, tile) in tile.iter_mut().enumerate() {
+                    tile.copy_from_slice(&t.x[(j + row) * t.xs + i..][..TILE]);
+                }
+                for column in 0..TILE {
+                    let to = &mut t.y[(i + column) * t.ys + j..][..TILE];
+                    for (to, tile) in to.iter_mut().zip(&tile) {
+                        *to = tile[column];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Tiles ahead whose target is asked for: no processor guesses where a column goes on.
+const AHEAD: usize = 3;
+
+impl Kernel for Squares<'_, f32> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        let (xs, ys) = (self.xs, self.ys);
+        let tiles = self.rows * self.columns;
+        let place = |tile: usize| (tile % self.rows * TILE, tile / self.rows * TILE);
+        for tile in 0..tiles {
+            let (i, j) = place((tile + AHEAD).min(tiles - 1));
+            for row in 0..TILE {
+                s.prefetch(self.y.as_ptr().wrapping_add((i + row) * ys + j));
+            }
+            let (i, j) = place(tile);
+            let mut lines = [[0f32; TILE]; TILE];
+            for down in (0..TILE).step_by(S::LANES) {
+                for right in (0..TILE).step_by(S::LANES) {
+                    let mut square = [s.zero(); TILE];
+                    let square = &mut square[..S::LANES];
+                    for (row, v) in square.iter_mut().enumerate() {
+                        *v = s.load(&self.x[(j + down + row) * xs + i + right..]);
+                    }
+                    s.transpose(square);
+                    for (row, v) in square.iter().enumerate() {
+                        s.store(&mut lines[right + row][down..], *v);
+                    }
+                }
+            }
+            for (row, line) in lines.iter().enumerate() {
+                self.y[(i + row) * ys + j..][..TILE].copy_from_slice(line);
+            }
+        }
     }
 }
 
@@ -76,7 +169,7 @@ fn merge(x_strides: &[usize], y_strides: &[usize], shape: &[usize]) -> Vec<Axis>
 }
 
 /// Copies all axes; the outermost in halves on several threads while the part is big.
-fn walk<T: Pod + Send + Sync>(x: &[T], y: &mut [T], axes: &[Axis]) {
+fn walk<T: Element>(isa: Isa, x: &[T], y: &mut [T], axes: &[Axis]) {
     let elements: usize = axes.iter().map(|a| a.0).product();
     if elements > SMALL && axes[0].0 > 1 && rayon::current_num_threads() > 1 {
         let (n, sx, sy) = axes[0];
@@ -88,15 +181,15 @@ fn walk<T: Pod + Send + Sync>(x: &[T], y: &mut [T], axes: &[Axis]) {
                 .collect()
         };
         rayon::join(
-            || walk(x, a, &part(half)),
-            || walk(&x[half * sx..], b, &part(n - half)),
+            || walk(isa, x, a, &part(half)),
+            || walk(isa, &x[half * sx..], b, &part(n - half)),
         );
     } else {
-        visit(x, y, axes);
+        visit(isa, x, y, axes);
     }
 }
 
-fn visit<T: Pod>(x: &[T], y: &mut [T], axes: &[Axis]) {
+fn visit<T: Element>(isa: Isa, x: &[T], y: &mut [T], axes: &[Axis]) {
     match *axes {
         [] => y[0] = x[0],
         [(n, 1, 1)] => y[..n].copy_from_slice(&x[..n]),
@@ -105,7 +198,7 @@ fn visit<T: Pod>(x: &[T], y: &mut [T], axes: &[Axis]) {
                 y[i * sy] = x[i * sx];
             }
         }
-        [rows, columns] if rows.1 < columns.1 => squares(x, y, rows, columns),
+        [rows, columns] if rows.1 < columns.1 => squares(isa, x, y, rows, columns),
         // A transpose's two axes need not be neighbours: bring the source's innermost one next to the target's.
         [.., columns]
             if axes.len() > 2
@@ -116,27 +209,41 @@ fn visit<T: Pod>(x: &[T], y: &mut [T], axes: &[Axis]) {
             let mut order = axes.to_vec();
             let inner = order.remove(at);
             order.insert(axes.len() - 2, inner);
-            visit_outer(x, y, &order);
+            visit_outer(isa, x, y, &order);
         }
-        _ => visit_outer(x, y, axes),
+        _ => visit_outer(isa, x, y, axes),
     }
 }
 
-fn visit_outer<T: Pod>(x: &[T], y: &mut [T], axes: &[Axis]) {
+fn visit_outer<T: Element>(isa: Isa, x: &[T], y: &mut [T], axes: &[Axis]) {
     let (n, sx, sy) = axes[0];
     for i in 0..n {
-        visit(&x[i * sx..], &mut y[i * sy..], &axes[1..]);
+        visit(isa, &x[i * sx..], &mut y[i * sy..], &axes[1..]);
     }
 }
 
-fn squares<T: Pod>(x: &[T], y: &mut [T], rows: Axis, columns: Axis) {
-    for i0 in (0..rows.0).step_by(SQUARE) {
-        for j0 in (0..columns.0).step_by(SQUARE) {
-            for i in i0..(i0 + SQUARE).min(rows.0) {
-                for j in j0..(j0 + SQUARE).min(columns.0) {
-                    y[i * rows.2 + j * columns.2] = x[i * rows.1 + j * columns.1];
-                }
-            }
+/// A transpose: `rows` are neighbours in x, `columns` in y; whole tiles first, then what they leave at both edges.
+fn squares<T: Element>(isa: Isa, x: &[T], y: &mut [T], rows: Axis, columns: Axis) {
+    let whole = if rows.1 == 1 && columns.2 == 1 {
+        (rows.0 / TILE * TILE, columns.0 / TILE * TILE)
+    } else {
+        (0, 0)
+    };
+    if whole.0 * whole.1 > 0 {
+        let squares = Squares {
+            x,
+            xs: columns.1,
+            y: &mut *y,
+            ys: rows.2,
+            rows: whole.0 / TILE,
+            columns: whole.1 / TILE,
+        };
+        T::tiles(isa, squares);
+    }
+    for i in 0..rows.0 {
+        let from = if i < whole.0 { whole.1 } else { 0 };
+        for j in from..columns.0 {
+            y[i * rows.2 + j * columns.2] = x[i * rows.1 + j * columns.1];
         }
     }
 }

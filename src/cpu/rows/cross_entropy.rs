@@ -1,4 +1,4 @@
-//! Softmax, and softmax cross-entropy in passes that a vocabulary split over chips can put collectives between: row
+//! Softmax cross-entropy in passes that a vocabulary split over chips can put collectives between: row
 //! maxima (then a maximum over chips), sums of exponentials and the label's logit (then a sum over chips), the gradient.
 //!
 //! A shard holds the columns first..first + v of a vocabulary of which `valid` entries exist; columns past `valid` pad
@@ -6,11 +6,12 @@
 //!
 //! A row's sum adds blocks of 1024 columns in ascending order, each summed by 32 lanes and a tree.
 
-use super::lanes::{GROUP, fold, map, sums, widen, written};
-use super::parallel::{Out, for_rows, shared};
+use super::driver::{Run, over_rows};
+use super::lanes::{GROUP, fold, map, tree_sum, update, widen, widen_into, written};
+use super::parallel::{Out, part, shared};
 use crate::cpu::memory::with_scratch_f32;
-use crate::cpu::polynomial::{exp, ln};
-use crate::cpu::simd::{Isa, Kernel, Simd, dispatch, isa};
+use crate::cpu::polynomial::{exp_normal, ln};
+use crate::cpu::simd::{Kernel, Simd, dispatch, isa};
 use crate::dtype::{Slice, SliceMut};
 use std::ops::Range;
 
@@ -48,43 +49,53 @@ fn width(x: Slice, rows: usize) -> usize {
 ///
 /// logits: [r, v] with r = max.len(). Panics on other lengths.
 pub(crate) fn row_max(logits: Slice, shard: Shard, max: &mut [f32]) {
-    let (c, isa) = (width(logits, max.len()), isa());
-    for_rows(max.len(), c, max, |range, max| {
-        dispatch(
-            isa,
-            Maxima {
-                c,
-                logits,
-                shard,
-                range,
-                max,
-            },
-        );
-    });
+    let (c, rows) = (width(logits, max.len()), max.len());
+    let logits = Logits { c, logits, shard };
+    over_rows(&logits, rows, c, 0, max);
 }
 
-struct Maxima<'a> {
+/// Rows of logits.
+struct Logits<'a> {
     c: usize,
     logits: Slice<'a>,
     shard: Shard,
-    range: Range<usize>,
-    max: &'a mut [f32],
 }
 
-impl Kernel for Maxima<'_> {
-    type Output = ();
+impl Logits<'_> {
+    /// Calls f with the row's existing columns in blocks of `BLOCK`.
+    #[inline(always)]
+    fn blocks<S: Simd>(&self, s: S, row: usize, f: impl FnMut(&[f32])) {
+        self.blocks_of(s, row, BLOCK, f);
+    }
+
+    /// Blocks as large as they can be: for what does not depend on the order.
+    #[inline(always)]
+    fn large_blocks<S: Simd>(&self, s: S, row: usize, f: impl FnMut(&[f32])) {
+        let all = self.c.max(1);
+        let in_place = matches!(self.logits, Slice::F32(_));
+        self.blocks_of(s, row, if in_place { all } else { BLOCK }, f);
+    }
 
     #[inline(always)]
-    fn call<S: Simd>(self, s: S) {
+    fn blocks_of<S: Simd>(&self, s: S, row: usize, block: usize, mut f: impl FnMut(&[f32])) {
         let visible = self.shard.visible(self.c);
         let mut wide = [0f32; BLOCK];
-        for (row, max) in self.range.zip(self.max) {
-            *max = f32::NEG_INFINITY;
-            for at in (0..visible).step_by(BLOCK) {
-                let end = (at + BLOCK).min(visible);
-                let start = row * self.c;
-                let x = widen(s, self.logits, start + at..start + end, &mut wide);
-                let none = f32::NEG_INFINITY;
+        for at in (0..visible).step_by(block) {
+            let end = (at + block).min(visible);
+            let start = row * self.c;
+            f(widen(s, self.logits, start + at..start + end, &mut wide));
+        }
+    }
+
+    #[inline(always)]
+    fn max<S: Simd>(&self, s: S, row: usize) -> f32 {
+        let none = f32::NEG_INFINITY;
+        let mut max = none;
+        self.large_blocks(
+            s,
+            row,
+            #[inline(always)]
+            |x| {
                 let [lanes] = fold(
                     s,
                     [x],
@@ -93,12 +104,76 @@ impl Kernel for Maxima<'_> {
                     #[inline(always)]
                     |[x], [m]| [s.max_nan(m, x)],
                 );
-                for x in lanes {
-                    if x > *max || x.is_nan() {
-                        *max = x;
-                    }
-                }
-            }
+                max = lanes_max(max, lanes);
+            },
+        );
+        max
+    }
+
+    /// As [`Logits::max`], but blind for NaN: half the instructions.
+    #[inline(always)]
+    fn max_of_numbers<S: Simd>(&self, s: S, row: usize) -> f32 {
+        let none = f32::NEG_INFINITY;
+        let mut max = none;
+        self.large_blocks(
+            s,
+            row,
+            #[inline(always)]
+            |x| {
+                let [lanes] = fold(
+                    s,
+                    [x],
+                    [none],
+                    [none],
+                    #[inline(always)]
+                    |[x], [m]| [s.max(x, m)],
+                );
+                max = lanes_max(max, lanes);
+            },
+        );
+        max
+    }
+
+    #[inline(always)]
+    fn exp_sum<S: Simd>(&self, s: S, row: usize, max: f32) -> f32 {
+        let max = s.splat(max);
+        let mut total = 0.0;
+        self.blocks(
+            s,
+            row,
+            #[inline(always)]
+            |x| {
+                let [lanes] = fold(
+                    s,
+                    [x],
+                    [f32::NEG_INFINITY],
+                    [0.0],
+                    #[inline(always)]
+                    |[x], [sum]| [s.add(sum, exp_normal(s, s.sub(x, max)))],
+                );
+                total += tree_sum(lanes);
+            },
+        );
+        total
+    }
+
+    /// The logit of `label` where it lies in the shard, else 0.
+    #[inline(always)]
+    fn target<S: Simd>(&self, s: S, row: usize, label: u32) -> f32 {
+        let label = (label as usize).wrapping_sub(self.shard.first);
+        if label >= self.shard.visible(self.c) {
+            return 0.0;
+        }
+        let at = row * self.c + label;
+        widen(s, self.logits, at..at + 1, &mut [0.0])[0]
+    }
+}
+
+impl<'a> Run<&'a mut [f32]> for Logits<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(&self, s: S, range: Range<usize>, max: &'a mut [f32], _: &mut [f32]) {
+        for (row, max) in range.zip(max) {
+            *max = self.max(s, row);
         }
     }
 }
@@ -116,69 +191,63 @@ pub(crate) fn row_exp_sum(
     target: &mut [f32],
 ) {
     let rows = max.len();
-    let (c, isa) = (width(logits, rows), isa());
+    let c = width(logits, rows);
     assert!(
         [labels.len(), sum.len(), target.len()] == [rows; 3],
         "labels, sum and target have one element a row"
     );
-    for_rows(rows, c, (sum, target), |range, (sum, target)| {
-        dispatch(
-            isa,
-            ExpSums {
-                c,
-                logits,
-                shard,
-                max,
-                labels,
-                range,
-                sum,
-                target,
-            },
-        );
-    });
+    let kernel = ExpSums {
+        logits: Logits { c, logits, shard },
+        max,
+        labels,
+    };
+    over_rows(&kernel, rows, c, 0, (sum, target));
 }
 
 struct ExpSums<'a> {
-    c: usize,
-    logits: Slice<'a>,
-    shard: Shard,
+    logits: Logits<'a>,
     max: &'a [f32],
     labels: &'a [u32],
-    range: Range<usize>,
-    sum: &'a mut [f32],
-    target: &'a mut [f32],
 }
 
-impl Kernel for ExpSums<'_> {
-    type Output = ();
-
+impl<'a> Run<(&'a mut [f32], &'a mut [f32])> for ExpSums<'_> {
     #[inline(always)]
-    fn call<S: Simd>(self, s: S) {
-        let visible = self.shard.visible(self.c);
-        let mut wide = [0f32; BLOCK];
-        for (i, row) in self.range.enumerate() {
-            let (max, start) = (s.splat(self.max[row]), row * self.c);
-            let mut total = 0.0;
-            for at in (0..visible).step_by(BLOCK) {
-                let end = (at + BLOCK).min(visible);
-                let x = widen(s, self.logits, start + at..start + end, &mut wide);
-                let [lanes] = fold(
-                    s,
-                    [x],
-                    [f32::NEG_INFINITY],
-                    [0.0],
-                    #[inline(always)]
-                    |[x], [sum]| [s.add(sum, exp(s, s.sub(x, max)))],
-                );
-                total += super::lanes::tree_sum(lanes);
+    fn run<S: Simd>(
+        &self,
+        s: S,
+        range: Range<usize>,
+        (sum, target): (&'a mut [f32], &'a mut [f32]),
+        _: &mut [f32],
+    ) {
+        for (i, row) in range.enumerate() {
+            sum[i] = self.logits.exp_sum(s, row, self.max[row]);
+            target[i] = self.logits.target(s, row, self.labels[row]);
+        }
+    }
+}
+
+/// [`row_max`] and [`row_exp_sum`] of a whole vocabulary, row by row: a row is read twice, from a cache the second time.
+struct Statistics<'a> {
+    logits: Logits<'a>,
+    labels: &'a [u32],
+}
+
+impl<'a> Run<[&'a mut [f32]; 3]> for Statistics<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(
+        &self,
+        s: S,
+        range: Range<usize>,
+        [max, sum, target]: [&'a mut [f32]; 3],
+        _: &mut [f32],
+    ) {
+        for (i, row) in range.enumerate() {
+            max[i] = self.logits.max_of_numbers(s, row);
+            sum[i] = self.logits.exp_sum(s, row, max[i]);
+            if sum[i].is_nan() {
+                max[i] = self.logits.max(s, row);
             }
-            self.sum[i] = total;
-            let label = (self.labels[row] as usize).wrapping_sub(self.shard.first);
-            self.target[i] = if label < visible {
-                widen(s, self.logits, start + label..start + label + 1, &mut wide)[0]
-            } else {
-                0.0
-            };
+            target[i] = self.logits.target(s, row, self.labels[row]);
         }
     }
 }
@@ -288,7 +357,7 @@ fn gradient(
     scale: &[f32],
     dlogits: SliceMut,
 ) {
-    let (rows, isa) = (max.len(), isa());
+    let rows = max.len();
     let c = width(shared(&dlogits), rows);
     assert!(
         [sum.len(), labels.len()] == [rows; 2],
@@ -300,23 +369,17 @@ fn gradient(
         data: dlogits,
         width: c,
     };
-    for_rows(rows, c, out, |range, dlogits| {
-        dispatch(
-            isa,
-            Gradient {
-                c,
-                logits,
-                shard,
-                max,
-                sum,
-                labels,
-                ignored,
-                scale,
-                range,
-                dlogits: dlogits.data,
-            },
-        );
-    });
+    let kernel = Gradient {
+        c,
+        logits,
+        shard,
+        max,
+        sum,
+        labels,
+        ignored,
+        scale,
+    };
+    over_rows(&kernel, rows, c, 0, out);
 }
 
 fn check_labels(labels: &[u32], ignored: u32, valid: usize) {
@@ -339,20 +402,16 @@ struct Gradient<'a> {
     labels: &'a [u32],
     ignored: u32,
     scale: &'a [f32],
-    range: Range<usize>,
-    dlogits: SliceMut<'a>,
 }
 
-impl Kernel for Gradient<'_> {
-    type Output = ();
-
+impl<'a> Run<Out<'a>> for Gradient<'_> {
     #[inline(always)]
-    fn call<S: Simd>(mut self, s: S) {
+    fn run<S: Simd>(&self, s: S, range: Range<usize>, mut dlogits: Out<'a>, _: &mut [f32]) {
         let c = self.c;
         let visible = self.shard.visible(c);
         let mut wide = [0f32; BLOCK];
         let mut narrow = [0f32; BLOCK];
-        for (i, row) in self.range.clone().enumerate() {
+        for (i, row) in range.enumerate() {
             let ignored = self.labels[row] == self.ignored;
             let label = (self.labels[row] as usize).wrapping_sub(self.shard.first);
             let (max, scale) = (s.splat(self.max[row]), self.scale[row]);
@@ -365,34 +424,41 @@ impl Kernel for Gradient<'_> {
                 } else {
                     visible.clamp(at, end) - at
                 };
-                let wide = &mut wide[..end - at];
-                match self.logits {
-                    Some(x) => {
-                        let x = widen(s, x, row * c + at..row * c + end, &mut narrow);
-                        wide.copy_from_slice(x);
-                    }
-                    None => {
-                        let x = shared(&self.dlogits);
-                        let x = widen(s, x, i * c + at..i * c + end, &mut narrow);
-                        wide.copy_from_slice(x);
-                    }
-                }
                 let target = i * c + at..i * c + end;
+                let x = match (self.logits, &dlogits.data) {
+                    (Some(x), _) => Some(widen(s, x, row * c + at..row * c + end, &mut wide)),
+                    // f32 in place of themselves need no copy.
+                    (None, SliceMut::F32(_)) => None,
+                    (None, y) => {
+                        let wide = &mut wide[..end - at];
+                        widen_into(s, part(shared(y), target.clone()), wide);
+                        Some(&*wide)
+                    }
+                };
                 written(
                     s,
-                    &mut self.dlogits,
+                    &mut dlogits.data,
                     target,
                     &mut narrow,
                     #[inline(always)]
                     |y| {
                         let (live, dead) = y.split_at_mut(n);
-                        map(
-                            s,
-                            [&wide[..n]],
-                            live,
-                            #[inline(always)]
-                            |[x]| s.mul(exp(s, s.sub(x, max)), factor),
-                        );
+                        match x {
+                            Some(x) => map(
+                                s,
+                                [&x[..n]],
+                                live,
+                                #[inline(always)]
+                                |[x]| slope(s, x, max, factor),
+                            ),
+                            None => update(
+                                s,
+                                [],
+                                live,
+                                #[inline(always)]
+                                |[], x| slope(s, x, max, factor),
+                            ),
+                        }
                         dead.fill(0.0);
                         if let Some(y) = label.checked_sub(at).and_then(|j| live.get_mut(j)) {
                             *y -= scale;
@@ -402,6 +468,12 @@ impl Kernel for Gradient<'_> {
             }
         }
     }
+}
+
+/// e^(x - max) factor.
+#[inline(always)]
+fn slope<S: Simd>(s: S, x: S::V, max: S::V, factor: S::V) -> S::V {
+    s.mul(exp_normal(s, s.sub(x, max)), factor)
 }
 
 /// The three passes on one chip: losses, and max and sum for [`cross_entropy_gradient`].
@@ -418,103 +490,24 @@ pub(crate) fn cross_entropy(
     sum: &mut [f32],
 ) {
     check_labels(labels, ignored, valid);
+    let rows = losses.len();
+    let c = width(logits, rows);
+    assert!(
+        [labels.len(), max.len(), sum.len()] == [rows; 3],
+        "one label, max and sum a row"
+    );
     let shard = Shard { first: 0, valid };
-    row_max(logits, shard, max);
-    with_scratch_f32(losses.len(), |target| {
-        row_exp_sum(logits, shard, max, labels, sum, target);
+    let logits = Logits { c, logits, shard };
+    with_scratch_f32(rows, |target| {
+        let out = [&mut *max, &mut *sum, &mut *target];
+        over_rows(&Statistics { logits, labels }, rows, c, 0, out);
         cross_entropy_losses(max, sum, target, labels, ignored, losses);
     });
 }
 
-/// y[i, j] = e^(x[i, j] - max over j of x[i, j]) / its sum over j. x, y: [r, c]. Panics unless c divides the length.
-pub(crate) fn softmax(x: Slice, c: usize, y: SliceMut) {
-    assert_eq!(x.len(), y.len(), "x and y differ in length");
-    if x.is_empty() {
-        return;
-    }
-    assert_eq!(x.len() % c, 0, "x is not [r, {c}]");
-    let isa: Isa = isa();
-    for_rows(x.len() / c, c, Out { data: y, width: c }, |range, y| {
-        with_scratch_f32(2 * c, |scratch| {
-            dispatch(
-                isa,
-                Softmax {
-                    c,
-                    x,
-                    range,
-                    y: y.data,
-                    scratch,
-                },
-            );
-        });
-    });
-}
-
-struct Softmax<'a> {
-    c: usize,
-    x: Slice<'a>,
-    range: Range<usize>,
-    y: SliceMut<'a>,
-    scratch: &'a mut [f32],
-}
-
-impl Kernel for Softmax<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn call<S: Simd>(mut self, s: S) {
-        let c = self.c;
-        let (wide, powers) = self.scratch.split_at_mut(c);
-        for (i, row) in self.range.enumerate() {
-            let x = widen(s, self.x, row * c..(row + 1) * c, wide);
-            let none = f32::NEG_INFINITY;
-            let [lanes] = fold(
-                s,
-                [x],
-                [none],
-                [none],
-                #[inline(always)]
-                |[x], [m]| [s.max_nan(m, x)],
-            );
-            let max = lanes_max(lanes);
-            let m = s.splat(max);
-            map(
-                s,
-                [x],
-                powers,
-                #[inline(always)]
-                |[x]| exp(s, s.sub(x, m)),
-            );
-            let [sum] = sums(
-                s,
-                [&*powers],
-                #[inline(always)]
-                |[x], [sum]| [s.add(sum, x)],
-            );
-            let factor = s.splat(1.0 / sum);
-            written(
-                s,
-                &mut self.y,
-                i * c..(i + 1) * c,
-                wide,
-                #[inline(always)]
-                |y| {
-                    map(
-                        s,
-                        [&*powers],
-                        y,
-                        #[inline(always)]
-                        |[x]| s.mul(x, factor),
-                    );
-                },
-            );
-        }
-    }
-}
-
+/// The greatest of all, or NaN.
 #[inline(always)]
-fn lanes_max(lanes: [f32; GROUP]) -> f32 {
-    let mut max = f32::NEG_INFINITY;
+fn lanes_max(mut max: f32, lanes: [f32; GROUP]) -> f32 {
     for x in lanes {
         if x > max || x.is_nan() {
             max = x;

@@ -5,7 +5,7 @@ use super::lanes::{widen, written};
 use super::parallel::{Out, for_rows};
 use crate::cpu::simd::{Kernel, Simd, dispatch, isa};
 use crate::dtype::{Slice, SliceMut};
-use crate::random::Stream;
+use crate::random::{COUNTERS, Stream};
 use std::ops::Range;
 
 const BLOCK: usize = 512;
@@ -98,11 +98,12 @@ impl<F: Fn(usize) -> u64> Kernel for Drop<'_, F> {
 /// Words first, comparisons after: two plain loops that the compiler can make vectors of.
 #[inline(always)]
 fn mask(x: &[f32], y: &mut [f32], p: f32, factor: f32, stream: &Stream, first: u64) {
-    let mut words = [[0u32; 4]; BLOCK / 4 + 1];
+    let mut words = [[0u32; 4]; BLOCK / 4 + COUNTERS];
     let skip = (first % 4) as usize;
     let counters = (skip + x.len()).div_ceil(4);
-    for (c, words) in words[..counters].iter_mut().enumerate() {
-        *words = stream.words(first / 4 + c as u64);
+    let used = &mut words[..counters.next_multiple_of(COUNTERS)];
+    for (c, words) in used.chunks_exact_mut(COUNTERS).enumerate() {
+        words.copy_from_slice(&stream.words_of_many(first / 4 + (c * COUNTERS) as u64));
     }
     let words = &words.as_flattened()[skip..];
     for ((x, y), word) in x.iter().zip(y).zip(words) {

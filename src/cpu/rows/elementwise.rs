@@ -62,21 +62,6 @@ pub(crate) fn add_assign(sum: SliceMut, x: Slice) {
 }
 
 #[derive(Clone, Copy)]
-struct Axpy(f32);
-impl Pointwise<1, 1> for Axpy {
-    const IN_PLACE: bool = true;
-    #[inline(always)]
-    fn at<S: Simd>(self, s: S, [x]: [S::V; 1], [y]: [S::V; 1]) -> [S::V; 1] {
-        [s.fma(s.splat(self.0), x, y)]
-    }
-}
-
-/// y <- a x + y, rounded once.
-pub(crate) fn axpy(a: f32, x: Slice, y: SliceMut) {
-    pointwise(Axpy(a), [x], [y]);
-}
-
-#[derive(Clone, Copy)]
 struct Cast;
 impl Pointwise<1, 1> for Cast {
     #[inline(always)]

@@ -9,7 +9,7 @@
 
 use super::parallel::{part, part_mut};
 use crate::cpu::simd::Simd;
-use crate::dtype::{Slice, SliceMut};
+use crate::dtype::{Float, Slice, SliceMut};
 use std::array::from_fn;
 use std::ops::Range;
 
@@ -39,9 +39,16 @@ pub(crate) fn widen<'a, S: Simd>(
 #[inline(always)]
 pub(crate) fn widen_into<S: Simd>(s: S, x: Slice, to: &mut [f32]) {
     #[inline(always)]
-    fn go<S: Simd, T: crate::dtype::Float>(s: S, x: &[T], to: &mut [f32]) {
+    fn go<S: Simd, T: Float>(s: S, x: &[T], to: &mut [f32]) {
         assert_eq!(x.len(), to.len());
-        for (x, to) in x.chunks(S::LANES).zip(to.chunks_mut(S::LANES)) {
+        let (whole, rest) = x.as_chunks::<GROUP>();
+        let (whole_to, rest_to) = to.as_chunks_mut::<GROUP>();
+        for (x, to) in whole.iter().zip(whole_to) {
+            for v in 0..GROUP / S::LANES {
+                s.store(&mut to[v * S::LANES..], s.load(&x[v * S::LANES..]));
+            }
+        }
+        for (x, to) in rest.chunks(S::LANES).zip(rest_to.chunks_mut(S::LANES)) {
             s.store_first(to, s.load_first(x));
         }
     }
@@ -57,9 +64,16 @@ pub(crate) fn widen_into<S: Simd>(s: S, x: Slice, to: &mut [f32]) {
 #[inline(always)]
 pub(crate) fn narrow_into<S: Simd>(s: S, x: &[f32], to: SliceMut) {
     #[inline(always)]
-    fn go<S: Simd, T: crate::dtype::Float>(s: S, x: &[f32], to: &mut [T]) {
+    fn go<S: Simd, T: Float>(s: S, x: &[f32], to: &mut [T]) {
         assert_eq!(x.len(), to.len());
-        for (x, to) in x.chunks(S::LANES).zip(to.chunks_mut(S::LANES)) {
+        let (whole, rest) = x.as_chunks::<GROUP>();
+        let (whole_to, rest_to) = to.as_chunks_mut::<GROUP>();
+        for (x, to) in whole.iter().zip(whole_to) {
+            for v in 0..GROUP / S::LANES {
+                s.store(&mut to[v * S::LANES..], s.load(&x[v * S::LANES..]));
+            }
+        }
+        for (x, to) in rest.chunks(S::LANES).zip(rest_to.chunks_mut(S::LANES)) {
             s.store_first(to, s.load_first(x));
         }
     }
@@ -101,49 +115,64 @@ pub(crate) fn fold<S: Simd, const N: usize, const M: usize>(
     start: [f32; M],
     f: impl Fn([S::V; N], [S::V; M]) -> [S::V; M],
 ) -> [[f32; GROUP]; M] {
-    let n = x[0].len();
-    assert!(x.iter().all(|x| x.len() == n));
-    let vectors = GROUP / S::LANES;
     let mut sums = [[s.zero(); M]; MOST];
     for sum in &mut sums {
         for (sum, start) in sum.iter_mut().zip(start) {
             *sum = s.splat(start);
         }
     }
-    let mut padded = [[0f32; GROUP]; N];
-    for at in (0..n).step_by(GROUP) {
-        let whole = n - at >= GROUP;
-        if !whole {
-            for i in 0..N {
-                padded[i] = [fill[i]; GROUP];
-                padded[i][..n - at].copy_from_slice(&x[i][at..]);
-            }
+    let (whole, rest) = groups(x[0].len(), x);
+    for at in 0..whole[0].len() {
+        let mut group = [&[0.0; GROUP]; N];
+        for (group, x) in group.iter_mut().zip(whole) {
+            *group = &x[at];
         }
-        let group: [&[f32]; N] = from_fn(
-            #[inline(always)]
-            |i| {
-                if whole {
-                    &x[i][at..at + GROUP]
-                } else {
-                    &padded[i][..]
-                }
-            },
-        );
-        for (v, sum) in sums.iter_mut().enumerate().take(vectors) {
-            let mut loaded = [s.zero(); N];
-            for i in 0..N {
-                loaded[i] = s.load(&group[i][v * S::LANES..]);
-            }
-            *sum = f(loaded, *sum);
+        fold_group(s, group, &mut sums, &f);
+    }
+    if !rest[0].is_empty() {
+        let mut padded = [[0f32; GROUP]; N];
+        for ((padded, rest), fill) in padded.iter_mut().zip(rest).zip(fill) {
+            *padded = [fill; GROUP];
+            padded[..rest.len()].copy_from_slice(rest);
         }
+        fold_group(s, padded.each_ref(), &mut sums, &f);
     }
     let mut lanes = [[0f32; GROUP]; M];
-    for (v, sum) in sums.iter().enumerate().take(vectors) {
-        for (lanes, sum) in lanes.iter_mut().zip(sum) {
-            s.store(&mut lanes[v * S::LANES..], *sum);
+    for v in 0..GROUP / S::LANES {
+        for (lanes, sum) in lanes.iter_mut().zip(sums[v]) {
+            s.store(&mut lanes[v * S::LANES..], sum);
         }
     }
     lanes
+}
+
+#[inline(always)]
+fn fold_group<S: Simd, const N: usize, const M: usize>(
+    s: S,
+    group: [&[f32; GROUP]; N],
+    sums: &mut [[S::V; M]; MOST],
+    f: &impl Fn([S::V; N], [S::V; M]) -> [S::V; M],
+) {
+    // The count is a constant: the loop is unrolled, and the sums stay in registers.
+    for v in 0..GROUP / S::LANES {
+        let mut loaded = [s.zero(); N];
+        for (loaded, group) in loaded.iter_mut().zip(group) {
+            *loaded = s.load(&group[v * S::LANES..]);
+        }
+        sums[v] = f(loaded, sums[v]);
+    }
+}
+
+/// Rows of n elements as groups of 32 and what is left: within a group no index is checked.
+#[inline(always)]
+#[allow(clippy::type_complexity)]
+fn groups<T, const N: usize>(n: usize, x: [&[T]; N]) -> ([&[[T; GROUP]]; N], [&[T]; N]) {
+    let (mut whole, mut rest) = ([&[][..]; N], [&[][..]; N]);
+    for i in 0..N {
+        assert_eq!(x[i].len(), n, "rows differ in length");
+        (whole[i], rest[i]) = x[i].as_chunks::<GROUP>();
+    }
+    (whole, rest)
 }
 
 /// The sum of 32 lanes: halves added to halves.
@@ -177,16 +206,13 @@ pub(crate) fn map<S: Simd, const N: usize>(
     y: &mut [f32],
     f: impl Fn([S::V; N]) -> S::V,
 ) {
-    let n = y.len();
-    assert!(x.iter().all(|x| x.len() == n));
-    for at in (0..n).step_by(S::LANES) {
-        let end = (at + S::LANES).min(n);
-        let mut loaded = [s.zero(); N];
-        for i in 0..N {
-            loaded[i] = s.load_first(&x[i][at..end]);
-        }
-        s.store_first(&mut y[at..end], f(loaded));
-    }
+    transform::<S, f32, false, N, 1>(
+        s,
+        x,
+        [y],
+        #[inline(always)]
+        |x, _| [f(x)],
+    );
 }
 
 /// y[i] = f(x[0][i], x[1][i], ..., y[i]) over rows of one length.
@@ -197,15 +223,73 @@ pub(crate) fn update<S: Simd, const N: usize>(
     y: &mut [f32],
     f: impl Fn([S::V; N], S::V) -> S::V,
 ) {
-    let n = y.len();
-    assert!(x.iter().all(|x| x.len() == n));
-    for at in (0..n).step_by(S::LANES) {
-        let end = (at + S::LANES).min(n);
-        let mut loaded = [s.zero(); N];
-        for i in 0..N {
-            loaded[i] = s.load_first(&x[i][at..end]);
+    transform::<S, f32, true, N, 1>(
+        s,
+        x,
+        [y],
+        #[inline(always)]
+        |x, [y]| [f(x, y)],
+    );
+}
+
+/// (y[0][i], y[1][i], ...) = f((x[0][i], ...), (y[0][i], ...)) over rows of one length and type, computed in f32; without
+/// `READ`, f gets zeros for y.
+#[inline(always)]
+pub(crate) fn transform<S: Simd, T: Float, const READ: bool, const N: usize, const M: usize>(
+    s: S,
+    x: [&[T]; N],
+    y: [&mut [T]; M],
+    f: impl Fn([S::V; N], [S::V; M]) -> [S::V; M],
+) {
+    let n = y[0].len();
+    let (whole, rest) = groups(n, x);
+    let mut whole_y: [&mut [[T; GROUP]]; M] = from_fn(
+        #[inline(always)]
+        |_| &mut [][..],
+    );
+    let mut rest_y: [&mut [T]; M] = from_fn(
+        #[inline(always)]
+        |_| &mut [][..],
+    );
+    for ((y, whole), rest) in y.into_iter().zip(&mut whole_y).zip(&mut rest_y) {
+        assert_eq!(y.len(), n, "rows differ in length");
+        (*whole, *rest) = y.as_chunks_mut::<GROUP>();
+    }
+    for at in 0..n / GROUP {
+        for v in 0..GROUP / S::LANES {
+            let from = v * S::LANES;
+            let mut inputs = [s.zero(); N];
+            for (input, x) in inputs.iter_mut().zip(&whole) {
+                *input = s.load(&x[at][from..]);
+            }
+            let mut old = [s.zero(); M];
+            if READ {
+                for (old, y) in old.iter_mut().zip(&whole_y) {
+                    *old = s.load(&y[at][from..]);
+                }
+            }
+            let new = f(inputs, old);
+            for (y, new) in whole_y.iter_mut().zip(new) {
+                s.store(&mut y[at][from..], new);
+            }
         }
-        let old = s.load_first(&y[at..end]);
-        s.store_first(&mut y[at..end], f(loaded, old));
+    }
+    let left = n % GROUP;
+    for at in (0..left).step_by(S::LANES) {
+        let end = (at + S::LANES).min(left);
+        let mut inputs = [s.zero(); N];
+        for (input, rest) in inputs.iter_mut().zip(&rest) {
+            *input = s.load_first(&rest[at..end]);
+        }
+        let mut old = [s.zero(); M];
+        if READ {
+            for (old, rest) in old.iter_mut().zip(&rest_y) {
+                *old = s.load_first(&rest[at..end]);
+            }
+        }
+        let new = f(inputs, old);
+        for (rest, new) in rest_y.iter_mut().zip(new) {
+            s.store_first(&mut rest[at..end], new);
+        }
     }
 }

@@ -7,6 +7,7 @@
 mod activation;
 mod copy;
 mod cross_entropy;
+mod driver;
 mod dropout;
 mod elementwise;
 mod embedding;
@@ -17,21 +18,23 @@ pub(crate) mod parallel;
 mod pointwise;
 mod reduce;
 mod rotary;
+mod softmax;
 
 pub(crate) use activation::{activation, activation_backward, swiglu, swiglu_backward};
 pub(crate) use copy::copy_strided;
 pub(crate) use cross_entropy::{
     Shard, cross_entropy, cross_entropy_gradient, cross_entropy_gradient_in_place,
-    cross_entropy_losses, row_exp_sum, row_max, softmax,
+    cross_entropy_losses, row_exp_sum, row_max,
 };
 pub(crate) use dropout::dropout;
-pub(crate) use elementwise::{add, add_assign, axpy, cast, multiply, scale};
+pub(crate) use elementwise::{add, add_assign, cast, multiply, scale};
 pub(crate) use embedding::{embedding, embedding_backward};
 pub(crate) use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
 pub(crate) use optimizer::{AdamW, Sgd, adamw, sgd};
 pub(crate) use reduce::{add_bias, column_sum, sum, sum_of_squares};
 pub use rotary::RotaryStyle;
 pub(crate) use rotary::{Rotary, rotary};
+pub(crate) use softmax::{softmax, softmax_backward};
 
 #[cfg(test)]
 pub(crate) mod tests;

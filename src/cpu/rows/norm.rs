@@ -4,11 +4,11 @@
 //! squared differences from the mean (two passes over a row that sits in the first cache), because the difference of mean
 //! square and squared mean loses all digits when the mean is large.
 
-use super::lanes::{map, sums, update, widen, widen_into, written};
-use super::parallel::{Out, column_block, for_columns, for_rows};
+use super::driver::{Run, over_columns, over_rows};
+use super::lanes::{fold, map, sums, transform, tree_sum, widen, written};
+use super::parallel::{Out, SMALL, part, part_mut};
 use crate::cpu::Accum;
-use crate::cpu::memory::with_scratch_f32;
-use crate::cpu::simd::{Kernel, Simd, dispatch, isa};
+use crate::cpu::simd::Simd;
 use crate::dtype::{Slice, SliceMut};
 use std::ops::Range;
 
@@ -51,15 +51,7 @@ pub(crate) fn layer_norm_backward(
     dbias: Option<(&mut [f32], Accum)>,
 ) {
     assert_eq!(mean.len(), rstd.len(), "one mean and one rstd a row");
-    if let Some(dx) = dx {
-        input_gradient(dy, x, weight, Some(mean), rstd, dx);
-    }
-    if let Some((dweight, accum)) = dweight {
-        weight_gradient(dy, x, Some(mean), rstd, dweight, accum);
-    }
-    if let Some((dbias, accum)) = dbias {
-        super::reduce::column_sum(dy, dbias, accum);
-    }
+    backward(dy, x, weight, Some(mean), rstd, dx, dweight, dbias);
 }
 
 /// The gradients of [`rms_norm`]: with h = x rstd and g = dy weight, dx = rstd (g - h sum (g h) / c),
@@ -72,12 +64,7 @@ pub(crate) fn rms_norm_backward(
     dx: Option<SliceMut>,
     dweight: Option<(&mut [f32], Accum)>,
 ) {
-    if let Some(dx) = dx {
-        input_gradient(dy, x, weight, None, rstd, dx);
-    }
-    if let Some((dweight, accum)) = dweight {
-        weight_gradient(dy, x, None, rstd, dweight, accum);
-    }
+    backward(dy, x, weight, None, rstd, dx, dweight, None);
 }
 
 /// Elements a row. Panics unless `x` has `rows` whole rows.
@@ -101,7 +88,7 @@ fn forward(
     mean: Option<&mut [f32]>,
     rstd: &mut [f32],
 ) {
-    let (rows, isa) = (rstd.len(), isa());
+    let rows = rstd.len();
     let c = width(x, rows);
     assert_eq!(y.len(), x.len(), "x and y differ in length");
     for p in [weight, bias].into_iter().flatten() {
@@ -110,26 +97,15 @@ fn forward(
     if c == 0 {
         return;
     }
+    let kernel = Forward {
+        c,
+        eps,
+        x,
+        weight,
+        bias,
+    };
     let out = (Out { data: y, width: c }, mean, rstd);
-    for_rows(rows, c, out, |range, (y, mean, rstd)| {
-        with_scratch_f32(4 * c, |scratch| {
-            dispatch(
-                isa,
-                Forward {
-                    c,
-                    eps,
-                    x,
-                    weight,
-                    bias,
-                    range,
-                    y: y.data,
-                    mean,
-                    rstd,
-                    scratch,
-                },
-            );
-        });
-    });
+    over_rows(&kernel, rows, c, 4 * c, out);
 }
 
 struct Forward<'a> {
@@ -138,29 +114,30 @@ struct Forward<'a> {
     x: Slice<'a>,
     weight: Option<Slice<'a>>,
     bias: Option<Slice<'a>>,
-    range: Range<usize>,
-    y: SliceMut<'a>,
-    mean: Option<&'a mut [f32]>,
-    rstd: &'a mut [f32],
-    scratch: &'a mut [f32],
 }
 
-impl Kernel for Forward<'_> {
-    type Output = ();
+type ForwardOut<'a> = (Out<'a>, Option<&'a mut [f32]>, &'a mut [f32]);
 
+impl<'a> Run<ForwardOut<'a>> for Forward<'_> {
     #[inline(always)]
-    fn call<S: Simd>(mut self, s: S) {
+    fn run<S: Simd>(
+        &self,
+        s: S,
+        range: Range<usize>,
+        (mut y, mut means, rstds): ForwardOut<'a>,
+        scratch: &mut [f32],
+    ) {
         let c = self.c;
-        let (weight, rest) = self.scratch.split_at_mut(c);
+        let (weight, rest) = scratch.split_at_mut(c);
         let (bias, rest) = rest.split_at_mut(c);
         let (wide, narrow) = rest.split_at_mut(c);
-        fill(s, self.weight, 1.0, weight);
-        fill(s, self.bias, 0.0, bias);
+        let weight = parameter(s, self.weight, 1.0, weight);
+        let bias = parameter(s, self.bias, 0.0, bias);
         let shifted = self.bias.is_some();
-        for (i, row) in self.range.enumerate() {
+        for (i, row) in range.enumerate() {
             let x = widen(s, self.x, row * c..(row + 1) * c, wide);
             let mut mean = 0.0;
-            if let Some(means) = &mut self.mean {
+            if let Some(means) = &mut means {
                 let [sum] = sums(
                     s,
                     [x],
@@ -171,28 +148,34 @@ impl Kernel for Forward<'_> {
                 means[i] = mean;
             }
             let m = s.splat(mean);
-            let [squares] = sums_centered(s, x, m);
-            let rstd = 1.0 / (squares / c as f32 + self.eps).sqrt();
-            self.rstd[i] = rstd;
+            let rstd = 1.0 / (squares(s, x, mean) / c as f32 + self.eps).sqrt();
+            rstds[i] = rstd;
             let r = s.splat(rstd);
             written(
                 s,
-                &mut self.y,
+                &mut y.data,
                 i * c..(i + 1) * c,
                 narrow,
                 #[inline(always)]
                 |y| {
-                    map(
-                        s,
-                        [x, weight, bias],
-                        y,
-                        #[inline(always)]
-                        |[x, w, b]| {
-                            let h = s.mul(s.sub(x, m), r);
-                            // Without a bias nothing is added, so that a negative zero stays one.
-                            if shifted { s.fma(h, w, b) } else { s.mul(h, w) }
-                        },
-                    );
+                    if shifted {
+                        map(
+                            s,
+                            [x, weight, bias],
+                            y,
+                            #[inline(always)]
+                            |[x, w, b]| s.fma(s.mul(s.sub(x, m), r), w, b),
+                        );
+                    } else {
+                        // Without a bias nothing is added, so that a negative zero stays one.
+                        map(
+                            s,
+                            [x, weight],
+                            y,
+                            #[inline(always)]
+                            |[x, w]| s.mul(s.mul(s.sub(x, m), r), w),
+                        );
+                    }
                 },
             );
         }
@@ -201,94 +184,135 @@ impl Kernel for Forward<'_> {
 
 /// The sum of (x - m)^2. Missing elements of a ragged group stand for m, hence add nothing.
 #[inline(always)]
-fn sums_centered<S: Simd>(s: S, x: &[f32], m: S::V) -> [f32; 1] {
-    let mut first = [0f32; super::lanes::GROUP];
-    s.store(&mut first, m);
-    super::lanes::fold(
+fn squares<S: Simd>(s: S, x: &[f32], mean: f32) -> f32 {
+    let m = s.splat(mean);
+    let [lanes] = fold(
         s,
         [x],
-        [first[0]],
+        [mean],
         [0.0],
         #[inline(always)]
         |[x], [sum]| {
             let d = s.sub(x, m);
             [s.fma(d, d, sum)]
         },
-    )
-    .map(super::lanes::tree_sum)
+    );
+    tree_sum(lanes)
 }
 
+/// A parameter in f32: where it lies, or in `to`.
 #[inline(always)]
-fn fill<S: Simd>(s: S, x: Option<Slice>, otherwise: f32, to: &mut [f32]) {
+fn parameter<'a, S: Simd>(
+    s: S,
+    x: Option<Slice<'a>>,
+    otherwise: f32,
+    to: &'a mut [f32],
+) -> &'a [f32] {
     match x {
-        Some(x) => widen_into(s, x, to),
-        None => to.fill(otherwise),
+        Some(x) => widen(s, x, 0..x.len(), to),
+        None => {
+            to.fill(otherwise);
+            to
+        }
     }
 }
 
-fn input_gradient(
+/// Elements of x for which the gradients of inputs and of parameters are computed in turn on one thread: x, dy and dx
+/// stay in its second cache between the two.
+const NEAR: usize = 32 * 1024;
+
+/// All gradients, in one pass over memory: blocks of rows, for each block first dx by rows, then the sums by columns. A
+/// column's sum stays one chain over all rows, because a block resumes where the one before ended.
+#[allow(clippy::too_many_arguments)]
+fn backward(
     dy: Slice,
     x: Slice,
     weight: Option<Slice>,
     mean: Option<&[f32]>,
     rstd: &[f32],
-    dx: SliceMut,
+    mut dx: Option<SliceMut>,
+    mut dweight: Option<(&mut [f32], Accum)>,
+    mut dbias: Option<(&mut [f32], Accum)>,
 ) {
-    let (rows, isa) = (rstd.len(), isa());
-    let c = width(x, rows);
+    let rows = rstd.len();
+    let c = match dweight.iter().chain(&dbias).next() {
+        Some((p, _)) => p.len(),
+        None => width(x, rows),
+    };
+    assert_eq!(x.len(), rows * c, "x is not [{rows}, {c}]");
     assert_eq!(dy.len(), x.len(), "x and dy differ in length");
-    assert_eq!(dx.len(), x.len(), "x and dx differ in length");
-    assert!(
-        rows == 0 || weight.is_none_or(|w| w.len() == c),
-        "the weight is not [c]"
-    );
+    if let Some(dx) = &dx {
+        assert_eq!(dx.len(), x.len(), "x and dx differ in length");
+    }
+    for p in dweight.iter().chain(&dbias) {
+        assert_eq!(p.0.len(), c, "a parameter's gradient is not [c]");
+    }
+    let fits = weight.is_none_or(|w| w.len() == c);
+    assert!(rows == 0 || fits, "the weight is not [c]");
+    if let Some((p, Accum::Replace)) = &mut dweight {
+        p.fill(0.0);
+    }
+    if let Some((p, Accum::Replace)) = &mut dbias {
+        p.fill(0.0);
+    }
     if c == 0 {
         return;
     }
-    for_rows(rows, c, Out { data: dx, width: c }, |range, dx| {
-        with_scratch_f32(4 * c, |scratch| {
-            dispatch(
-                isa,
-                InputGradient {
-                    c,
-                    dy,
-                    x,
-                    weight,
-                    mean,
-                    rstd,
-                    range,
-                    dx: dx.data,
-                    scratch,
-                },
-            );
-        });
-    });
+    // Threads meet twice a block, which costs microseconds: their blocks are longer, and come back from the third cache.
+    let threads = rayon::current_num_threads();
+    let elements = if threads == 1 {
+        NEAR
+    } else {
+        8 * threads * NEAR
+    };
+    let elements = if dx.is_none() { usize::MAX } else { elements };
+    let block = (elements / c).max(SMALL / c).max(1);
+    for first in (0..rows).step_by(block) {
+        let last = first.saturating_add(block).min(rows);
+        let range = first * c..last * c;
+        let kernel = Backward {
+            c,
+            dy: part(dy, range.clone()),
+            x: part(x, range.clone()),
+            weight,
+            mean: mean.map(|m| &m[first..last]),
+            rstd: &rstd[first..last],
+        };
+        if let Some(dx) = &mut dx {
+            let data = part_mut(dx, range);
+            over_rows(&kernel, last - first, c, 4 * c, Out { data, width: c });
+        }
+        let dweight = dweight.as_mut().map(|(p, _)| &mut **p);
+        let dbias = dbias.as_mut().map(|(p, _)| &mut **p);
+        match (dweight, dbias) {
+            (Some(w), Some(b)) => over_columns(&kernel, last - first, c, 2 * STRIP, [w, b]),
+            (Some(w), None) => over_columns(&kernel, last - first, c, 2 * STRIP, [w]),
+            (None, Some(b)) => super::reduce::column_sum(kernel.dy, b, Accum::Add),
+            (None, None) => {}
+        }
+    }
 }
 
-struct InputGradient<'a> {
+struct Backward<'a> {
     c: usize,
     dy: Slice<'a>,
     x: Slice<'a>,
     weight: Option<Slice<'a>>,
     mean: Option<&'a [f32]>,
     rstd: &'a [f32],
-    range: Range<usize>,
-    dx: SliceMut<'a>,
-    scratch: &'a mut [f32],
 }
 
-impl Kernel for InputGradient<'_> {
-    type Output = ();
-
+/// dx.
+impl<'a> Run<Out<'a>> for Backward<'_> {
     #[inline(always)]
-    fn call<S: Simd>(mut self, s: S) {
+    fn run<S: Simd>(&self, s: S, range: Range<usize>, mut dx: Out<'a>, scratch: &mut [f32]) {
         let c = self.c;
-        let (weight, rest) = self.scratch.split_at_mut(c);
+        let (weight, rest) = scratch.split_at_mut(c);
         let (wide_x, rest) = rest.split_at_mut(c);
         let (wide_dy, narrow) = rest.split_at_mut(c);
-        fill(s, self.weight, 1.0, weight);
+        let weight = parameter(s, self.weight, 1.0, weight);
         let count = c as f32;
-        for (i, row) in self.range.enumerate() {
+        for (i, row) in range.enumerate() {
             let elements = row * c..(row + 1) * c;
             let x = widen(s, self.x, elements.clone(), wide_x);
             let dy = widen(s, self.dy, elements, wide_dy);
@@ -309,7 +333,7 @@ impl Kernel for InputGradient<'_> {
             let mean_gh = s.splat(sum_gh / count);
             written(
                 s,
-                &mut self.dx,
+                &mut dx.data,
                 i * c..(i + 1) * c,
                 narrow,
                 #[inline(always)]
@@ -331,72 +355,82 @@ impl Kernel for InputGradient<'_> {
     }
 }
 
-fn weight_gradient(
-    dy: Slice,
-    x: Slice,
-    mean: Option<&[f32]>,
-    rstd: &[f32],
-    dweight: &mut [f32],
-    accum: Accum,
-) {
-    let (rows, c, isa) = (rstd.len(), dweight.len(), isa());
-    assert_eq!(dy.len(), x.len(), "x and dy differ in length");
-    assert_eq!(x.len(), rows * c, "x is not [r, c]");
-    let block = column_block(rows, c);
-    for_columns(c, block, dweight, |columns, dweight| {
-        with_scratch_f32(2 * columns.len(), |scratch| {
-            dispatch(
-                isa,
-                WeightGradient {
-                    c,
-                    dy,
-                    x,
-                    mean,
-                    rstd,
-                    columns,
-                    dweight,
-                    accum,
-                    scratch,
+/// Rows that are added to a column's sums at a time, so that these are loaded and stored once for all of them.
+const STRIP: usize = 4;
+
+/// dweight, and dbias if M is 2, added to what is there.
+impl<'a, const M: usize> Run<[&'a mut [f32]; M]> for Backward<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(
+        &self,
+        s: S,
+        columns: Range<usize>,
+        mut sums: [&'a mut [f32]; M],
+        scratch: &mut [f32],
+    ) {
+        let rows = self.rstd.len();
+        let strips = rows / STRIP * STRIP;
+        for row in (0..strips).step_by(STRIP) {
+            let mut wide = scratch.chunks_exact_mut(columns.len());
+            let mut x = [&[][..]; 2 * STRIP];
+            for (i, x) in x.iter_mut().enumerate() {
+                let from = if i < STRIP { self.x } else { self.dy };
+                let wide = wide.next().expect("one a row");
+                *x = widen(s, from, self.elements(row + i % STRIP, &columns), wide);
+            }
+            let [m0, m1, m2, m3] = std::array::from_fn(
+                #[inline(always)]
+                |i| s.splat(self.mean.map_or(0.0, |mean| mean[row + i])),
+            );
+            let [r0, r1, r2, r3] = std::array::from_fn(
+                #[inline(always)]
+                |i| s.splat(self.rstd[row + i]),
+            );
+            transform::<S, f32, true, { 2 * STRIP }, M>(
+                s,
+                x,
+                sums.each_mut().map(|sum| &mut **sum),
+                #[inline(always)]
+                |[x0, x1, x2, x3, dy0, dy1, dy2, dy3], mut sums| {
+                    sums[0] = s.fma(dy0, s.mul(s.sub(x0, m0), r0), sums[0]);
+                    sums[0] = s.fma(dy1, s.mul(s.sub(x1, m1), r1), sums[0]);
+                    sums[0] = s.fma(dy2, s.mul(s.sub(x2, m2), r2), sums[0]);
+                    sums[0] = s.fma(dy3, s.mul(s.sub(x3, m3), r3), sums[0]);
+                    if M == 2 {
+                        let sum = s.add(s.add(sums[M - 1], dy0), dy1);
+                        sums[M - 1] = s.add(s.add(sum, dy2), dy3);
+                    }
+                    sums
                 },
             );
-        });
-    });
-}
-
-struct WeightGradient<'a> {
-    c: usize,
-    dy: Slice<'a>,
-    x: Slice<'a>,
-    mean: Option<&'a [f32]>,
-    rstd: &'a [f32],
-    columns: Range<usize>,
-    dweight: &'a mut [f32],
-    accum: Accum,
-    scratch: &'a mut [f32],
-}
-
-impl Kernel for WeightGradient<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn call<S: Simd>(self, s: S) {
-        let (wide_x, wide_dy) = self.scratch.split_at_mut(self.columns.len());
-        if self.accum == Accum::Replace {
-            self.dweight.fill(0.0);
         }
-        for (row, &rstd) in self.rstd.iter().enumerate() {
-            let elements = row * self.c + self.columns.start..row * self.c + self.columns.end;
-            let x = widen(s, self.x, elements.clone(), wide_x);
-            let dy = widen(s, self.dy, elements, wide_dy);
+        for row in strips..rows {
+            let (wide_x, wide_dy) = scratch.split_at_mut(columns.len());
+            let x = widen(s, self.x, self.elements(row, &columns), wide_x);
+            let dy = widen(s, self.dy, self.elements(row, &columns), wide_dy);
             let m = s.splat(self.mean.map_or(0.0, |mean| mean[row]));
-            let r = s.splat(rstd);
-            update(
+            let r = s.splat(self.rstd[row]);
+            transform::<S, f32, true, 2, M>(
                 s,
                 [x, dy],
-                self.dweight,
+                sums.each_mut().map(|sum| &mut **sum),
                 #[inline(always)]
-                |[x, dy], sum| s.fma(dy, s.mul(s.sub(x, m), r), sum),
+                |[x, dy], mut sums| {
+                    sums[0] = s.fma(dy, s.mul(s.sub(x, m), r), sums[0]);
+                    if M == 2 {
+                        sums[M - 1] = s.add(sums[M - 1], dy);
+                    }
+                    sums
+                },
             );
         }
+    }
+}
+
+impl Backward<'_> {
+    /// Where the columns of a row lie.
+    #[inline(always)]
+    fn elements(&self, row: usize, columns: &Range<usize>) -> Range<usize> {
+        row * self.c + columns.start..row * self.c + columns.end
     }
 }

@@ -1,10 +1,11 @@
 //! One loop for all functions of single elements, whatever their element types: blocks of a kilobyte or two are widened
-//! into the first cache, computed on in f32, and narrowed. f32 is used where it lies.
+//! into the first cache, computed on in f32, and narrowed. f32 is used where it lies, and bf16 where all are bf16.
 
-use super::lanes::{narrow_into, widen, widen_into};
+use super::lanes::{narrow_into, transform, widen, widen_into};
 use super::parallel::{Out, for_rows, part, part_mut, shared};
 use crate::cpu::simd::{Isa, Kernel, Simd, dispatch, isa};
-use crate::dtype::{Slice, SliceMut};
+use crate::dtype::{Float, Slice, SliceMut};
+use half::bf16;
 
 const BLOCK: usize = 512;
 
@@ -46,6 +47,9 @@ impl<F: Pointwise<N, M>, const N: usize, const M: usize> Kernel for Blocks<'_, F
 
     #[inline(always)]
     fn call<S: Simd>(mut self, s: S) {
+        if let Some((x, y)) = all_bf16(self.x, &mut self.y) {
+            return straight(s, self.f, x, y);
+        }
         let n = self.y[0].len();
         let mut read = [[0f32; BLOCK]; N];
         let mut write = [[0f32; BLOCK]; M];
@@ -72,7 +76,7 @@ impl<F: Pointwise<N, M>, const N: usize, const M: usize> Kernel for Blocks<'_, F
                     (_, write) => &mut write[..len],
                 },
             );
-            block(s, self.f, len, x, y);
+            straight(s, self.f, x, y);
             for (y, write) in self.y.iter_mut().zip(&write) {
                 if !matches!(y, SliceMut::F32(_)) {
                     narrow_into(s, &write[..len], part_mut(y, range.clone()));
@@ -82,29 +86,50 @@ impl<F: Pointwise<N, M>, const N: usize, const M: usize> Kernel for Blocks<'_, F
     }
 }
 
+/// The slices, if all are bf16: these are widened and narrowed in registers.
 #[inline(always)]
-fn block<S: Simd, F: Pointwise<N, M>, const N: usize, const M: usize>(
+#[allow(clippy::type_complexity)]
+fn all_bf16<'a, const N: usize, const M: usize>(
+    x: [Slice<'a>; N],
+    y: &'a mut [SliceMut; M],
+) -> Option<([&'a [bf16]; N], [&'a mut [bf16]; M])> {
+    let mut inputs = [&[][..]; N];
+    for (to, x) in inputs.iter_mut().zip(x) {
+        let Slice::Bf16(x) = x else { return None };
+        *to = x;
+    }
+    let mut outputs: [&mut [bf16]; M] = std::array::from_fn(|_| &mut [][..]);
+    for (to, y) in outputs.iter_mut().zip(y) {
+        let SliceMut::Bf16(y) = y else { return None };
+        *to = y;
+    }
+    Some((inputs, outputs))
+}
+
+/// All elements, without a stop in memory.
+#[inline(always)]
+fn straight<S: Simd, T: Float, F: Pointwise<N, M>, const N: usize, const M: usize>(
     s: S,
     f: F,
-    len: usize,
-    x: [&[f32]; N],
-    y: [&mut [f32]; M],
+    x: [&[T]; N],
+    y: [&mut [T]; M],
 ) {
-    for at in (0..len).step_by(S::LANES) {
-        let end = (at + S::LANES).min(len);
-        let mut inputs = [s.zero(); N];
-        for i in 0..N {
-            inputs[i] = s.load_first(&x[i][at..end]);
-        }
-        let mut old = [s.zero(); M];
-        if F::IN_PLACE {
-            for i in 0..M {
-                old[i] = s.load_first(&y[i][at..end]);
-            }
-        }
-        let new = f.at(s, inputs, old);
-        for i in 0..M {
-            s.store_first(&mut y[i][at..end], new[i]);
-        }
+    // Two calls, since a constant of a trait cannot be an argument.
+    if F::IN_PLACE {
+        transform::<S, T, true, N, M>(
+            s,
+            x,
+            y,
+            #[inline(always)]
+            |x, y| f.at(s, x, y),
+        );
+    } else {
+        transform::<S, T, false, N, M>(
+            s,
+            x,
+            y,
+            #[inline(always)]
+            |x, y| f.at(s, x, y),
+        );
     }
 }

@@ -1,11 +1,12 @@
 //! Sums over rows and over everything, in an order that nothing but the shape decides; and the bias that a column sum is
 //! the gradient of.
 
-use super::lanes::{map, sums, update, widen, written};
-use super::parallel::{Out, column_block, for_columns, for_rows, part};
+use super::driver::{Run, over_columns, over_rows};
+use super::lanes::{map, sums, transform, update, widen, written};
+use super::parallel::{Out, for_rows, part};
 use crate::cpu::Accum;
 use crate::cpu::memory::with_scratch_f32;
-use crate::cpu::simd::{Isa, Kernel, Simd, dispatch, isa};
+use crate::cpu::simd::{Kernel, Simd, dispatch, isa};
 use crate::dtype::{Slice, SliceMut};
 use std::ops::Range;
 
@@ -16,53 +17,55 @@ const BLOCK: usize = 4096;
 ///
 /// x: [r, c] with c = out.len(). Panics unless c divides x's length.
 pub(crate) fn column_sum(x: Slice, out: &mut [f32], accum: Accum) {
-    let (c, isa) = (out.len(), isa());
+    let c = out.len();
     let rows = x.len().checked_div(c).unwrap_or(0);
     assert_eq!(x.len(), rows * c, "x is not [r, {c}]");
-    let block = column_block(rows, c);
-    for_columns(c, block, out, |columns, out| {
-        with_scratch_f32(columns.len(), |scratch| {
-            dispatch(
-                isa,
-                ColumnSum {
-                    c,
-                    rows,
-                    x,
-                    columns,
-                    out,
-                    accum,
-                    scratch,
-                },
-            );
-        });
-    });
+    if accum == Accum::Replace {
+        out.fill(0.0);
+    }
+    over_columns(&ColumnSum { c, rows, x }, rows, c, STRIP, out);
 }
+
+/// Rows that are added at a time, so that sums are loaded and stored once for all of them.
+const STRIP: usize = 8;
 
 struct ColumnSum<'a> {
     c: usize,
     rows: usize,
     x: Slice<'a>,
-    columns: Range<usize>,
-    out: &'a mut [f32],
-    accum: Accum,
-    scratch: &'a mut [f32],
 }
 
-impl Kernel for ColumnSum<'_> {
-    type Output = ();
-
+impl<'a> Run<&'a mut [f32]> for ColumnSum<'_> {
     #[inline(always)]
-    fn call<S: Simd>(self, s: S) {
-        if self.accum == Accum::Replace {
-            self.out.fill(0.0);
+    fn run<S: Simd>(&self, s: S, columns: Range<usize>, out: &'a mut [f32], scratch: &mut [f32]) {
+        let elements = |row: usize| row * self.c + columns.start..row * self.c + columns.end;
+        let strips = self.rows / STRIP * STRIP;
+        for row in (0..strips).step_by(STRIP) {
+            let mut wide = scratch.chunks_exact_mut(columns.len().max(1));
+            let mut x = [&[][..]; STRIP];
+            for (i, x) in x.iter_mut().enumerate() {
+                let wide = wide.next().expect("one a row");
+                *x = widen(s, self.x, elements(row + i), wide);
+            }
+            transform::<S, f32, true, STRIP, 1>(
+                s,
+                x,
+                [&mut *out],
+                #[inline(always)]
+                |x, [mut sum]| {
+                    for x in x {
+                        sum = s.add(sum, x);
+                    }
+                    [sum]
+                },
+            );
         }
-        for row in 0..self.rows {
-            let elements = row * self.c + self.columns.start..row * self.c + self.columns.end;
-            let x = widen(s, self.x, elements, self.scratch);
+        for row in strips..self.rows {
+            let x = widen(s, self.x, elements(row), scratch);
             update(
                 s,
                 [x],
-                self.out,
+                out,
                 #[inline(always)]
                 |[x], sum| s.add(sum, x),
             );
@@ -72,53 +75,35 @@ impl Kernel for ColumnSum<'_> {
 
 /// y[i, j] = x[i, j] + bias[j]. x, y: [r, c]; bias: [c]. Panics on other lengths.
 pub(crate) fn add_bias(x: Slice, bias: Slice, y: SliceMut) {
-    let (c, isa) = (bias.len(), isa());
+    let c = bias.len();
     let rows = x.len().checked_div(c).unwrap_or(0);
     assert_eq!(x.len(), rows * c, "x is not [r, {c}]");
     assert_eq!(y.len(), x.len(), "x and y differ in length");
     if c == 0 {
         return;
     }
-    for_rows(rows, c, Out { data: y, width: c }, |range, y| {
-        with_scratch_f32(3 * c, |scratch| {
-            dispatch(
-                isa,
-                AddBias {
-                    c,
-                    x,
-                    bias,
-                    range,
-                    y: y.data,
-                    scratch,
-                },
-            );
-        });
-    });
+    let out = Out { data: y, width: c };
+    over_rows(&AddBias { c, x, bias }, rows, c, 3 * c, out);
 }
 
 struct AddBias<'a> {
     c: usize,
     x: Slice<'a>,
     bias: Slice<'a>,
-    range: Range<usize>,
-    y: SliceMut<'a>,
-    scratch: &'a mut [f32],
 }
 
-impl Kernel for AddBias<'_> {
-    type Output = ();
-
+impl<'a> Run<Out<'a>> for AddBias<'_> {
     #[inline(always)]
-    fn call<S: Simd>(mut self, s: S) {
+    fn run<S: Simd>(&self, s: S, range: Range<usize>, mut y: Out<'a>, scratch: &mut [f32]) {
         let c = self.c;
-        let (bias, rest) = self.scratch.split_at_mut(c);
+        let (bias, rest) = scratch.split_at_mut(c);
         let (wide, narrow) = rest.split_at_mut(c);
         let bias = widen(s, self.bias, 0..c, bias);
-        for (i, row) in self.range.enumerate() {
+        for (i, row) in range.enumerate() {
             let x = widen(s, self.x, row * c..(row + 1) * c, wide);
             written(
                 s,
-                &mut self.y,
+                &mut y.data,
                 i * c..(i + 1) * c,
                 narrow,
                 #[inline(always)]
@@ -147,7 +132,7 @@ pub(crate) fn sum_of_squares(x: Slice) -> f32 {
 }
 
 fn total(x: Slice, squared: bool) -> f32 {
-    let isa: Isa = isa();
+    let isa = isa();
     let blocks = x.len().div_ceil(BLOCK);
     with_scratch_f32(blocks, |parts| {
         for_rows(blocks, BLOCK, &mut *parts, |range, parts| {

@@ -167,6 +167,13 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn shift(self, a: Self::V, t: Self::V) -> Self::V {
+        avx!({
+            let n = _mm256_slli_epi32::<23>(_mm256_castps_si256(t));
+            _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), n))
+        })
+    }
+    #[inline(always)]
     fn split(self, a: Self::V) -> (Self::V, Self::V) {
         avx!({
             let two_thirds = _mm256_set1_epi32(0x3f2a_aaab);

@@ -174,6 +174,13 @@ impl Simd for Avx512 {
         avx!(_mm512_scalef_ps(a, n))
     }
     #[inline(always)]
+    fn shift(self, a: Self::V, t: Self::V) -> Self::V {
+        avx!({
+            let n = _mm512_slli_epi32::<23>(_mm512_castps_si512(t));
+            _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), n))
+        })
+    }
+    #[inline(always)]
     fn split(self, a: Self::V) -> (Self::V, Self::V) {
         avx!({
             let two_thirds = _mm512_set1_epi32(0x3f2a_aaab);

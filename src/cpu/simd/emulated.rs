@@ -3,6 +3,9 @@
 //! A kernel's code depends on the width of a vector and on the shape of a tile: blocks, ragged ends and reductions differ.
 //! [`Emulated16`] takes every branch that AVX-512 takes and [`Emulated4`] every one of NEON, so that the comparisons of bits
 //! cover that code wherever the tests run. What it cannot cover is the intrinsics themselves.
+//!
+//! The common operations are functions of their own: inlined, the tiles of arrays took the compiler as long as all other
+//! instruction sets together.
 
 use super::{Kernel, Simd, TILE_OF_4, TILE_OF_16, TileKernel};
 use crate::dtype::Float;
@@ -26,6 +29,23 @@ impl<const N: usize, const ROWS: usize, const VECTORS: usize> Emulated<N, ROWS, 
         let here = cfg!(target_arch = "aarch64");
         here.then_some(Emulated(()))
     }
+}
+
+/// f of each lane, compiled once and with the fused multiply-add.
+#[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
+#[inline(never)]
+fn lanes<const N: usize>(f: impl Fn(usize) -> f32) -> [f32; N] {
+    from_fn(f)
+}
+
+macro_rules! apart {
+    ($f:expr) => {{
+        // SAFETY: the token proves the features, of x86.
+        #[allow(unused_unsafe)]
+        unsafe {
+            lanes($f)
+        }
+    }};
 }
 
 #[inline(always)]
@@ -84,15 +104,15 @@ impl<const N: usize, const ROWS: usize, const VECTORS: usize> Simd for Emulated<
     }
     #[inline(always)]
     fn add(self, a: Self::V, b: Self::V) -> Self::V {
-        zip(a, b, |a, b| a + b)
+        apart!(|i| a[i] + b[i])
     }
     #[inline(always)]
     fn sub(self, a: Self::V, b: Self::V) -> Self::V {
-        zip(a, b, |a, b| a - b)
+        apart!(|i| a[i] - b[i])
     }
     #[inline(always)]
     fn mul(self, a: Self::V, b: Self::V) -> Self::V {
-        zip(a, b, |a, b| a * b)
+        apart!(|i| a[i] * b[i])
     }
     #[inline(always)]
     fn div(self, a: Self::V, b: Self::V) -> Self::V {
@@ -100,15 +120,15 @@ impl<const N: usize, const ROWS: usize, const VECTORS: usize> Simd for Emulated<
     }
     #[inline(always)]
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        from_fn(|i| a[i].mul_add(b[i], c[i]))
+        apart!(|i| a[i].mul_add(b[i], c[i]))
     }
     #[inline(always)]
     fn neg_fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        from_fn(|i| (-a[i]).mul_add(b[i], c[i]))
+        apart!(|i| (-a[i]).mul_add(b[i], c[i]))
     }
     #[inline(always)]
     fn max(self, a: Self::V, b: Self::V) -> Self::V {
-        zip(a, b, |a, b| if a > b { a } else { b })
+        apart!(|i| if a[i] > b[i] { a[i] } else { b[i] })
     }
     #[inline(always)]
     fn min(self, a: Self::V, b: Self::V) -> Self::V {
@@ -133,6 +153,12 @@ impl<const N: usize, const ROWS: usize, const VECTORS: usize> Simd for Emulated<
     #[inline(always)]
     fn scale2(self, a: Self::V, n: Self::V) -> Self::V {
         zip(a, n, scale)
+    }
+    #[inline(always)]
+    fn shift(self, a: Self::V, t: Self::V) -> Self::V {
+        zip(a, t, |a, t| {
+            f32::from_bits(a.to_bits().wrapping_add(t.to_bits() << 23))
+        })
     }
     #[inline(always)]
     fn split(self, a: Self::V) -> (Self::V, Self::V) {

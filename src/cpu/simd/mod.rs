@@ -46,6 +46,10 @@ const TILE_OF_16: (usize, usize) = (14, 2);
 #[cfg(any(test, target_arch = "aarch64"))]
 const TILE_OF_4: (usize, usize) = (6, 4);
 
+/// 1.5 * 2^23: an f32 of this size has no digits behind the point, so that adding it to a number rounds that to an integer
+/// (ties to even), which the sum's lowest bits then are (see [`Simd::shift`]).
+pub(crate) const POWER: f32 = 12_582_912.0;
+
 /// Code that runs on any instruction set. Write `call` with `#[inline(always)]`.
 pub(crate) trait Kernel {
     /// What the kernel returns.
@@ -113,6 +117,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// a 2^n, rounded once, for integral n, |n| <= 252, and a = 0 or |a| >= 2^-100. (Below that the instruction sets
     /// without such an instruction may round twice.)
     fn scale2(self, a: Self::V, n: Self::V) -> Self::V;
+    /// a 2^n for t = n + [`POWER`], n integral: the lowest bits of t are added to the exponent. a and the result must be
+    /// normal numbers.
+    fn shift(self, a: Self::V, t: Self::V) -> Self::V;
     /// (m, e) with a = m 2^e, 2/3 <= m < 4/3, e integral; a positive, finite and normal.
     fn split(self, a: Self::V) -> (Self::V, Self::V);
 
@@ -154,12 +161,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     #[inline(always)]
     fn zero(self) -> Self::V {
         self.splat(0.0)
-    }
-
-    /// -a, also of 0 and NaN.
-    #[inline(always)]
-    fn neg(self, a: Self::V) -> Self::V {
-        self.mul(a, self.splat(-1.0))
     }
 
     /// The greater, or NaN if either is.

@@ -139,6 +139,13 @@ impl Simd for Neon {
         })
     }
     #[inline(always)]
+    fn shift(self, a: Self::V, t: Self::V) -> Self::V {
+        neon!({
+            let n = vshlq_n_s32::<23>(vreinterpretq_s32_f32(t));
+            vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), n))
+        })
+    }
+    #[inline(always)]
     fn split(self, a: Self::V) -> (Self::V, Self::V) {
         neon!({
             let two_thirds = vdupq_n_u32(0x3f2a_aaab);

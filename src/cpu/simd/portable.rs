@@ -111,6 +111,12 @@ impl Simd for Portable {
         })
     }
     #[inline(always)]
+    fn shift(self, a: Self::V, t: Self::V) -> Self::V {
+        zip(a, t, |a, t| {
+            f32::from_bits(a.to_bits().wrapping_add(t.to_bits() << 23))
+        })
+    }
+    #[inline(always)]
     fn split(self, a: Self::V) -> (Self::V, Self::V) {
         const TWO_THIRDS: u32 = 0x3f2a_aaab;
         let bits = |a: f32| a.to_bits().wrapping_sub(TWO_THIRDS);

@@ -93,10 +93,16 @@ impl Kernel for Operations<'_> {
                     s.select(s.le(s.splat(2f32.powi(-100)), s.abs(a)), a, s.zero()),
                     whole,
                 ),
+                s.shift(
+                    s.splat(1.25),
+                    s.add(
+                        s.min(s.splat(127.0), s.max(s.splat(-126.0), whole)),
+                        s.splat(POWER),
+                    ),
+                ),
                 s.select(s.lt(a, b), a, c),
                 s.select(s.le(a, b), a, c),
                 s.select(s.mask_and(s.lt(a, b), s.lt(b, c)), b, c),
-                s.neg(a),
             ];
             for (list, v) in out.iter_mut().zip(results) {
                 let mut lanes = [0f32; 32];
