@@ -6,7 +6,8 @@
 //!
 //! Order of sums: a logit is a chain over d; a sum of exponentials is a chain over the 64 keys of a block, and blocks are
 //! added in ascending order; outputs and gradients are chains over keys or over query rows (token by token, then head by
-//! head). Blocks that nobody sees change nothing, bit for bit, so they are skipped. Nothing depends on threads.
+//! head). Blocks that nobody sees change nothing, bit for bit, so they are skipped; of a block that is partly hidden, bands of 16
+//! query rows by 16 keys. Nothing depends on threads.
 
 mod backward;
 mod forward;
