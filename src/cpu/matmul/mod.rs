@@ -9,14 +9,15 @@
 //! | file | what |
 //! |---|---|
 //! | this one | arguments, checks, the cut into regions of C for the threads (m, n and batch, never k) |
-//! | `region` | blocks that fit the caches, and which operands are packed |
+//! | `region` | blocks that fit the caches (sizes: `blocks`), and which operands are packed |
 //! | `pack` | copies in the microkernel's order, widened: dtype ends here |
 //! | `stream` | few rows: B streams by once |
 //! | `microkernel` | the tile in registers, and its way to memory: bias, activation, narrowing |
-//! | `unit` | bf16 on the matrix unit: its own blocks and packed format |
+//! | `unit`, `unit_stream` | bf16 on the matrix unit: its own blocks and packed format; few rows in its order |
 
 #![allow(unsafe_code)]
 
+mod blocks;
 mod microkernel;
 mod pack;
 mod region;
@@ -25,6 +26,8 @@ mod stream;
 mod tests;
 #[cfg(target_arch = "x86_64")]
 mod unit;
+#[cfg(target_arch = "x86_64")]
+mod unit_stream;
 
 use super::simd::{Isa, isa};
 use super::{Accum, Activation};
@@ -116,7 +119,7 @@ pub(crate) fn scratch(
     if batch == 0 || m == 0 || n == 0 {
         return 0;
     }
-    let bytes = region::scratch_f32(m, n, k, c) * 4;
+    let bytes = blocks::scratch_f32(m, n, k, c) * 4;
     // Also where there is no such unit: scratch does not depend on the machine.
     #[cfg(target_arch = "x86_64")]
     if (a, b) == (DType::Bf16, DType::Bf16) {

@@ -11,7 +11,8 @@
 //!       bias, activation, narrowing    the sums go to C
 //! ```
 //!
-//! Everything is packed, also single rows: an element's sum must not depend on how many rows there are. Packing is what such a
+//! Up to four rows are summed by vectors in the same order (`unit_stream`): an element's sum must not depend on how many rows
+//! there are. For all others packing is what such a
 //! product waits for: 1024^3 is 0.6 ms of the unit's time, and reading and writing A, B and C once is as much again. So each
 //! is touched once where k allows: B fits the second cache over all of k, and sums never wait in memory.
 
@@ -21,6 +22,7 @@ use super::super::Accum;
 use super::super::memory::with_scratch;
 use super::super::simd::amx::{Amx, BLOCK, DEPTH, Lines, SIDE, Tiles, pack_left, pack_right};
 use super::microkernel::{Sums, finish, widen_output};
+use super::unit_stream::{is_streamed, stream};
 use super::{Operand, Product};
 use half::bf16;
 use std::ops::Range;
@@ -29,17 +31,21 @@ use std::ops::Range;
 const KC: usize = 512;
 /// k whose sums are made in one go; beyond, they wait in scratch.
 const KS: usize = 2048;
-/// Rows whose sums wait.
+/// The same for a single panel of rows, whose waiting sums are few: wider strips read B in longer pieces.
+const KS_FEW: usize = 512;
+/// Rows whose sums wait, or that are packed in one go.
 const MC: usize = 512;
 /// Elements of packed B: 1 MiB.
 const PACKED: usize = 1 << 19;
 /// Columns of a strip at most.
 const NC: usize = 1024;
 
-/// Where the pieces of one thread's scratch begin, in bytes, and the strip they are for.
+/// Where the pieces of one thread's scratch begin, in bytes, and the blocks they are for.
 struct Layout {
+    /// Columns of a strip.
     cols: usize,
-    rows: usize,
+    /// k of a strip.
+    depth: usize,
     b: usize,
     sums: usize,
     end: usize,
@@ -47,18 +53,18 @@ struct Layout {
 
 impl Layout {
     fn new(m: usize, n: usize, k: usize) -> Self {
-        let depth = k.min(KS).next_multiple_of(DEPTH).max(DEPTH);
-        let most = (PACKED / depth / SIDE * SIDE).clamp(SIDE, NC);
+        let depth = if m <= SIDE { KS_FEW } else { KS };
+        let deep = k.min(depth).next_multiple_of(DEPTH).max(DEPTH);
+        let most = (PACKED / deep / SIDE * SIDE).clamp(SIDE, NC);
         let cols = n.next_multiple_of(SIDE).min(most);
-        let rows = m
-            .next_multiple_of(SIDE)
-            .min(if k <= KS { SIDE } else { MC });
-        let b = SIDE * KC.min(depth) * size_of::<bf16>();
-        let sums = b + depth * cols * size_of::<bf16>();
-        let end = sums + rows * cols * size_of::<f32>();
+        let rows = m.next_multiple_of(SIDE).min(MC);
+        let b = rows * deep * size_of::<bf16>();
+        let sums = b + deep * cols * size_of::<bf16>();
+        let waiting = if k <= depth { SIDE } else { rows };
+        let end = sums + waiting * cols * size_of::<f32>();
         Layout {
             cols,
-            rows,
+            depth,
             b,
             sums,
             end,
@@ -66,9 +72,10 @@ impl Layout {
     }
 }
 
-/// Bytes of scratch for a region of a product m x n x k.
+/// Bytes of scratch for a region of a product m x n x k, at most.
 pub(super) fn scratch(m: usize, n: usize, k: usize) -> usize {
-    Layout::new(m, n, k).end
+    let few = Layout::new(m.min(SIDE), n, k).end;
+    Layout::new(m, n, k).end.max(few)
 }
 
 /// `range` in pieces of at most `step`; an empty range is one empty piece.
@@ -90,6 +97,9 @@ pub(super) fn run(
     if m == 0 || n == 0 {
         return;
     }
+    if is_streamed(product, m) {
+        return stream(product, unit, batch, rows, cols);
+    }
     let layout = Layout::new(m, n, product.k);
     with_scratch(layout.end, |scratch| {
         let data = scratch.as_mut_ptr();
@@ -98,6 +108,7 @@ pub(super) fn run(
                 product,
                 unit,
                 tiles,
+                depth: layout.depth,
                 a: data.cast(),
                 b: data.wrapping_add(layout.b).cast(),
                 sums: Sums {
@@ -105,10 +116,10 @@ pub(super) fn run(
                     row_stride: layout.cols,
                 },
             };
+            // Sums that wait need a place for each row.
+            let step = if product.k <= layout.depth { m } else { MC };
             for batch in batch {
                 for cols in pieces(cols.clone(), layout.cols) {
-                    // Sums that wait need a place for each row.
-                    let step = if product.k <= KS { m } else { layout.rows };
                     for rows in pieces(rows.clone(), step) {
                         // SAFETY: the region lies in the product, and no other thread has it; the scratch holds
                         // `layout.cols` columns and as many rows as wait at a time.
@@ -125,6 +136,8 @@ struct Strip<'p> {
     product: &'p Product,
     unit: Amx,
     tiles: Tiles,
+    /// k of a strip.
+    depth: usize,
     a: *mut bf16,
     b: *mut bf16,
     sums: Sums,
@@ -132,33 +145,48 @@ struct Strip<'p> {
 
 impl Strip<'_> {
     /// # Safety
-    /// Rows and columns lie in C and belong to nobody else; the scratch holds the columns, and all rows unless k <= KS.
+    /// Rows and columns lie in C and belong to nobody else; the scratch holds the columns, and all rows if sums wait.
     unsafe fn run(&self, batch: usize, rows: Range<usize>, cols: Range<usize>) {
         let p = self.product;
-        for depth in pieces(0..p.k, KS) {
+        for depth in pieces(0..p.k, self.depth) {
             let b = lines(&p.b, batch, (depth.start, cols.start), true);
             // SAFETY: columns and k lie in B; the scratch holds whole panels of both.
             unsafe {
                 let (lines, depth) = (cols.len(), depth.len());
                 pack_right(self.unit, Lines { lines, depth, ..b }, self.b);
             }
-            for panel in pieces(rows.clone(), SIDE) {
-                let waiting = if p.k <= KS {
-                    0
-                } else {
-                    panel.start - rows.start
-                };
-                let sums = Sums {
-                    data: self.sums.data.wrapping_add(waiting * self.sums.row_stride),
-                    ..self.sums
-                };
-                // SAFETY: the panel's rows and columns lie in C, and its sums in scratch.
-                unsafe { self.panel(batch, panel, &cols, &depth, sums) }
+            for block in pieces(rows.clone(), MC) {
+                // What lies along the rows is read in long pieces, so many panels are packed at a time.
+                let packed = p.a.col_stride != 1;
+                if packed {
+                    let a = lines(&p.a, batch, (block.start, depth.start), false);
+                    let (lines, depth) = (block.len(), depth.len());
+                    // SAFETY: rows and k lie in A; the scratch holds whole panels of MC rows.
+                    unsafe { pack_left(self.unit, Lines { lines, depth, ..a }, self.a) }
+                }
+                for panel in pieces(block.clone(), SIDE) {
+                    let waiting = if p.k <= self.depth {
+                        0
+                    } else {
+                        panel.start - rows.start
+                    };
+                    let sums = Sums {
+                        data: self.sums.data.wrapping_add(waiting * self.sums.row_stride),
+                        ..self.sums
+                    };
+                    let ready = packed.then(|| {
+                        let before = (panel.start - block.start) / SIDE;
+                        let blocks = depth.len().div_ceil(DEPTH);
+                        self.a.cast_const().wrapping_add(before * blocks * BLOCK)
+                    });
+                    // SAFETY: the panel's rows and columns lie in C, and its sums in scratch.
+                    unsafe { self.panel(batch, panel, (&cols, &depth), ready, sums) }
+                }
             }
         }
     }
 
-    /// The sums of at most 32 rows over a block of k, B packed.
+    /// The sums of at most 32 rows over a block of k, B packed; A too if it is `ready`.
     ///
     /// # Safety
     /// As [`Strip::run`].
@@ -166,8 +194,8 @@ impl Strip<'_> {
         &self,
         batch: usize,
         rows: Range<usize>,
-        cols: &Range<usize>,
-        depth: &Range<usize>,
+        (cols, depth): (&Range<usize>, &Range<usize>),
+        ready: Option<*const bf16>,
         sums: Sums,
     ) {
         let p = self.product;
@@ -179,23 +207,27 @@ impl Strip<'_> {
         }
         let b_panel = depth.len().div_ceil(DEPTH) * BLOCK;
         for part in pieces(depth.clone(), KC) {
-            let a = lines(&p.a, batch, (rows.start, part.start), false);
-            // SAFETY: rows and k lie in A; the scratch holds a panel of KC. Blocks of B lie in its packed panels.
-            unsafe {
-                let (lines, depth) = (rows.len(), part.len());
-                pack_left(self.unit, Lines { lines, depth, ..a }, self.a);
-            }
+            let skipped = (part.start - depth.start) / DEPTH * BLOCK;
+            let a = match ready {
+                Some(a) => a.wrapping_add(skipped),
+                None => {
+                    let a = lines(&p.a, batch, (rows.start, part.start), false);
+                    let (lines, depth) = (rows.len(), part.len());
+                    // SAFETY: rows and k lie in A; the scratch holds a panel of KC.
+                    unsafe { pack_left(self.unit, Lines { lines, depth, ..a }, self.a) }
+                    self.a.cast_const()
+                }
+            };
             let fresh = part.start == 0 && p.accum == Accum::Replace;
             let blocks = part.len().div_ceil(DEPTH);
-            let skipped = (part.start - depth.start) / DEPTH * BLOCK;
             for j in (0..cols.len()).step_by(SIDE) {
                 let b = self.b.wrapping_add(j / SIDE * b_panel + skipped);
                 let size = [rows.len(), cols.len() - j];
                 let c = sums.data.wrapping_add(j);
-                // SAFETY: as above; the sums hold whole squares.
+                // SAFETY: these blocks lie in packed panels; the sums hold whole squares.
                 unsafe {
                     self.tiles
-                        .multiply(blocks, self.a, b, c, sums.row_stride, size, fresh);
+                        .multiply(blocks, a, b, c, sums.row_stride, size, fresh);
                 }
             }
         }

@@ -401,6 +401,7 @@ fn the_matrix_unit_sums_in_its_own_order() {
     let types = [DType::Bf16, DType::Bf16, DType::F32];
     for (m, n, k) in [
         (1, 70, 300),
+        (4, 1100, 77),
         (3, 5, 0),
         (33, 40, 2100),
         (70, 1100, 33),

@@ -17,7 +17,11 @@
 //!
 //! The instructions are not stable in Rust yet and stand here as assembly. The compiler keeps nothing in tiles, so between
 //! two blocks of assembly they stay as they are. Linux lends the tiles to a process that asks for them; elsewhere there is no
-//! token. One tile of A is loaded late: its load runs beside the first two products.
+//! token. B comes from the second cache while A stays in the first: the blocks after next of B are asked for beside the products.
+
+mod pack;
+#[cfg(test)]
+mod tests;
 
 use super::Avx512;
 use core::arch::asm;
@@ -25,6 +29,8 @@ use core::arch::x86_64::*;
 use core::marker::PhantomData;
 use half::bf16;
 use std::sync::OnceLock;
+
+pub(crate) use pack::{Lines, pack_left, pack_right};
 
 /// Rows of a panel of A, columns of a panel of B.
 pub(crate) const SIDE: usize = 32;
@@ -196,13 +202,17 @@ impl Amx {
 
 /// Whether CPU and system have AMX-BF16.
 fn is_here() -> bool {
-    if __get_cpuid_max(0).0 < 7 || !is_x86_feature_detected!("xsave") {
+    if !is_x86_feature_detected!("xsave") {
         return false;
     }
-    const TILE_BF16: u32 = 1 << 22 | 1 << 24;
-    // XTILECFG and XTILEDATA.
+    // AMX-TILE and AMX-BF16; OSXSAVE; XTILECFG and XTILEDATA.
+    const UNIT: u32 = 1 << 24 | 1 << 22;
+    const READABLE: u32 = 1 << 27;
     const STATE: u64 = 0b11 << 17;
-    let has = __cpuid_count(7, 0).edx & TILE_BF16 == TILE_BF16 && __cpuid(1).ecx & 1 << 27 != 0;
+    // Unsafe only in older compilers.
+    #[allow(unused_unsafe)]
+    // SAFETY: every CPU with AVX-512, which is asked for first, has cpuid and its leaf 7.
+    let has = unsafe { __cpuid_count(7, 0).edx & UNIT == UNIT && __cpuid(1).ecx & READABLE != 0 };
     if !has {
         return false;
     }
@@ -324,8 +334,16 @@ impl Tiles {
                     "tileloadd tmm6, [{b} + {row}*1]",
                     "tileloadd tmm7, [{b} + {row}*1 + 1024]",
                     "tdpbf16ps tmm0, tmm4, tmm6",
+                    "prefetcht0 [{b} + 4096]\nprefetcht0 [{b} + 4160]\nprefetcht0 [{b} + 4224]\nprefetcht0 [{b} + 4288]",
+                    "prefetcht0 [{b} + 4352]\nprefetcht0 [{b} + 4416]\nprefetcht0 [{b} + 4480]\nprefetcht0 [{b} + 4544]",
+                    "prefetcht0 [{b} + 4608]\nprefetcht0 [{b} + 4672]\nprefetcht0 [{b} + 4736]\nprefetcht0 [{b} + 4800]",
+                    "prefetcht0 [{b} + 4864]\nprefetcht0 [{b} + 4928]\nprefetcht0 [{b} + 4992]\nprefetcht0 [{b} + 5056]",
                     "tileloadd tmm5, [{a} + {row}*1 + 1024]",
                     "tdpbf16ps tmm1, tmm4, tmm7",
+                    "prefetcht0 [{b} + 5120]\nprefetcht0 [{b} + 5184]\nprefetcht0 [{b} + 5248]\nprefetcht0 [{b} + 5312]",
+                    "prefetcht0 [{b} + 5376]\nprefetcht0 [{b} + 5440]\nprefetcht0 [{b} + 5504]\nprefetcht0 [{b} + 5568]",
+                    "prefetcht0 [{b} + 5632]\nprefetcht0 [{b} + 5696]\nprefetcht0 [{b} + 5760]\nprefetcht0 [{b} + 5824]",
+                    "prefetcht0 [{b} + 5888]\nprefetcht0 [{b} + 5952]\nprefetcht0 [{b} + 6016]\nprefetcht0 [{b} + 6080]",
                     "tdpbf16ps tmm2, tmm5, tmm6",
                     "tdpbf16ps tmm3, tmm5, tmm7"
                 ),
@@ -355,250 +373,6 @@ impl Tiles {
                     "tdpbf16ps tmm0, tmm4, tmm6"
                 ),
             }
-        }
-    }
-}
-
-/// `lines` rows of A or columns of B by `depth` k of bf16, at any distance from one another.
-#[derive(Clone, Copy)]
-pub(crate) struct Lines {
-    pub(crate) data: *const bf16,
-    pub(crate) lines: usize,
-    pub(crate) depth: usize,
-    /// Elements from a line to the next.
-    pub(crate) line_stride: usize,
-    /// Elements from one k to the next.
-    pub(crate) depth_stride: usize,
-}
-
-/// Packs panels of 32 rows of A, each of its blocks of 32 k in turn; missing rows and k are 0.
-///
-/// # Safety
-/// The lines are readable; ceil(lines / 32) ceil(depth / 32) [`BLOCK`] elements are writable at `to`.
-pub(crate) unsafe fn pack_left(unit: Amx, from: Lines, to: *mut bf16) {
-    // SAFETY: the token proves AVX-512; the caller's promise.
-    unsafe { pack::<false>(unit.0, from, to) }
-}
-
-/// As [`pack_left`], for panels of 32 columns of B.
-///
-/// # Safety
-/// As [`pack_left`].
-pub(crate) unsafe fn pack_right(unit: Amx, from: Lines, to: *mut bf16) {
-    // SAFETY: the token proves AVX-512; the caller's promise.
-    unsafe { pack::<true>(unit.0, from, to) }
-}
-
-/// Tiles of 16 lines by 32 k: rows of a tile are lines, or pairs of k if `PAIRS`.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-unsafe fn pack<const PAIRS: bool>(s: Avx512, from: Lines, to: *mut bf16) {
-    let blocks = from.depth.div_ceil(DEPTH);
-    // All lines of a block of k before the next block: what lies along the lines is read as it lies.
-    for block in 0..blocks {
-        for line in (0..from.lines.next_multiple_of(SIDE)).step_by(TILE) {
-            let at = (line / SIDE * blocks + block) * BLOCK + line % SIDE * DEPTH;
-            // SAFETY: the caller's promise; both functions keep to the lines and k that there are.
-            unsafe {
-                let to = to.add(at).cast::<i32>();
-                let mut tile = if from.depth_stride == 1 {
-                    along_k(from, line, block * DEPTH)
-                } else {
-                    along_lines(from, line, block * DEPTH)
-                };
-                if PAIRS == (from.depth_stride == 1) {
-                    let mut square = tile.map(|v| _mm512_castsi512_ps(v));
-                    super::Simd::transpose(s, &mut square);
-                    tile = square.map(|v| _mm512_castps_si512(v));
-                }
-                for (row, v) in tile.iter().enumerate() {
-                    _mm512_storeu_si512(to.add(row * TILE).cast(), *v);
-                }
-            }
-        }
-    }
-}
-
-/// 16 lines that lie along k: 32 k of each.
-///
-/// # Safety
-/// The lines are readable.
-#[inline(always)]
-unsafe fn along_k(from: Lines, line: usize, p: usize) -> [__m512i; TILE] {
-    let deep = DEPTH.min(from.depth - p);
-    let mask = ((1u64 << deep) - 1) as u32;
-    let data = from.data.wrapping_add(line * from.line_stride + p);
-    // SAFETY: lines below `lines` have `deep` elements from p on; others are not read. AVX-512 is the caller's.
-    unsafe {
-        let mut tile = [_mm512_setzero_si512(); TILE];
-        for (l, v) in tile.iter_mut().enumerate() {
-            if line + l < from.lines {
-                let at = data.wrapping_add(l * from.line_stride);
-                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(2 * DEPTH).cast());
-                *v = _mm512_maskz_loadu_epi16(mask, at.cast());
-            }
-        }
-        tile
-    }
-}
-
-/// 16 pairs of k of 16 lines; lines lie side by side, or anywhere.
-///
-/// # Safety
-/// The lines are readable.
-#[inline(always)]
-unsafe fn along_lines(from: Lines, line: usize, p: usize) -> [__m512i; TILE] {
-    let here = TILE.min(from.lines.saturating_sub(line));
-    let mask = ((1u32 << here) - 1) as u16;
-    let data = from.data.wrapping_add(line * from.line_stride);
-    let row = |p: usize| {
-        // SAFETY: row p has `here` elements from `line` on. AVX-512 is the caller's.
-        unsafe {
-            if p >= from.depth {
-                _mm256_setzero_si256()
-            } else if from.line_stride == 1 {
-                let at = data.wrapping_add(p * from.depth_stride);
-                // The next line of this row, for the tile after the next.
-                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(3 * TILE).cast());
-                _mm256_maskz_loadu_epi16(mask, at.cast())
-            } else {
-                let mut all = [bf16::ZERO; TILE];
-                for (l, x) in all.iter_mut().enumerate().take(here) {
-                    *x = *data.wrapping_add(l * from.line_stride + p * from.depth_stride);
-                }
-                _mm256_loadu_si256(all.as_ptr().cast())
-            }
-        }
-    };
-    // SAFETY: registers only. AVX-512 is the caller's.
-    unsafe {
-        let mut tile = [_mm512_setzero_si512(); TILE];
-        for (q, v) in tile.iter_mut().enumerate() {
-            let (even, odd) = (row(p + 2 * q), row(p + 2 * q + 1));
-            *v = _mm512_or_si512(
-                _mm512_cvtepu16_epi32(even),
-                _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(odd)),
-            );
-        }
-        tile
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn unit() -> Option<Amx> {
-        let unit = Amx::new();
-        if unit.is_none() {
-            eprintln!("ignored: no AMX-BF16 here, or SUPERNODE_MATRIX_UNITS is off");
-        }
-        unit
-    }
-
-    fn numbers(len: usize, seed: u32) -> Vec<bf16> {
-        let mut state = seed;
-        let next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            bf16::from_f32((state >> 8) as f32 / (1 << 23) as f32 - 1.0)
-        };
-        std::iter::repeat_with(next).take(len).collect()
-    }
-
-    #[test]
-    fn the_unit_is_trusted_wherever_cpu_and_system_have_it() {
-        let off = std::env::var_os("SUPERNODE_MATRIX_UNITS").is_some_and(|x| x == "off");
-        assert_eq!(Amx::new().is_some(), is_here() && is_lent() && !off);
-    }
-
-    #[test]
-    fn chains_are_computed_to_the_end() {
-        let Some(unit) = unit() else { return };
-        assert_eq!(unit.chains(0), 0.0);
-        assert_eq!(unit.chains(1 << 10), 32.0 / 1024.0);
-    }
-
-    #[test]
-    fn packed_panels_multiply_in_the_units_order() {
-        let Some(unit) = unit() else { return };
-        for (m, n, k) in [
-            (1, 1, 1),
-            (16, 17, 31),
-            (17, 16, 33),
-            (32, 32, 96),
-            (9, 30, 70),
-        ] {
-            let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
-            for layout in 0..4 {
-                let (a_strides, b_strides) =
-                    ([(k, 1), (1, m)][layout / 2], [(1, n), (k, 1)][layout % 2]);
-                let lines = |data: &[bf16], lines, (line_stride, depth_stride)| Lines {
-                    data: data.as_ptr(),
-                    lines,
-                    depth: k,
-                    line_stride,
-                    depth_stride,
-                };
-                let blocks = k.div_ceil(DEPTH);
-                let mut packed = [(); 2].map(|()| vec![bf16::NAN; blocks * BLOCK]);
-                let mut c = vec![f32::NAN; SIDE * 40];
-                // SAFETY: one panel each, and a whole square of C.
-                unsafe {
-                    pack_left(unit, lines(&a, m, a_strides), packed[0].as_mut_ptr());
-                    pack_right(unit, lines(&b, n, b_strides), packed[1].as_mut_ptr());
-                    unit.with_tiles(|tiles| {
-                        let [a, b] = [&packed[0], &packed[1]].map(|x| x.as_ptr());
-                        tiles.multiply(blocks, a, b, c.as_mut_ptr(), 40, [m, n], true);
-                    });
-                }
-                for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
-                    let want = sum_in_the_units_order(0.0, k, |p| {
-                        let at = |(line, depth), l: usize| l * line + p * depth;
-                        (a[at(a_strides, i)], b[at(b_strides, j)])
-                    });
-                    let got = c[i * 40 + j];
-                    assert_eq!(
-                        got.to_bits(),
-                        want.to_bits(),
-                        "({i}, {j}) of {m}x{n}x{k}, {layout}"
-                    );
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn subnormal_numbers_are_flushed_and_specials_pass() {
-        let Some(unit) = unit() else { return };
-        let tiny = bf16::from_bits(1);
-        let least = bf16::from_f32(f32::MIN_POSITIVE);
-        for (x, y) in [
-            (tiny, bf16::from_f32(1e30)),
-            (least, bf16::from_f32(0.5)),
-            (bf16::INFINITY, bf16::ONE),
-            (bf16::NEG_INFINITY, bf16::NEG_ONE),
-            (bf16::NAN, bf16::ONE),
-        ] {
-            let (mut a, mut b) = (vec![bf16::ZERO; BLOCK], vec![bf16::ZERO; BLOCK]);
-            (a[0], b[0]) = (x, y);
-            let mut c = vec![0.0f32; SIDE * SIDE];
-            // SAFETY: whole panels and a whole square.
-            unit.with_tiles(|tiles| unsafe {
-                tiles.multiply(
-                    1,
-                    a.as_ptr(),
-                    b.as_ptr(),
-                    c.as_mut_ptr(),
-                    SIDE,
-                    [SIDE; 2],
-                    false,
-                );
-            });
-            let want = sum_in_the_units_order(0.0, 1, |_| (x, y));
-            assert!(
-                c[0].to_bits() == want.to_bits() || c[0].is_nan() && want.is_nan(),
-                "{x} {y}: {} is not {want}",
-                c[0]
-            );
         }
     }
 }
