@@ -111,6 +111,11 @@ impl Network {
                 below(kind, bytes * q as f64 / n as f64)?.max(beyond)
             }
             Kind::Broadcast { .. } => above(kind, whole) + below(kind, whole)?,
+            // The slowest of the messages, which go all at once, crosses the top level.
+            Kind::Shift => {
+                let level = &self.levels[top];
+                level.latency + bytes / n as f64 / link(level, 2)
+            }
             Kind::Barrier => above(kind, 0.0) + below(kind, 0.0)?,
         })
     }
@@ -154,6 +159,7 @@ pub fn closed_form(kind: Kind, n: usize, bytes: f64, latency: f64, bandwidth: f6
         Kind::ReduceScatter | Kind::AllGather => rounds * latency + share,
         Kind::AllToAll => (n - 1.0) * latency + share,
         Kind::Broadcast { .. } => (rounds + n - 1.0).min(2.0 * rounds) * latency + 2.0 * share,
+        Kind::Shift => latency + bytes / n / bandwidth,
         Kind::Barrier => rounds * latency,
     }
 }

@@ -34,6 +34,16 @@ pub struct Pending {
     running: Running,
 }
 
+/// A collective that was started on a share by itself: no placement changes and no tape knows of it.
+#[must_use = "a started transfer has to be waited for"]
+pub(super) struct Moving {
+    ticket: u64,
+    after: Placements,
+    site: &'static Location<'static>,
+    input: Tensor,
+    running: Running,
+}
+
 struct Running {
     done: Arc<AtomicBool>,
     slot: Slot,
@@ -67,22 +77,7 @@ impl Chip {
             &to,
             site,
         );
-        let output = self.allocate(&request.result);
-        let ticket = self.inner().tickets.get();
-        self.inner().tickets.set(ticket + 1);
-        self.inner().open_tickets.borrow_mut().insert(ticket);
-        let running = match self.call(&input, &request) {
-            Some(call) => self.start(call, input.clone(), output),
-            // A ghost's result is allocated and waits for nothing.
-            None => Running::finished(output),
-        };
-        self.tell_collective(
-            &input,
-            &request,
-            Stream::Communication,
-            Some(ticket),
-            self.now(),
-        );
+        let (ticket, running) = self.launch(&input, &request);
         Pending {
             value: x.clone(),
             request,
@@ -91,6 +86,75 @@ impl Chip {
             input,
             running,
         }
+    }
+
+    /// Starts a collective of a share by itself.
+    pub(super) fn start_collective(&self, input: Tensor, request: Request) -> Moving {
+        let (ticket, running) = self.launch(&input, &request);
+        Moving {
+            ticket,
+            after: request.after,
+            site: request.site,
+            input,
+            running,
+        }
+    }
+
+    /// Starts a collective and writes its event.
+    fn launch(&self, input: &Tensor, request: &Request) -> (u64, Running) {
+        let output = self.allocate(&request.result);
+        let ticket = self.inner().tickets.get();
+        self.inner().tickets.set(ticket + 1);
+        self.inner().open_tickets.borrow_mut().insert(ticket);
+        let running = match self.call(input, request) {
+            Some(call) => self.start(call, input.clone(), output),
+            // A ghost's result is allocated and waits for nothing.
+            None => Running::finished(output),
+        };
+        let (stream, began) = (Stream::Communication, self.now());
+        self.tell_collective(input, request, stream, Some(ticket), began);
+        (ticket, running)
+    }
+
+    /// Waits for a started transfer.
+    fn take(&self, ticket: u64, running: Running) -> Tensor {
+        if let Some(lane) = &self.inner().lane {
+            lane.wait_done(&running.done, &running.header)
+                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
+        }
+        let delivered = running
+            .slot
+            .lock()
+            .unwrap_or_else(|broken| broken.into_inner())
+            .take();
+        let (result, time) = delivered.expect("a transfer that is done has delivered");
+        self.inner().open_tickets.borrow_mut().remove(&ticket);
+        if !self.is_ghost() {
+            self.recorder().complete(ticket, time);
+        }
+        result
+    }
+
+    /// Writes the event of a wait that began at `began` and brought `value`.
+    fn tell_wait(
+        &self,
+        ticket: u64,
+        value: Value,
+        site: &'static Location<'static>,
+        began: Option<u64>,
+    ) {
+        self.tell(Told {
+            kind: EventKind::Wait,
+            op: "wait".into(),
+            site,
+            inputs: vec![],
+            outputs: vec![value],
+            cost: Cost::default(),
+            traffic: None,
+            stream: Stream::Compute,
+            ticket: Some(ticket),
+            began,
+        });
     }
 
     fn start(&self, call: Call, input: Tensor, output: Tensor) -> Running {
@@ -169,6 +233,22 @@ impl Running {
     }
 }
 
+impl Moving {
+    /// Waits for the transfer and returns what arrived.
+    pub(super) fn wait(self, chip: &Chip) -> Tensor {
+        chip.arrive("wait", self.site);
+        let began = chip.now();
+        let result = chip.take(self.ticket, self.running);
+        drop(self.input);
+        let value = Value {
+            ty: result.ty().clone(),
+            placement: self.after,
+        };
+        chip.tell_wait(self.ticket, value, self.site, began);
+        result
+    }
+}
+
 impl Pending {
     /// Waits for the transfer and returns the moved tensor.
     #[track_caller]
@@ -177,21 +257,7 @@ impl Pending {
         let chip = self.value.chip.clone();
         chip.arrive("wait", site);
         let began = chip.now();
-        let running = self.running;
-        if let Some(lane) = &chip.inner().lane {
-            lane.wait_done(&running.done, &running.header)
-                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
-        }
-        let delivered = running
-            .slot
-            .lock()
-            .unwrap_or_else(|broken| broken.into_inner())
-            .take();
-        let (result, time) = delivered.expect("a transfer that is done has delivered");
-        chip.inner().open_tickets.borrow_mut().remove(&self.ticket);
-        if !chip.is_ghost() {
-            chip.recorder().complete(self.ticket, time);
-        }
+        let result = chip.take(self.ticket, self.running);
         drop(self.input);
         let (axis, after) = (self.request.axis, self.request.after);
         let tensor = chip.unpack(
@@ -206,18 +272,7 @@ impl Pending {
             ty: tensor.ty().clone(),
             placement: after.clone(),
         };
-        chip.tell(Told {
-            kind: EventKind::Wait,
-            op: "wait".into(),
-            site,
-            inputs: vec![],
-            outputs: vec![value],
-            cost: Cost::default(),
-            traffic: None,
-            stream: Stream::Compute,
-            ticket: Some(self.ticket),
-            began,
-        });
+        chip.tell_wait(self.ticket, value, site, began);
         let mut moved = Sharded::unrecorded(&chip, tensor, self.value.global.clone(), after);
         chip.record_passage(&self.value, &mut moved, |p, t| (p, t), site);
         moved
