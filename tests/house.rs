@@ -25,7 +25,16 @@ const ARROWS: [(&str, &[&str]); 20] = [
     ("tape", &["tensor", "placement"]),
     (
         "ops",
-        &["tape", "tensor", "cpu", "gpu", "random", "dtype", "error"],
+        &[
+            "tape",
+            "tensor",
+            "cpu",
+            "gpu",
+            "placement",
+            "random",
+            "dtype",
+            "error",
+        ],
     ),
     (
         "spmd",

@@ -29,6 +29,7 @@ mod spmd {
     mod grid;
     mod own_op;
     mod placements;
+    mod ring;
     mod started;
     mod transposes;
     mod zero;

@@ -44,7 +44,7 @@ pub struct Attention {
 }
 
 impl Attention {
-    fn geometry<'a>(
+    pub(super) fn geometry<'a>(
         &self,
         q: &TensorType,
         k: &TensorType,
@@ -101,14 +101,14 @@ fn clamped_sum(x: i128, n: usize, most: usize) -> u64 {
 }
 
 /// Strides of [b, t, h, d] by (b, h, t).
-fn heads<'a>(data: Slice<'a>, ty: &TensorType) -> Heads<'a> {
+pub(super) fn heads<'a>(data: Slice<'a>, ty: &TensorType) -> Heads<'a> {
     Heads {
         data,
         strides: strides(ty),
     }
 }
 
-fn heads_mut<'a>(data: SliceMut<'a>, ty: &TensorType) -> HeadsMut<'a> {
+pub(super) fn heads_mut<'a>(data: SliceMut<'a>, ty: &TensorType) -> HeadsMut<'a> {
     HeadsMut {
         data,
         strides: strides(ty),

@@ -12,6 +12,7 @@
 //! | `zero`, `update` | what belongs to a parameter split over the batch's axis; changing parameters |
 //! | `redistribute` | moving between placements; collectives as events |
 //! | `grid` | matmul on a grid of chips: 1-D, SUMMA, 2.5-D |
+//! | `context` | attention over a sequence that chips share: ring, USP |
 //! | `started`, `message` | transfers beside the program; messages to one peer |
 //! | `execute` | walks a collective's list of steps over a wire |
 //! | `exchange` | the wire between threads: messages, waits, diagnosis |
@@ -20,6 +21,7 @@
 
 mod apply;
 mod chip;
+mod context;
 mod device;
 mod exchange;
 mod execute;
@@ -39,6 +41,7 @@ mod update;
 mod zero;
 
 pub use chip::{Chip, Contents, FromIndex};
+pub use context::Ring;
 pub use device::Device;
 pub use ghost::Ghost;
 pub use grid::{Cut, Grid};

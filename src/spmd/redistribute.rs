@@ -470,6 +470,16 @@ impl Cut {
         }
     }
 
+    /// Product of the sizes before the dimension: 1 if its pieces are runs of memory.
+    pub(super) fn outer(&self) -> usize {
+        self.outer
+    }
+
+    /// Bytes of `len` indices of the dimension.
+    pub(super) fn bytes_of(&self, len: usize) -> usize {
+        self.outer * len * self.inner
+    }
+
     /// Elements per index of the dimension.
     fn rest(&self) -> usize {
         self.outer * (self.inner / self.size)

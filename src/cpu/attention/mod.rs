@@ -13,9 +13,12 @@ mod backward;
 mod forward;
 mod heads;
 mod mask;
+mod merge;
 #[cfg(test)]
 mod tests;
 mod tile;
+
+pub(crate) use merge::{Merge, attention_merge};
 
 use crate::cpu::memory::with_scratch_f32;
 use crate::cpu::simd::{dispatch, isa};
