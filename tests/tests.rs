@@ -36,8 +36,9 @@ mod spmd {
 }
 
 mod train {
+    mod context;
     mod meshes;
     mod resume;
     mod separate;
-    mod splits;
+    pub(crate) mod splits;
 }

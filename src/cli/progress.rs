@@ -55,12 +55,18 @@ impl Progress {
         }
     }
 
-    pub(super) fn begin(&self, mesh: &Mesh, threads: usize) {
+    pub(super) fn begin(&self, training: &Training, mesh: &Mesh, threads: usize) {
         let chips = mesh.chips();
         self.say(&format!(
             "{} parameters, {chips} chip(s) ({mesh}), {threads} thread(s) each, {} steps of {} tokens",
             self.parameters, self.steps, self.labels_per_step
         ));
+        if mesh.size_of("cp") > 1 {
+            self.say(&format!(
+                "attention over cp: {}",
+                training.model.context_method(mesh)
+            ));
+        }
     }
 
     /// A line on standard error, above the bar.

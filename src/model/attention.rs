@@ -29,15 +29,7 @@ impl Transformer {
         let k = self.turn(chip, &format!("{name}.k_norm"), project('k', g));
         let v = project('v', g);
         drop(x);
-        let by_tokens = q.placements().clone();
-        let [q, k, v] = [q, k, v].map(|x| all_tokens_of_some_heads(chip, x));
-        let op = ops::Attention {
-            causal: true,
-            ..Default::default()
-        };
-        let o = chip.apply_one(op, &[&q, &k, &v]);
-        drop((q, k, v));
-        let o = o.redistribute(by_tokens).reshape([b, t, c]);
+        let o = self.attend(chip, [q, k, v]).reshape([b, t, c]);
         self.row(
             chip,
             &format!("{name}.wo"),
@@ -45,6 +37,22 @@ impl Transformer {
             [c, c],
             &o,
         )
+    }
+
+    /// Causal attention of queries, keys and values [b, t, h, d]; the result lies as the queries do.
+    fn attend(&self, chip: &Chip, [q, k, v]: [Sharded; 3]) -> Sharded {
+        let op = ops::Attention {
+            causal: true,
+            ..Default::default()
+        };
+        if let Some(ring) = self.ring(chip, &q) {
+            return chip.ring_attention(&op, &[&q, &k, &v], &ring);
+        }
+        let by_tokens = q.placements().clone();
+        let [q, k, v] = [q, k, v].map(|x| all_tokens_of_some_heads(chip, x));
+        let o = chip.apply_one(op, &[&q, &k, &v]);
+        drop((q, k, v));
+        o.redistribute(by_tokens)
     }
 
     /// Queries or keys as attention takes them: normalized per head and turned by their position, if the model does so.
@@ -67,7 +75,15 @@ impl Transformer {
             x
         };
         match &self.rotary {
-            Some(rotary) => chip.apply_one(rotary.clone(), &[&x]),
+            Some(rotary) => {
+                let order = self.order_of(chip, &x);
+                let positions = ops::RotaryPositions::Alike { offset: 0, order };
+                let rotary = ops::Rotary {
+                    positions,
+                    ..rotary.clone()
+                };
+                chip.apply_one(rotary, &[&x])
+            }
             None => x,
         }
     }

@@ -78,6 +78,7 @@ impl Transformer {
                 ops::Dropout {
                     p,
                     name: format!("{name}@{draw}"),
+                    order: self.order_of(chip, x),
                 },
                 &[x],
             ),

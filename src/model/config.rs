@@ -234,25 +234,17 @@ impl Config {
                 self.dropout
             ));
         }
-        let (tp, cp) = (mesh.size_of("tp"), mesh.size_of("cp"));
+        let tp = mesh.size_of("tp");
         let split = [
             ("heads", self.heads),
             ("kv-heads", self.kv_heads),
             ("ffn", self.ffn),
         ];
         let refuse = |why: String| Err(Error::new(ErrorKind::Mesh, why));
-        if let Some((name, n)) = split.iter().find(|(_, n)| n % tp != 0) {
-            return refuse(format!(
+        match split.iter().find(|(_, n)| n % tp != 0) {
+            Some((name, n)) => refuse(format!(
                 "mesh axis tp={tp} does not divide {n} {name}; tp={} does",
                 nearest_divisor(*n, tp)
-            ));
-        }
-        // In attention cp splits the heads that tp leaves.
-        match split[..2].iter().find(|(_, n)| (n / tp) % cp != 0) {
-            Some((name, n)) => refuse(format!(
-                "mesh axis cp={cp} does not divide the {} {name} that tp={tp} leaves of {n}; cp={} does",
-                n / tp,
-                nearest_divisor(n / tp, cp)
             )),
             None => Ok(()),
         }

@@ -4,6 +4,7 @@ use super::{Positions, Transformer};
 use crate::dtype::DType;
 use crate::ops;
 use crate::placement::Placement::Shard;
+use crate::placement::TokenOrder;
 use crate::spmd::{Chip, FromIndex, Init, Sharded};
 
 impl Transformer {
@@ -42,7 +43,7 @@ impl Transformer {
                     "positions",
                     tokens.shape(),
                     &placed,
-                    &positions(tokens.shape()[1]),
+                    &positions(self.order_of(chip, tokens), tokens.shape()[1]),
                 );
                 x.add(&chip.apply_one(op, &[&table, &at]))
             }
@@ -51,7 +52,8 @@ impl Transformer {
     }
 }
 
-/// Position of each token of [b, t], by its index in the batch.
-fn positions(tokens: usize) -> FromIndex<impl Fn(u64) -> u32> {
-    FromIndex(move |i| (i % tokens as u64) as u32)
+/// Position of each token of [b, t], by its index in a batch that is kept in `order`.
+fn positions(order: TokenOrder, tokens: usize) -> FromIndex<impl Fn(u64) -> u32> {
+    let positions = order.positions(0..tokens);
+    FromIndex(move |i| positions[i as usize % tokens] as u32)
 }

@@ -7,13 +7,15 @@
 //!
 //! Sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198) also splits over tp what lies between those pairs: the
 //! residual stream, norms and dropout are cut by tokens, and each all-reduce becomes a reduce-scatter and an all-gather, of
-//! the same bytes. Context parallelism is Ulysses' (Jacobs et al. 2023, arXiv:2309.14509): tokens are split over cp
-//! everywhere but in attention, which has all tokens of some heads; all-to-alls lead there and back.
+//! the same bytes. Context parallelism splits tokens over cp everywhere: attention is a ring (see [`Ring`](crate::spmd::Ring)), or
+//! Ulysses' (Jacobs et al. 2023, arXiv:2309.14509), which has all tokens of some heads, all-to-alls leading there and back, or
+//! both together.
 
 //!
 //! | file | what it holds |
 //! |---|---|
 //! | `config` | sizes and choices, and the models with a name |
+//! | `context` | how cp splits a sequence |
 //! | `embedding` | tokens and positions become the residual stream |
 //! | `block` | norm, attention, norm, feed-forward; dropout |
 //! | `attention`, `feed_forward` | the two halves of a block |
@@ -25,6 +27,7 @@
 mod attention;
 mod block;
 mod config;
+mod context;
 mod embedding;
 mod feed_forward;
 mod head;
@@ -32,6 +35,7 @@ mod linear;
 
 pub(crate) use config::nearest_divisor;
 pub use config::{Config, FeedForward, Norm, Positions};
+pub use context::ContextMethod;
 
 use crate::dtype::DType;
 use crate::error::Result;
@@ -49,6 +53,7 @@ pub struct Transformer {
     recompute: bool,
     sequence_parallel: bool,
     draw: Option<u64>,
+    context_method: Option<ContextMethod>,
     rotary: Option<ops::Rotary>,
 }
 
@@ -73,6 +78,7 @@ impl Transformer {
             recompute: false,
             sequence_parallel: false,
             draw: None,
+            context_method: None,
             rotary,
         })
     }
@@ -119,12 +125,14 @@ impl Transformer {
         self.config.vocab.next_multiple_of(chip.size_of("tp"))
     }
 
-    /// Placement of a batch of token numbers or labels [b, t]: sequences split over dp and fsdp, tokens over cp.
+    /// Placement of a batch of token numbers or labels [b, t]: sequences split over dp and fsdp, tokens over cp, which keeps
+    /// them in the order of [`Transformer::token_order`]: see [`Transformer::batch`].
     pub fn batch_placement(chip: &Chip) -> Placements {
         chip.placed(&[("dp", Shard(0)), ("fsdp", Shard(0)), ("cp", Shard(1))])
     }
 
-    /// Logits [b, t, v padded], split as the tokens are and over tp by vocabulary, from token numbers [b, t].
+    /// Logits [b, t, v padded], split as the tokens are and over tp by vocabulary, from token numbers [b, t] as
+    /// [`Transformer::batch`] gives them.
     #[track_caller]
     pub fn logits(&self, chip: &Chip, tokens: &Sharded) -> Sharded {
         let mut x = self.embed(chip, tokens);

@@ -41,7 +41,7 @@ mod update;
 mod zero;
 
 pub use chip::{Chip, Contents, FromIndex};
-pub use context::Ring;
+pub use context::{InOrder, Ring};
 pub use device::Device;
 pub use ghost::Ghost;
 pub use grid::{Cut, Grid};

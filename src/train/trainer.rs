@@ -135,7 +135,7 @@ impl Training {
     /// # Errors
     /// [`ErrorKind::Mesh`] or [`ErrorKind::Input`]: which number stands in the way, and the nearest that works.
     pub fn check(&self, mesh: &Mesh) -> Result<()> {
-        self.model.config().check(mesh)?;
+        self.model.check(mesh)?;
         let known = |name: &str| matches!(name, "dp" | "fsdp" | "cp" | "tp");
         if let Some(axis) = mesh
             .axes()
@@ -438,7 +438,7 @@ impl Training {
                 rows,
                 labels,
             };
-            chip.input(name, shape, Transformer::batch_placement(chip), &contents)
+            self.model.batch(chip, name, shape, &contents)
         };
         (half("tokens", false), half("labels", true))
     }

@@ -5,16 +5,16 @@ use crate::tiny::{assert_close, bits, gpt2, llama, losses, models_of_three, trai
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
 use supernode::mesh::Mesh;
-use supernode::model::{Config, Transformer};
+use supernode::model::{Config, ContextMethod, Transformer};
 use supernode::spmd::{Chip, FromIndex, Zero};
 use supernode::train::Training;
 use supernode::{DType, World};
 
-const STEPS: u64 = 10;
-const ROWS: usize = 8;
+pub(crate) const STEPS: u64 = 10;
+pub(crate) const ROWS: usize = 8;
 
 /// A mesh, ZeRO's stage if it is given, and whether tp splits tokens between its pairs.
-type Case = (&'static str, Option<usize>, bool);
+pub(crate) type Case = (&'static str, Option<usize>, bool);
 
 /// Each way by itself, on two and four chips.
 const ALONE: [Case; 12] = [
@@ -73,7 +73,7 @@ fn split(training: &Training, (_, zero, sequence): Case) -> Training {
 }
 
 /// Losses within `bound` of one chip's, and events, bytes and memory as the ghost has them.
-fn agree(name: &str, plain: &Training, cases: &[Case], bound: f64) {
+pub(crate) fn agree(name: &str, plain: &Training, cases: &[Case], bound: f64) {
     let single = losses(plain, &world(&Mesh::single()));
     let learnt = single[0] - single[single.len() - 1];
     assert!(learnt > 0.05, "{name} learns: {single:?}");
@@ -166,7 +166,7 @@ fn bf16_agrees_within_its_rounding() {
 }
 
 /// Every parameter's gradient, whole, after one backward.
-fn gradients(model: &Transformer, case: Case) -> BTreeMap<String, Vec<f32>> {
+pub(crate) fn gradients(model: &Transformer, case: Case) -> BTreeMap<String, Vec<f32>> {
     let mesh = Mesh::parse(case.0).expect("a mesh");
     let model = model.clone().with_sequence_parallel(case.2);
     let program = |chip: &Chip| {
@@ -174,8 +174,7 @@ fn gradients(model: &Transformer, case: Case) -> BTreeMap<String, Vec<f32>> {
         chip.split_parameters(Zero::stage(case.1.unwrap_or(3)).expect("a stage"), axis);
         let batch = |name: &str, step: u64| {
             let contents = FromIndex(move |i| ((i * i + step * i) % 29) as u32);
-            let placed = Transformer::batch_placement(chip);
-            chip.input(name, [ROWS, model.config().context], placed, &contents)
+            model.batch(chip, name, [ROWS, model.config().context], &contents)
         };
         let (tokens, labels) = (batch("tokens", 3), batch("labels", 5));
         chip.record(|| {
@@ -207,27 +206,36 @@ fn gradients(model: &Transformer, case: Case) -> BTreeMap<String, Vec<f32>> {
     run.outputs()[0].clone()
 }
 
+/// Gathered gradients are the single chip's.
+pub(crate) fn assert_gradients(
+    name: &str,
+    case: Case,
+    got: &BTreeMap<String, Vec<f32>>,
+    single: &BTreeMap<String, Vec<f32>>,
+) {
+    assert_eq!(got.len(), single.len());
+    for (parameter, want) in single {
+        let size = want.iter().fold(0f32, |m, x| m.max(x.abs()));
+        let got = &got[parameter];
+        // Padding of a vocabulary that tp splits comes behind and has no gradient.
+        let pairs = got.iter().zip(want).filter(|_| got.len() == want.len());
+        for (a, b) in pairs {
+            let error = (a - b).abs();
+            assert!(
+                error <= 1e-5 * size + 1e-7,
+                "{name} {parameter} on {case:?}: {a}, {b}"
+            );
+        }
+    }
+}
+
 #[test]
 fn gathered_gradients_are_those_of_one_chip() {
     for (name, config) in [("gpt2", gpt2()), ("llama", llama())] {
         let model = training(config, ROWS, 1).model;
         let single = gradients(&model, ("single", None, false));
         for case in ALONE.iter().chain(&PAIRS).chain(&MORE) {
-            let got = gradients(&model, *case);
-            assert_eq!(got.len(), single.len());
-            for (parameter, want) in &single {
-                let size = want.iter().fold(0f32, |m, x| m.max(x.abs()));
-                let got = &got[parameter];
-                // Padding of a vocabulary that tp splits comes behind and has no gradient.
-                let pairs = got.iter().zip(want).filter(|_| got.len() == want.len());
-                for (a, b) in pairs {
-                    let error = (a - b).abs();
-                    assert!(
-                        error <= 1e-5 * size + 1e-7,
-                        "{name} {parameter} on {case:?}: {a}, {b}"
-                    );
-                }
-            }
+            assert_gradients(name, *case, &gradients(&model, *case), &single);
         }
     }
 }
@@ -282,8 +290,10 @@ fn samples_do_not_depend_on_the_mesh() {
 #[test]
 fn impossible_splits_say_what_stands_in_the_way() {
     let refused = |mesh: &'static str, zero| {
-        let training = split(&training(llama(), ROWS, 1), (mesh, zero, false));
+        let mut training = split(&training(llama(), ROWS, 1), (mesh, zero, false));
         let mesh = Mesh::parse(mesh).expect("a mesh");
+        let ulysses = mesh.has("cp").then_some(ContextMethod::Ulysses);
+        training.model = training.model.with_context_method(ulysses);
         training.check(&mesh).expect_err("refused").to_string()
     };
     let cases: [(&'static str, Option<usize>, &[&str]); 5] = [

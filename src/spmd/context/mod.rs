@@ -19,13 +19,17 @@
 //!
 //! | file | what it holds |
 //! |---|---|
+//! | `contents` | a batch in the order in which chips keep tokens |
 //! | `parts` | which queries meet which keys in each step |
 //! | `ring` | the steps, forward and backward |
 //! | `swap` | tokens for heads and back; one place around the ring |
 
+mod contents;
 mod parts;
 mod ring;
 mod swap;
+
+pub use contents::InOrder;
 
 use super::gradient::Settled;
 use super::resolve::resolve;
@@ -129,12 +133,14 @@ impl Chip {
         self.arrive("ring attention", site);
         self.refuse_gpu();
         let shares = self.shares(op, operands, ring, site);
-        let types: Vec<TensorType> = operands.iter().map(|x| x.global_type()).collect();
+        // The op has documents for queries and for keys; here they are one.
+        let named: Vec<&Sharded> = operands.iter().chain(operands.get(3)).copied().collect();
+        let types: Vec<TensorType> = named.iter().map(|x| x.global_type()).collect();
         let refuse = |why: String| -> ! { panic!("ring attention: {why} (called at {site})") };
         let inferred = op.infer(&types).unwrap_or_else(|why| refuse(why));
         // Over the other axes the op's own rule holds.
         let whole = |p: &Placements| p.with(shares.axis, Replicate);
-        let placed: Vec<Placements> = operands.iter().map(|x| whole(&x.placements)).collect();
+        let placed: Vec<Placements> = named.iter().map(|x| whole(&x.placements)).collect();
         let placed: Vec<&Placements> = placed.iter().collect();
         let resolved =
             resolve(&op.axes(&types), &placed, self.mesh()).unwrap_or_else(|why| refuse(why));
