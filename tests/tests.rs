@@ -38,6 +38,7 @@ mod spmd {
 mod train {
     mod context;
     mod meshes;
+    mod pipeline;
     mod resume;
     mod separate;
     pub(crate) mod splits;

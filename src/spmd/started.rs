@@ -103,9 +103,7 @@ impl Chip {
     /// Starts a collective and writes its event.
     fn launch(&self, input: &Tensor, request: &Request) -> (u64, Running) {
         let output = self.allocate(&request.result);
-        let ticket = self.inner().tickets.get();
-        self.inner().tickets.set(ticket + 1);
-        self.inner().open_tickets.borrow_mut().insert(ticket);
+        let ticket = self.open_ticket();
         let running = match self.call(input, request) {
             Some(call) => self.start(call, input.clone(), output),
             // A ghost's result is allocated and waits for nothing.
@@ -128,7 +126,7 @@ impl Chip {
             .unwrap_or_else(|broken| broken.into_inner())
             .take();
         let (result, time) = delivered.expect("a transfer that is done has delivered");
-        self.inner().open_tickets.borrow_mut().remove(&ticket);
+        self.close_ticket(ticket);
         if !self.is_ghost() {
             self.recorder().complete(ticket, time);
         }
