@@ -7,6 +7,8 @@ mod command;
 mod examples;
 #[cfg(feature = "cli")]
 mod forecast_command;
+#[cfg(feature = "cli")]
+mod generate_command;
 #[cfg(feature = "gpu")]
 mod gpu;
 mod house;
@@ -37,6 +39,7 @@ mod spmd {
 
 mod train {
     mod context;
+    mod generate;
     mod meshes;
     mod pipeline;
     mod resume;

@@ -5,6 +5,7 @@
 mod bench;
 mod devices;
 mod forecast;
+mod generate;
 mod machines;
 mod plan;
 mod preset;
@@ -34,6 +35,9 @@ enum Command {
     /// Train a transformer on a text, over a mesh of chips on this machine
     #[command(args_override_self = true)]
     Train(Box<train::Arguments>),
+    /// Continue texts with a trained model, over a mesh of chips on this machine
+    #[command(args_override_self = true)]
+    Generate(Box<generate::Arguments>),
     /// Time kernels and training steps against this machine's limits
     #[command(args_override_self = true)]
     Bench(bench::Arguments),
@@ -55,6 +59,7 @@ pub(crate) fn run() -> ExitCode {
     keep_panics_of_chips_for_the_error();
     let result = match Arguments::parse().command {
         Command::Train(arguments) => train::run(&arguments),
+        Command::Generate(arguments) => generate::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Devices(arguments) => devices::run(&arguments),
         Command::Forecast(arguments) => forecast::run(&arguments),

@@ -8,12 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use supernode::collective::Algorithm;
 use supernode::mesh::Mesh;
-<<<<<<< HEAD
 use supernode::model::{Config, ContextMethod, Transformer};
-=======
-use supernode::model::{Config, Transformer};
 use supernode::pipeline::Schedule;
->>>>>>> main
 use supernode::spmd::{Device, World, Zero};
 use supernode::train::data::{Batches, Split, TRAIN_SHARE, Tokens};
 use supernode::train::schedule::LearningRate;
@@ -39,24 +35,18 @@ pub(super) struct Arguments {
     /// Split over tp also the tokens of what lies between its matrices: norms, dropout, the residual stream
     #[arg(long)]
     sequence_parallel: bool,
-<<<<<<< HEAD
     /// How attention is split over cp; by default ulysses where cp divides the heads that tp leaves, else ring
     #[arg(long, value_enum)]
     cp_method: Option<ContextWord>,
     /// With --cp-method usp: neighbours that exchange heads; by default as many as cp and the heads allow
     #[arg(long, value_name = "N", requires = "cp_method")]
     cp_exchange: Option<usize>,
-=======
-    /// How attention is split over cp
-    #[arg(long, value_enum, default_value = "ulysses")]
-    cp_method: ContextMethod,
     /// How micro-batches pass through the stages of pp: gpipe, 1f1b, zb-h1 or zb-v
     #[arg(long, default_value = "1f1b", value_name = "SCHEDULE")]
     schedule: Schedule,
     /// Chunks of layers of each stage of pp; by default 1, for zb-v 2; 1f1b with more than one is interleaved
     #[arg(long, value_name = "N")]
     virtual_stages: Option<usize>,
->>>>>>> main
     /// How collectives are done: tree, ring or recursive
     #[arg(long, default_value = "tree", value_name = "ALGORITHM")]
     collectives: Algorithm,

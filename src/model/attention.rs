@@ -29,7 +29,7 @@ impl Transformer {
         let k = self.turn(chip, &format!("{name}.k_norm"), project('k', g));
         let v = project('v', g);
         drop(x);
-        let o = self.attend(chip, [q, k, v]).reshape([b, t, c]);
+        let o = self.attend(chip, name, [q, k, v]).reshape([b, t, c]);
         self.row(
             chip,
             &format!("{name}.wo"),
@@ -40,7 +40,10 @@ impl Transformer {
     }
 
     /// Causal attention of queries, keys and values [b, t, h, d]; the result lies as the queries do.
-    fn attend(&self, chip: &Chip, [q, k, v]: [Sharded; 3]) -> Sharded {
+    fn attend(&self, chip: &Chip, name: &str, [q, k, v]: [Sharded; 3]) -> Sharded {
+        if let Some(past) = &self.past {
+            return self.attend_past(chip, name, [q, k, v], past);
+        }
         let op = ops::Attention {
             causal: true,
             ..Default::default()
@@ -76,10 +79,8 @@ impl Transformer {
         };
         match &self.rotary {
             Some(rotary) => {
-                let order = self.order_of(chip, &x);
-                let positions = ops::RotaryPositions::Alike { offset: 0, order };
                 let rotary = ops::Rotary {
-                    positions,
+                    positions: self.rotary_positions(chip, &x),
                     ..rotary.clone()
                 };
                 chip.apply_one(rotary, &[&x])

@@ -4,7 +4,6 @@ use super::{Positions, Transformer};
 use crate::dtype::DType;
 use crate::ops;
 use crate::placement::Placement::Shard;
-use crate::placement::TokenOrder;
 use crate::spmd::{Chip, FromIndex, Init, Sharded};
 
 /// The name of the table of token vectors; a tied model's head is this table too.
@@ -46,7 +45,7 @@ impl Transformer {
                     "positions",
                     tokens.shape(),
                     &placed,
-                    &positions(self.order_of(chip, tokens), tokens.shape()[1]),
+                    &repeated(self.positions(chip, tokens)),
                 );
                 x.add(&chip.apply_one(op, &[&table, &at]))
             }
@@ -55,8 +54,7 @@ impl Transformer {
     }
 }
 
-/// Position of each token of [b, t], by its index in a batch that is kept in `order`.
-fn positions(order: TokenOrder, tokens: usize) -> FromIndex<impl Fn(u64) -> u32> {
-    let positions = order.positions(0..tokens);
-    FromIndex(move |i| positions[i as usize % tokens] as u32)
+/// The numbers of `row` over and over, by an element's index.
+fn repeated(row: Vec<u32>) -> FromIndex<impl Fn(u64) -> u32> {
+    FromIndex(move |i| row[i as usize % row.len()])
 }

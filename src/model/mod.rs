@@ -17,6 +17,7 @@
 //! |---|---|
 //! | `config` | sizes and choices, and the models with a name |
 //! | `context` | how cp splits a sequence |
+//! | `decode` | a text that grows, over a cache |
 //! | `embedding` | tokens and positions become the residual stream |
 //! | `block` | norm, attention, norm, feed-forward; dropout |
 //! | `attention`, `feed_forward` | the two halves of a block |
@@ -29,6 +30,7 @@ mod attention;
 mod block;
 mod config;
 mod context;
+mod decode;
 mod embedding;
 mod feed_forward;
 mod head;
@@ -36,11 +38,9 @@ mod linear;
 
 pub(crate) use config::nearest_divisor;
 pub use config::{Config, FeedForward, Norm, Positions};
-<<<<<<< HEAD
 pub use context::ContextMethod;
-=======
+pub use decode::Past;
 pub(crate) use embedding::EMBEDDING;
->>>>>>> main
 
 use crate::dtype::DType;
 use crate::error::Result;
@@ -59,6 +59,7 @@ pub struct Transformer {
     sequence_parallel: bool,
     draw: Option<u64>,
     context_method: Option<ContextMethod>,
+    past: Option<Past>,
     rotary: Option<ops::Rotary>,
 }
 
@@ -84,6 +85,7 @@ impl Transformer {
             sequence_parallel: false,
             draw: None,
             context_method: None,
+            past: None,
             rotary,
         })
     }

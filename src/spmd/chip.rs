@@ -15,7 +15,7 @@ use crate::tape::{Gradients, Tape, ValueId};
 use crate::tensor::{Memory, Tensor};
 use crate::trace::{ChipTrace, Phase, Recorder};
 use std::cell::{Cell, Ref, RefCell, RefMut};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::panic::Location;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -53,6 +53,7 @@ pub(super) struct Inner {
     pub(super) tickets: Cell<u64>,
     pub(super) open_tickets: RefCell<BTreeSet<u64>>,
     pub(super) zero: Cell<Option<(super::Zero, usize)>>,
+    pub(super) caches: RefCell<HashMap<String, super::cache::Cache>>,
 }
 
 /// What a chip is made from.
@@ -100,6 +101,7 @@ impl Chip {
             tickets: Cell::new(0),
             open_tickets: RefCell::default(),
             zero: Cell::new(None),
+            caches: RefCell::default(),
         }))
     }
 

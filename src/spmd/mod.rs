@@ -12,6 +12,7 @@
 //! | `zero`, `update` | what belongs to a parameter split over the batch's axis; changing parameters |
 //! | `redistribute` | moving between placements; collectives as events |
 //! | `grid` | matmul on a grid of chips: 1-D, SUMMA, 2.5-D |
+//! | `cache` | what a chip keeps between forwards of a text that grows |
 //! | `context` | attention over a sequence that chips share: ring, USP |
 //! | `started`, `message` | transfers beside the program; messages to one peer |
 //! | `execute` | walks a collective's list of steps over a wire |
@@ -20,6 +21,7 @@
 //! | `threads`, `ghost` | the worlds |
 
 mod apply;
+mod cache;
 mod chip;
 mod context;
 mod device;

@@ -23,6 +23,7 @@ pub mod schedule;
 mod stages;
 mod trainer;
 
+pub use generate::{Generate, Generated, Trained};
 pub use layout::{Layout, Move, Row};
 pub use optimizer::{AdamW, Optimizer};
 pub use trainer::{Finished, Options, Report, Training};

@@ -188,7 +188,7 @@ impl Chip {
             );
         }
         assert!(
-            op.offset == 0 && (op.window.is_none() || op.causal),
+            op.offset == 0 && op.offsets.is_none() && (op.window.is_none() || op.causal),
             "ring attention at {site}: {op:?} has an offset or a two-sided window, which need all tokens on a chip"
         );
         let u = ring.exchange;
