@@ -125,6 +125,7 @@ impl Work {
                     // From what the best algorithm sends to the whole tensor.
                     let share = match kind {
                         Kind::AllReduce => 2.0 * (n - 1.0) / n,
+                        Kind::Shift => 1.0 / n,
                         _ => (n - 1.0) / n,
                     };
                     let bytes = if n > 1.0 {
