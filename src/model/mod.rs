@@ -134,10 +134,8 @@ impl Transformer {
     /// Logits [b, t, v padded], split as the tokens are and over tp by vocabulary, from token numbers [b, t].
     #[track_caller]
     pub fn logits(&self, chip: &Chip, tokens: &Sharded) -> Sharded {
-        let mut x = self.embed(chip, tokens);
-        for layer in 0..self.config.layers {
-            x = self.block(chip, layer, &x);
-        }
+        let x = self.embed(chip, tokens);
+        let x = self.blocks(chip, 0..self.config.layers, x);
         self.head(chip, &x)
     }
 

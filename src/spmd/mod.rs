@@ -13,6 +13,7 @@
 //! | `redistribute` | moving between placements; collectives as events |
 //! | `grid` | matmul on a grid of chips: 1-D, SUMMA, 2.5-D |
 //! | `started`, `message` | transfers beside the program; messages to one peer |
+//! | `overlap` | parameters gathered a block ahead, gradients reduced a block behind |
 //! | `execute` | walks a collective's list of steps over a wire |
 //! | `exchange` | the wire between threads: messages, waits, diagnosis |
 //! | `device` | what a chip computes on |
@@ -27,6 +28,7 @@ mod ghost;
 mod gradient;
 mod grid;
 mod message;
+mod overlap;
 mod parameter;
 mod recompute;
 mod redistribute;
@@ -44,6 +46,7 @@ pub use device::Device;
 pub use ghost::Ghost;
 pub use grid::{Cut, Grid};
 pub use message::Sending;
+pub use overlap::Block;
 pub use parameter::{Init, Parameter};
 pub use segment::Segment;
 pub use sharded::Sharded;

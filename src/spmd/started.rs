@@ -3,7 +3,7 @@
 use super::apply::Told;
 use super::exchange::{Header, Stopped};
 use super::execute::Call;
-use super::redistribute::Request;
+use super::redistribute::{Request, Site};
 use super::{Chip, Sharded};
 use crate::ops::Cost;
 use crate::placement::{Placements, Transition, plan};
@@ -27,9 +27,15 @@ pub(super) struct Beside {
 #[must_use = "a started transfer has to be waited for"]
 pub struct Pending {
     value: Sharded,
+    moving: Moving,
+}
+
+/// A tensor on its way to another placement.
+pub(super) struct Moving {
     request: Request,
     ticket: u64,
     transition: Transition,
+    global: Vec<usize>,
     input: Tensor,
     running: Running,
 }
@@ -58,15 +64,48 @@ impl Chip {
             transition.communicates(),
             "{transition} of {x:?} sends nothing; use redistribute (called at {site})"
         );
-        let (input, request) = self.prepare(
-            &x.tensor,
-            &x.global,
-            axis,
-            transition,
-            &x.placements,
-            &to,
-            site,
-        );
+        Pending {
+            value: x.clone(),
+            moving: self.start_transition(
+                &x.tensor,
+                &x.global,
+                axis,
+                transition,
+                (&x.placements, &to),
+                site,
+            ),
+        }
+    }
+
+    /// Starts to move a tensor outside of the tape; none if it takes several transitions, or sends nothing.
+    pub(super) fn start_move(
+        &self,
+        tensor: &Tensor,
+        global: &[usize],
+        from: &Placements,
+        to: &Placements,
+        site: Site,
+    ) -> Option<Moving> {
+        let steps = plan(from, to, global, self.mesh()).ok()?;
+        match steps[..] {
+            [(axis, transition)] if transition.communicates() => {
+                self.arrive("start", site);
+                Some(self.start_transition(tensor, global, axis, transition, (from, to), site))
+            }
+            _ => None,
+        }
+    }
+
+    fn start_transition(
+        &self,
+        tensor: &Tensor,
+        global: &[usize],
+        axis: usize,
+        transition: Transition,
+        (from, to): (&Placements, &Placements),
+        site: Site,
+    ) -> Moving {
+        let (input, request) = self.prepare(tensor, global, axis, transition, from, to, site);
         let output = self.allocate(&request.result);
         let ticket = self.open_ticket();
         let running = match self.call(&input, &request) {
@@ -81,14 +120,62 @@ impl Chip {
             Some(ticket),
             self.now(),
         );
-        Pending {
-            value: x.clone(),
+        Moving {
             request,
             ticket,
             transition,
+            global: global.to_vec(),
             input,
             running,
         }
+    }
+
+    /// Waits for a tensor that is on its way.
+    pub(super) fn finish_move(&self, moving: Moving, site: Site) -> Tensor {
+        self.arrive("wait", site);
+        let began = self.now();
+        let running = moving.running;
+        if let Some(lane) = &self.inner().lane {
+            lane.wait_done(&running.done, &running.header)
+                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
+        }
+        let delivered = running
+            .slot
+            .lock()
+            .unwrap_or_else(|broken| broken.into_inner())
+            .take();
+        let (result, time) = delivered.expect("a transfer that is done has delivered");
+        self.close_ticket(moving.ticket);
+        if !self.is_ghost() {
+            self.recorder().complete(moving.ticket, time);
+        }
+        drop(moving.input);
+        let (axis, after) = (moving.request.axis, moving.request.after);
+        let tensor = self.unpack(
+            result,
+            &moving.global,
+            axis,
+            moving.transition,
+            &after,
+            site,
+        );
+        let value = Value {
+            ty: tensor.ty().clone(),
+            placement: after,
+        };
+        self.tell(Told {
+            kind: EventKind::Wait,
+            op: "wait".into(),
+            site,
+            inputs: vec![],
+            outputs: vec![value],
+            cost: Cost::default(),
+            traffic: None,
+            stream: Stream::Compute,
+            ticket: Some(moving.ticket),
+            began,
+        });
+        tensor
     }
 
     fn start(&self, call: Call, input: Tensor, output: Tensor) -> Running {
@@ -173,49 +260,8 @@ impl Pending {
     pub fn wait(self) -> Sharded {
         let site = Location::caller();
         let chip = self.value.chip.clone();
-        chip.arrive("wait", site);
-        let began = chip.now();
-        let running = self.running;
-        if let Some(lane) = &chip.inner().lane {
-            lane.wait_done(&running.done, &running.header)
-                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
-        }
-        let delivered = running
-            .slot
-            .lock()
-            .unwrap_or_else(|broken| broken.into_inner())
-            .take();
-        let (result, time) = delivered.expect("a transfer that is done has delivered");
-        chip.close_ticket(self.ticket);
-        if !chip.is_ghost() {
-            chip.recorder().complete(self.ticket, time);
-        }
-        drop(self.input);
-        let (axis, after) = (self.request.axis, self.request.after);
-        let tensor = chip.unpack(
-            result,
-            &self.value.global,
-            axis,
-            self.transition,
-            &after,
-            site,
-        );
-        let value = Value {
-            ty: tensor.ty().clone(),
-            placement: after.clone(),
-        };
-        chip.tell(Told {
-            kind: EventKind::Wait,
-            op: "wait".into(),
-            site,
-            inputs: vec![],
-            outputs: vec![value],
-            cost: Cost::default(),
-            traffic: None,
-            stream: Stream::Compute,
-            ticket: Some(self.ticket),
-            began,
-        });
+        let after = self.moving.request.after.clone();
+        let tensor = chip.finish_move(self.moving, site);
         let mut moved = Sharded::unrecorded(&chip, tensor, self.value.global.clone(), after);
         chip.record_passage(&self.value, &mut moved, |p, t| (p, t), site);
         moved
