@@ -35,6 +35,7 @@ mod spmd {
 }
 
 mod train {
+    mod gradients;
     mod meshes;
     mod pipeline;
     mod resume;
