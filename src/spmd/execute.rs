@@ -173,7 +173,7 @@ impl Rooms<'_> {
         }
     }
 
-    // A closure for each reduction, not a pointer to a function: the compiler then uses vectors, 3 times as fast.
+    // A closure for each reduction: a pointer to a function would be called for every element.
     fn combine_by<T: Float>(
         &mut self,
         sources: &[Place],
