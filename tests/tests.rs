@@ -37,6 +37,7 @@ mod spmd {
 mod train {
     mod gradients;
     mod meshes;
+    mod overlap;
     mod pipeline;
     mod resume;
     mod separate;
