@@ -166,6 +166,14 @@ fn meshes_and_threads_agree_and_runs_repeat() {
             }
         }
     }
+    for how in ["gpipe", "1f1b", "zb-h1", "zb-v"] {
+        let run = ["--steps", "8", "--mesh", "pp=2", "--schedule", how];
+        let got = losses(&bench.json(&run));
+        assert_eq!(got.len(), one.len());
+        for (a, b) in one.iter().zip(&got) {
+            assert!((a - b).abs() <= 1e-5, "pp=2 by {how}: {a} against {b}");
+        }
+    }
 }
 
 #[test]
@@ -213,6 +221,18 @@ fn meshes_that_do_not_divide_are_refused_with_the_nearest_that_does() {
     bench.fails(&[&text[..], &["--device", "gpu:77"]].concat(), &["gpu:77"]);
     bench.fails(&[&text[..], &["--dtype", "u32"]].concat(), &["u32"]);
     bench.fails(&[&text[..], &["--threads", "0"]].concat(), &["thread"]);
+    bench.fails(
+        &[&text[..], &["--mesh", "pp=6"]].concat(),
+        &["pp=6", "2 layers", "pp=4"],
+    );
+    bench.fails(
+        &[&text[..], &["--schedule", "gpipe", "--virtual-stages", "2"]].concat(),
+        &["gpipe", "one chunk"],
+    );
+    bench.fails(
+        &[&text[..], &["--sequence-parallel"]].concat(),
+        &["sequence parallelism", "tp=2"],
+    );
 }
 
 #[test]
@@ -350,6 +370,7 @@ fn a_ghost_says_what_a_run_would_need() {
         vec!["--mesh", "dp=2,tp=2"],
         vec!["--mesh", "dp=4", "--collectives", "ring"],
         vec!["--mesh", "tp=2", "--dtype", "bf16", "--recompute"],
+        vec!["--mesh", "pp=2,fsdp=2", "--virtual-stages", "2"],
         vec![],
     ] {
         let mesh = [&more[..], &["--steps", "1"]].concat();

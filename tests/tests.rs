@@ -40,7 +40,9 @@ mod spmd {
 mod train {
     mod context;
     mod generate;
+    mod gradients;
     mod meshes;
+    mod overlap;
     mod pipeline;
     mod resume;
     mod separate;

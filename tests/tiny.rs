@@ -126,6 +126,9 @@ pub(crate) fn training(config: Config, rows: usize, steps: u64) -> Training {
     }
 }
 
+/// Splits a training: gives the mesh, a name for the case, and the training with its options.
+pub(crate) type Cut = Box<dyn Fn(&Training) -> (Mesh, String, Training)>;
+
 /// A world of threads with one thread per chip and the seed of [`training`].
 pub(crate) fn world(mesh: &Mesh) -> Threads {
     world_on(mesh, Device::cpu())

@@ -2,18 +2,43 @@
 
 use super::{Norm, Transformer};
 use crate::ops;
-use crate::spmd::{Chip, Init, Sharded};
+use crate::spmd::{Block, Chip, Init, Sharded};
+use std::ops::Range;
 
 impl Transformer {
+    /// Blocks `layers` (from 0), one behind the other, on the residual stream [b, t, c]: each fetches the parameters of the
+    /// next where they are split.
+    #[track_caller]
+    pub fn blocks(&self, chip: &Chip, layers: Range<usize>, x: Sharded) -> Sharded {
+        let name = |layer: usize| format!("layers.{layer}.");
+        let x = layers.clone().fold(x, |x, layer| {
+            let place = Block {
+                name: name(layer),
+                before: (layer > layers.start).then(|| name(layer - 1)),
+                behind: (layer + 1 < layers.end).then(|| name(layer + 1)),
+            };
+            self.block_among(chip, layer, place, x)
+        });
+        chip.drop_gathers();
+        x
+    }
+
     /// Block `layer` (from 0) on the residual stream [b, t, c]; computed again in the backward if the model recomputes.
     #[track_caller]
     pub fn block(&self, chip: &Chip, layer: usize, x: &Sharded) -> Sharded {
+        self.blocks(chip, layer..layer + 1, x.clone())
+    }
+
+    fn block_among(&self, chip: &Chip, layer: usize, place: Block, x: Sharded) -> Sharded {
+        let x = chip.border(&x, &[&place.name]);
         if !self.recompute {
-            return self.one_block(chip, layer, x);
+            return chip.within(&place, || self.one_block(chip, layer, &x));
         }
         let model = self.clone();
-        let block = move |chip: &Chip, x: &[Sharded]| vec![model.one_block(chip, layer, &x[0])];
-        chip.recompute(&[x], block).swap_remove(0)
+        let block = move |chip: &Chip, x: &[Sharded]| {
+            vec![chip.within(&place, || model.one_block(chip, layer, &x[0]))]
+        };
+        chip.recompute(&[&x], block).swap_remove(0)
     }
 
     fn one_block(&self, chip: &Chip, layer: usize, x: &Sharded) -> Sharded {

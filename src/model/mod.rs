@@ -147,10 +147,8 @@ impl Transformer {
     /// [`Transformer::batch`] gives them.
     #[track_caller]
     pub fn logits(&self, chip: &Chip, tokens: &Sharded) -> Sharded {
-        let mut x = self.embed(chip, tokens);
-        for layer in 0..self.config.layers {
-            x = self.block(chip, layer, &x);
-        }
+        let x = self.embed(chip, tokens);
+        let x = self.blocks(chip, 0..self.config.layers, x);
         self.head(chip, &x)
     }
 

@@ -1,6 +1,7 @@
 //! What a program sees of the chip that it runs on.
 
 use super::exchange::{Lane, Stopped};
+use super::overlap::Overlap;
 use super::parameter::{Parameter, Source};
 use super::started::Beside;
 use super::{Sharded, exchange};
@@ -54,6 +55,7 @@ pub(super) struct Inner {
     pub(super) open_tickets: RefCell<BTreeSet<u64>>,
     pub(super) zero: Cell<Option<(super::Zero, usize)>>,
     pub(super) caches: RefCell<HashMap<String, super::cache::Cache>>,
+    overlap: RefCell<Overlap>,
 }
 
 /// What a chip is made from.
@@ -102,6 +104,7 @@ impl Chip {
             open_tickets: RefCell::default(),
             zero: Cell::new(None),
             caches: RefCell::default(),
+            overlap: RefCell::default(),
         }))
     }
 
@@ -350,6 +353,10 @@ impl Chip {
     /// The parameters, to be changed.
     pub fn parameters_mut(&self) -> RefMut<'_, Vec<Parameter>> {
         self.0.parameters.borrow_mut()
+    }
+
+    pub(super) fn overlap(&self) -> RefMut<'_, Overlap> {
+        self.0.overlap.borrow_mut()
     }
 
     pub(super) fn recorder(&self) -> RefMut<'_, Recorder> {

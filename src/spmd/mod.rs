@@ -15,6 +15,7 @@
 //! | `cache` | what a chip keeps between forwards of a text that grows |
 //! | `context` | attention over a sequence that chips share: ring, USP |
 //! | `started`, `message` | transfers beside the program; messages to one peer |
+//! | `overlap` | parameters gathered a block ahead, gradients reduced a block behind |
 //! | `execute` | walks a collective's list of steps over a wire |
 //! | `exchange` | the wire between threads: messages, waits, diagnosis |
 //! | `device` | what a chip computes on |
@@ -31,6 +32,7 @@ mod ghost;
 mod gradient;
 mod grid;
 mod message;
+mod overlap;
 mod parameter;
 mod recompute;
 mod redistribute;
@@ -49,6 +51,7 @@ pub use device::Device;
 pub use ghost::Ghost;
 pub use grid::{Cut, Grid};
 pub use message::Sending;
+pub use overlap::Block;
 pub use parameter::{Init, Parameter};
 pub use segment::Segment;
 pub use sharded::Sharded;

@@ -3,7 +3,7 @@
 use super::apply::Told;
 use super::exchange::{Header, Stopped};
 use super::execute::Call;
-use super::redistribute::Request;
+use super::redistribute::{Request, Site};
 use super::{Chip, Sharded};
 use crate::ops::Cost;
 use crate::placement::{Placements, Transition, plan};
@@ -27,19 +27,25 @@ pub(super) struct Beside {
 #[must_use = "a started transfer has to be waited for"]
 pub struct Pending {
     value: Sharded,
+    moving: Moving,
+}
+
+/// A tensor on its way to another placement.
+pub(super) struct Moving {
     request: Request,
     ticket: u64,
     transition: Transition,
+    global: Vec<usize>,
     input: Tensor,
     running: Running,
 }
 
-/// A collective that was started on a share by itself: no placement changes and no tape knows of it.
+/// A collective of a share by itself, under way: no placement changes and no tape knows of it.
 #[must_use = "a started transfer has to be waited for"]
-pub(super) struct Moving {
+pub(super) struct Passing {
     ticket: u64,
     after: Placements,
-    site: &'static Location<'static>,
+    site: Site,
     input: Tensor,
     running: Running,
 }
@@ -68,30 +74,63 @@ impl Chip {
             transition.communicates(),
             "{transition} of {x:?} sends nothing; use redistribute (called at {site})"
         );
-        let (input, request) = self.prepare(
-            &x.tensor,
-            &x.global,
-            axis,
-            transition,
-            &x.placements,
-            &to,
-            site,
-        );
-        let (ticket, running) = self.launch(&input, &request);
         Pending {
             value: x.clone(),
+            moving: self.start_transition(
+                &x.tensor,
+                &x.global,
+                axis,
+                transition,
+                (&x.placements, &to),
+                site,
+            ),
+        }
+    }
+
+    /// Starts to move a tensor outside of the tape; none if it takes several transitions, or sends nothing.
+    pub(super) fn start_move(
+        &self,
+        tensor: &Tensor,
+        global: &[usize],
+        from: &Placements,
+        to: &Placements,
+        site: Site,
+    ) -> Option<Moving> {
+        let steps = plan(from, to, global, self.mesh()).ok()?;
+        match steps[..] {
+            [(axis, transition)] if transition.communicates() => {
+                self.arrive("start", site);
+                Some(self.start_transition(tensor, global, axis, transition, (from, to), site))
+            }
+            _ => None,
+        }
+    }
+
+    fn start_transition(
+        &self,
+        tensor: &Tensor,
+        global: &[usize],
+        axis: usize,
+        transition: Transition,
+        (from, to): (&Placements, &Placements),
+        site: Site,
+    ) -> Moving {
+        let (input, request) = self.prepare(tensor, global, axis, transition, from, to, site);
+        let (ticket, running) = self.launch(&input, &request);
+        Moving {
             request,
             ticket,
             transition,
+            global: global.to_vec(),
             input,
             running,
         }
     }
 
     /// Starts a collective of a share by itself.
-    pub(super) fn start_collective(&self, input: Tensor, request: Request) -> Moving {
+    pub(super) fn start_collective(&self, input: Tensor, request: Request) -> Passing {
         let (ticket, running) = self.launch(&input, &request);
-        Moving {
+        Passing {
             ticket,
             after: request.after,
             site: request.site,
@@ -134,13 +173,7 @@ impl Chip {
     }
 
     /// Writes the event of a wait that began at `began` and brought `value`.
-    fn tell_wait(
-        &self,
-        ticket: u64,
-        value: Value,
-        site: &'static Location<'static>,
-        began: Option<u64>,
-    ) {
+    fn tell_wait(&self, ticket: u64, value: Value, site: Site, began: Option<u64>) {
         self.tell(Told {
             kind: EventKind::Wait,
             op: "wait".into(),
@@ -153,6 +186,29 @@ impl Chip {
             ticket: Some(ticket),
             began,
         });
+    }
+
+    /// Waits for a tensor that is on its way.
+    pub(super) fn finish_move(&self, moving: Moving, site: Site) -> Tensor {
+        self.arrive("wait", site);
+        let began = self.now();
+        let result = self.take(moving.ticket, moving.running);
+        drop(moving.input);
+        let (axis, after) = (moving.request.axis, moving.request.after);
+        let tensor = self.unpack(
+            result,
+            &moving.global,
+            axis,
+            moving.transition,
+            &after,
+            site,
+        );
+        let value = Value {
+            ty: tensor.ty().clone(),
+            placement: after,
+        };
+        self.tell_wait(moving.ticket, value, site, began);
+        tensor
     }
 
     fn start(&self, call: Call, input: Tensor, output: Tensor) -> Running {
@@ -231,7 +287,7 @@ impl Running {
     }
 }
 
-impl Moving {
+impl Passing {
     /// Waits for the transfer and returns what arrived.
     pub(super) fn wait(self, chip: &Chip) -> Tensor {
         chip.arrive("wait", self.site);
@@ -253,24 +309,8 @@ impl Pending {
     pub fn wait(self) -> Sharded {
         let site = Location::caller();
         let chip = self.value.chip.clone();
-        chip.arrive("wait", site);
-        let began = chip.now();
-        let result = chip.take(self.ticket, self.running);
-        drop(self.input);
-        let (axis, after) = (self.request.axis, self.request.after);
-        let tensor = chip.unpack(
-            result,
-            &self.value.global,
-            axis,
-            self.transition,
-            &after,
-            site,
-        );
-        let value = Value {
-            ty: tensor.ty().clone(),
-            placement: after.clone(),
-        };
-        chip.tell_wait(self.ticket, value, site, began);
+        let after = self.moving.request.after.clone();
+        let tensor = chip.finish_move(self.moving, site);
         let mut moved = Sharded::unrecorded(&chip, tensor, self.value.global.clone(), after);
         chip.record_passage(&self.value, &mut moved, |p, t| (p, t), site);
         moved

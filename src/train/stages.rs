@@ -265,11 +265,14 @@ impl Stage<'_> {
         let part = self.plan.part(self.here, piece.chunk);
         let (chip, micro) = (self.chip, piece.micro);
         let gradient = self.values.remove(&(true, part, micro));
+        // Micro-batches run backward in order: behind the last nothing is added to the gradients of the part's blocks.
+        let last = micro + 1 == self.plan.micros();
         let gradient = match piece.work {
             Work::Forward => return self.forward(part, micro),
             Work::Backward => {
                 let segment = self.segments.remove(&(part, micro));
-                segment.expect(OPEN).backward(chip, gradient)
+                let segment = segment.expect(OPEN);
+                chip.last_backward(last, || segment.backward(chip, gradient))
             }
             Work::Inputs => {
                 let segment = self.segments.get_mut(&(part, micro));
@@ -277,7 +280,8 @@ impl Stage<'_> {
             }
             Work::Weights => {
                 let segment = self.segments.remove(&(part, micro));
-                segment.expect(OPEN).backward_weights(chip);
+                let segment = segment.expect(OPEN);
+                chip.last_backward(last, || segment.backward_weights(chip));
                 None
             }
         };
@@ -335,8 +339,7 @@ impl Stage<'_> {
                 (None, None, At::Prompt(tokens)) => model.embed(chip, tokens),
                 (None, None, _) => unreachable!("the first part has tokens, the others values"),
             };
-            let layers = self.stages.layers[part].clone();
-            let x = layers.fold(x, |x, layer| model.block(chip, layer, &x));
+            let x = model.blocks(chip, self.stages.layers[part].clone(), x);
             if !is_last {
                 return x;
             }

@@ -1,9 +1,9 @@
 //! Every way to split a sequence over cp gives the single chip's losses, gradients and checkpoints, alone and together with
 //! the other axes, and the ghost's trace.
 
-use super::splits::{Case, ROWS, STEPS, agree, assert_gradients, gradients};
+use super::splits::{Case, ROWS, STEPS, agree, split};
 use crate::tiny::{
-    assert_close, gpt2, llama, losses, models_of_three, step_losses, text, training, world,
+    Cut, assert_close, gpt2, llama, losses, models_of_three, step_losses, text, training, world,
 };
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -28,6 +28,7 @@ const EACH: [(ContextMethod, &[Case]); 3] = [
             ("fsdp=2,cp=2", None, false),
             ("cp=2,tp=2", None, false),
             ("tp=2,cp=2", None, true),
+            ("pp=2,cp=2", None, false),
         ],
     ),
     (
@@ -98,18 +99,17 @@ fn three_and_four_ways_at_once() {
     }
 }
 
-#[test]
-fn gathered_gradients_are_those_of_one_chip() {
-    for (name, config) in [("gpt2", gpt2()), ("llama", llama())] {
-        let model = training(config, ROWS, 1).model;
-        let single = gradients(&model, ("single", None, false));
-        for (method, cases) in EACH.iter().chain(&MORE) {
-            let model = model.clone().with_context_method(Some(*method));
-            for case in *cases {
-                assert_gradients(name, *case, &gradients(&model, *case), &single);
-            }
-        }
-    }
+/// Every case: its mesh, its name, and the training split so.
+pub(crate) fn all() -> impl Iterator<Item = Cut> {
+    let each = EACH.into_iter().chain(MORE);
+    let cases = each.flat_map(|(method, cases)| cases.iter().map(move |case| (method, *case)));
+    cases.map(|(method, case)| -> Cut {
+        Box::new(move |plain| {
+            let mesh = Mesh::parse(case.0).expect("a mesh");
+            let training = with(split(plain, case), method);
+            (mesh, format!("{case:?} by {method}"), training)
+        })
+    })
 }
 
 #[test]

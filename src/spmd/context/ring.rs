@@ -7,7 +7,7 @@ use crate::ops::attention_part::{self, AttentionPart, Operands, add_tokens, clea
 use crate::ops::{Cost, device};
 use crate::spmd::Chip;
 use crate::spmd::apply::Told;
-use crate::spmd::started::Moving;
+use crate::spmd::started::Passing;
 use crate::tensor::Tensor;
 use crate::trace::{EventKind, Stream, Value};
 use std::ops::Range;
@@ -30,13 +30,13 @@ struct Keys {
 }
 
 impl Keys {
-    fn pass_on(&self, shares: &Shares, chip: &Chip, source: usize) -> Vec<Moving> {
+    fn pass_on(&self, shares: &Shares, chip: &Chip, source: usize) -> Vec<Passing> {
         let all = [&self.k, &self.v].into_iter().chain(&self.documents);
         all.map(|x| shares.pass_on(chip, x.clone(), source))
             .collect()
     }
 
-    fn arrive(moving: Vec<Moving>, chip: &Chip) -> Self {
+    fn arrive(moving: Vec<Passing>, chip: &Chip) -> Self {
         let mut all = moving.into_iter().map(|m| m.wait(chip));
         let mut next = || all.next().expect("keys and values were passed on");
         Keys {
@@ -200,7 +200,7 @@ impl Shares {
         };
         let mut dq: Option<Tensor> = None;
         let mut own: [Option<Tensor>; 2] = [None, None];
-        let mut travelling: Vec<Moving> = vec![];
+        let mut travelling: Vec<Passing> = vec![];
         for step in 0..ring {
             let source = (here + ring - step) % ring;
             let moving = (step + 1 < ring).then(|| keys.pass_on(self, chip, source));

@@ -8,7 +8,7 @@ use crate::mesh::Group;
 use crate::placement::split;
 use crate::spmd::Chip;
 use crate::spmd::redistribute::{Cut, Request};
-use crate::spmd::started::Moving;
+use crate::spmd::started::Passing;
 use crate::tensor::Tensor;
 use std::ops::Range;
 
@@ -158,7 +158,7 @@ impl Shares {
 
     /// Starts to pass on what belongs to the keys of ring member `source`, of which this chip holds `x`: it gets what belongs
     /// to the member before.
-    pub(super) fn pass_on(&self, chip: &Chip, x: Tensor, source: usize) -> Moving {
+    pub(super) fn pass_on(&self, chip: &Chip, x: Tensor, source: usize) -> Passing {
         let ring = self.across.size();
         // Where this chip has `source`, the chip `i` places further has the source `i` places further.
         let at = |chip: usize| (source + chip + ring - self.across.index()) % ring;
