@@ -52,10 +52,8 @@ impl Transformer {
             sequence_parallel: false,
             ..self.clone()
         };
-        let mut x = model.embed(chip, tokens);
-        for layer in 0..model.config.layers {
-            x = model.block(chip, layer, &x);
-        }
+        let x = model.embed(chip, tokens);
+        let x = model.blocks(chip, 0..model.config.layers, x);
         let x = chip.apply_one(
             ops::PickToken {
                 tokens: last.into(),
