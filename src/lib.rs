@@ -60,6 +60,7 @@
 //!
 //!   the floor, values and tables, used by all: mesh, placement, collective, trace, random, dtype, error
 //!   cluster        machines as data: chips, systems, stacks
+//!   report         pages: timelines, bars and curves as HTML
 //!   reference      the textbook in f64: the oracle of tests, to be read
 //! ```
 //!
@@ -108,6 +109,7 @@ pub mod ops;
 pub mod placement;
 pub mod random;
 pub mod reference;
+pub mod report;
 pub mod spmd;
 pub mod tape;
 pub mod tensor;

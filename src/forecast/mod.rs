@@ -10,9 +10,12 @@
 //! generated from a model's sizes ([`Setting`]), for pipelines and what else it does not run yet. Both are priced by the same
 //! functions from numbers that stand in [`crate::cluster`] with their sources. Nothing is fitted to a published training run.
 
+mod architecture;
 mod expert;
 mod goodput;
+mod inference;
 mod kernel;
+mod measured;
 mod memory;
 mod models;
 mod network;
@@ -24,16 +27,19 @@ mod timeline;
 mod traced;
 mod work;
 
+pub use architecture::{Architecture, Block, Latent, Mixture, Window};
 pub use expert::Exchange;
 pub use goodput::{Failures, Goodput};
-pub use kernel::Rates;
+pub use inference::{Phase, Served};
+pub use kernel::{Rates, element_bytes};
+pub use measured::{curves as measured_curves, gap as measured_gap};
 pub use memory::Memory;
 pub use models::{named as model_named, names as model_names};
 pub use network::{Network, closed_form, walk};
-pub use program::{Recompute, Shape, Task};
-pub use schedule::{Piece, Pipeline, Ran, Times, in_flight, list, replay};
-pub use search::{Found, Search};
-pub use step::{Forecast, Setting};
+pub use program::{Beside, ContextParallel, Recompute, Shape, Task};
+pub use schedule::{Pass, Piece, Pipeline, Ran, Times, in_flight, list, makespan, replay};
+pub use search::{Found, Search, choices};
+pub use step::{AXES, Forecast, Setting};
 pub use traced::{ClassPrice, TracePrice, price_trace};
 pub use work::{Rows, Work};
 

@@ -1,5 +1,6 @@
 //! A forecast's pipeline in Chrome's trace format, which Perfetto opens: a process per stage.
 
+use super::schedule::Pass;
 use super::step::Forecast;
 use serde_json::{Value, json};
 
@@ -19,10 +20,11 @@ impl Forecast {
             );
             last = ran.iter().map(|r| r.end).fold(last, f64::max);
             for r in ran.iter().take(each) {
-                let kind = if r.piece.backward {
-                    "backward"
-                } else {
-                    "forward"
+                let kind = match r.piece.pass {
+                    Pass::Forward => "forward",
+                    Pass::Backward => "backward",
+                    Pass::Input => "input gradient",
+                    Pass::Weight => "weight gradient",
                 };
                 events.push(json!({
                     "ph": "X", "name": format!("{kind} {}", r.piece.micro), "cat": kind, "pid": stage, "tid": 0,

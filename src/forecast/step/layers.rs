@@ -1,0 +1,131 @@
+//! Which stage has which layers.
+
+use super::Setting;
+use crate::error::{Error, ErrorKind, Result};
+use crate::forecast::architecture::Block;
+
+/// Layers of a chunk by what they are made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Counts {
+    /// Dense ones.
+    pub dense: usize,
+    /// Mixtures.
+    pub mixture: usize,
+    /// Those that predict further tokens.
+    pub predict: usize,
+}
+
+impl Counts {
+    /// All of them.
+    pub fn sum(&self) -> usize {
+        self.dense + self.mixture + self.predict
+    }
+
+    /// Kinds and numbers.
+    pub fn each(&self) -> [(Block, usize); 3] {
+        [
+            (Block::Dense, self.dense),
+            (Block::Mixture, self.mixture),
+            (Block::Predict, self.predict),
+        ]
+    }
+
+    fn add(&mut self, block: Block) {
+        match block {
+            Block::Dense => self.dense += 1,
+            Block::Mixture => self.mixture += 1,
+            Block::Predict => self.predict += 1,
+        }
+    }
+}
+
+impl Setting {
+    /// Stage and chunk of the `part`-th part of the model.
+    fn part(&self, part: usize) -> (usize, usize) {
+        let pp = self.along("pp");
+        let (chunk, stage) = (part / pp, part % pp);
+        match self.pipeline.folds() && chunk % 2 == 1 {
+            true => (pp - 1 - stage, chunk),
+            false => (stage, chunk),
+        }
+    }
+
+    /// The stage that has the head.
+    pub(in super::super) fn last_stage(&self) -> usize {
+        self.part(self.along("pp") * self.virtual_stages - 1).0
+    }
+
+    /// Layers of each stage's chunks.
+    ///
+    /// If they do not divide evenly, embedding and head count as a layer each, as Llama 3 does; if that does not divide either,
+    /// the stages with most work (the head by its operations) have a layer less. Layers that predict further tokens stand before
+    /// the head.
+    ///
+    /// # Errors
+    /// If there are fewer layers than chunks.
+    pub fn layers(&self) -> Result<Vec<Vec<Counts>>> {
+        let (pp, v, layers) = (self.along("pp"), self.virtual_stages, self.model.layers);
+        let parts = pp * v;
+        if layers < parts {
+            return Err(Error::new(
+                ErrorKind::Mesh,
+                format!(
+                    "{layers} layers over pp={pp} stages of {v} chunks: {parts} chunks would need a layer each"
+                ),
+            ));
+        }
+        let mut sizes = vec![layers / parts; parts];
+        if layers.is_multiple_of(parts) {
+        } else if (layers + 2).is_multiple_of(parts) && (layers + 2) / parts > 1 {
+            sizes = vec![(layers + 2) / parts; parts];
+            sizes[0] -= 1;
+            sizes[parts - 1] -= 1;
+        } else {
+            self.balance(&mut sizes);
+        }
+        let mut all = vec![vec![Counts::default(); v]; pp];
+        let mut layer = 0;
+        for (part, size) in sizes.into_iter().enumerate() {
+            let (stage, chunk) = self.part(part);
+            for _ in 0..size {
+                all[stage][chunk].add(self.model.block(layer));
+                layer += 1;
+            }
+        }
+        let (stage, chunk) = self.part(parts - 1);
+        all[stage][chunk].predict = self.model.predicted;
+        Ok(all)
+    }
+
+    /// Gives the layers that are left over to the stages with least work.
+    fn balance(&self, sizes: &mut [usize]) {
+        let parts = sizes.len();
+        let m = &self.model;
+        let layer = m.forward_flops(self.context, true)
+            - 2.0 * (1 + m.predicted) as f64 * m.embedding_parameters();
+        let layer = (layer / (m.layers + m.predicted) as f64).max(1.0);
+        let head = 2.0 * m.embedding_parameters() / layer;
+        let mut work = vec![0.0; self.along("pp")];
+        for (part, size) in sizes.iter().enumerate() {
+            work[self.part(part).0] += *size as f64;
+        }
+        work[self.part(parts - 1).0] += head + m.predicted as f64 * (1.0 + head);
+        work[self.part(0).0] += 0.1;
+        for _ in 0..m.layers % parts {
+            // Of equals the earlier stage, and of its parts the one in the middle of the model.
+            let key = |part: &usize| {
+                let middle = (2 * part).abs_diff(parts - 1);
+                (work[self.part(*part).0], middle)
+            };
+            let least = sizes.iter().min().copied().unwrap_or(0);
+            let open = (0..parts).filter(|p| sizes[*p] == least);
+            let chosen = open.min_by(|a, b| {
+                let (a, b) = (key(a), key(b));
+                a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))
+            });
+            let chosen = chosen.unwrap_or(0);
+            sizes[chosen] += 1;
+            work[self.part(chosen).0] += 1.0;
+        }
+    }
+}
