@@ -65,7 +65,8 @@ impl Setting {
     /// # Errors
     /// As [`Setting::price`].
     pub fn serve_interval(&self, phase: Phase, machine: &Machine) -> Result<(f64, f64)> {
-        self.interval_of(machine, |kernels, network| {
+        let step = self.served(phase, machine, 1.0, 1.0)?.step_seconds;
+        self.interval_of(machine, step, |kernels, network| {
             Ok(self.served(phase, machine, kernels, network)?.step_seconds)
         })
     }

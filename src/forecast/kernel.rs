@@ -130,8 +130,7 @@ impl Rates {
                 let narrow = *size <= self.size && self.size < 2.0;
                 let reached = if narrow { self.narrow } else { self.efficiency };
                 let busy = self.tiles(*batch, *m, *n, *k, self.peak_of(work) * reached);
-                self.launch
-                    .max(busy.max(bytes(work) / (self.bandwidth * self.memory)))
+                busy.max(bytes(work) / (self.bandwidth * self.memory))
             }
             Work::Attention {
                 flops,
@@ -143,8 +142,7 @@ impl Rates {
                     false => self.attention,
                 };
                 let busy = flops / (self.wide * reached);
-                self.launch
-                    .max(busy.max(bytes / (self.bandwidth * self.attention_memory)))
+                busy.max(bytes / (self.bandwidth * self.attention_memory))
             }
             Work::Stream { rows, bytes } => {
                 let share = match rows {

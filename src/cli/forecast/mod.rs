@@ -34,7 +34,8 @@ pub(super) struct Arguments {
     /// Sequences of a step; of inference, those in flight
     #[arg(long, value_name = "N")]
     global_batch: usize,
-    /// Sequences that a chip computes at a time; by default 1, and in decoding all that it has
+    /// Sequences that a chip computes at a time; by default 1; in decoding all that it has, and half of them where
+    /// experts are split
     #[arg(long, value_name = "N")]
     micro_batch: Option<usize>,
     /// Further tokens that a step of decoding verifies
@@ -204,8 +205,13 @@ impl Arguments {
                 (Some(n), _) => n,
                 (None, "decode") => {
                     let data = ["dp", "fsdp", "ep"].map(|axis| mesh.size_of(axis));
-                    let pp = mesh.size_of("pp");
-                    (self.global_batch / data.iter().product::<usize>() / pp).max(1)
+                    let own = self.global_batch / data.iter().product::<usize>();
+                    // Exchanges of tokens run beside another micro-batch: those that serve mixtures have two.
+                    let parts = match mesh.size_of("ep") > 1 && own >= 12 && own.is_multiple_of(2) {
+                        true => 2,
+                        false => 1,
+                    };
+                    (own / mesh.size_of("pp").max(parts)).max(1)
                 }
                 _ => 1,
             },

@@ -220,11 +220,14 @@ pub struct Ran {
     pub end: f64,
 }
 
-/// Micro-batches of a step's beginning and end beyond which the rest of a long step repeats itself.
+/// Micro-batches, in rounds of as many as there are stages, of the shorter of two steps that a longer one is taken from.
 const REPEATS: usize = 6;
 
-/// Seconds from the first piece to the last. A step of very many micro-batches repeats itself: two short ones are run, and what a round of
-/// `stages` micro-batches adds is taken for the rest.
+/// Pieces up to which a step is replayed whole.
+const WHOLE: usize = 30_000;
+
+/// Seconds from the first piece to the last. A step of very many micro-batches repeats itself: two shorter ones are run, and what a
+/// round of `stages` micro-batches adds is taken for the rest.
 pub fn makespan(pipeline: Pipeline, micros: usize, times: &Times) -> f64 {
     let stages = times.forward.len();
     let end = |micros| {
@@ -232,12 +235,13 @@ pub fn makespan(pipeline: Pipeline, micros: usize, times: &Times) -> f64 {
         ran.iter().flatten().map(|r| r.end).fold(0.0, f64::max)
     };
     let short = REPEATS * stages;
-    if micros <= short + 2 * stages {
+    let pieces = 3 * micros * stages * times.forward[0].len();
+    if pieces <= WHOLE || micros <= short + 3 * stages {
         return end(micros);
     }
     let over = micros % stages;
-    let (one, two) = (end(short + over), end(short + stages + over));
-    one + (two - one) * ((micros - short - over) / stages) as f64
+    let (one, two) = (end(short + over), end(short + 2 * stages + over));
+    one + (two - one) / 2.0 * ((micros - short - over) / stages) as f64
 }
 
 /// Runs the lists: a piece starts when its stage is free and what it needs has arrived. Returns what each stage did.

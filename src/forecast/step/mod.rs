@@ -215,15 +215,6 @@ impl Setting {
             Pipeline::ZeroBubbleV | Pipeline::DualPipe if chunks != 2 => {
                 wrong(format!("{name} has two chunks a stage, not {chunks}"))
             }
-            Pipeline::OneForwardOneBackward
-                if chunks > 1 && !self.micros().is_multiple_of(self.along("pp")) =>
-            {
-                wrong(format!(
-                    "interleaving passes micro-batches in groups of pp={}, of which {} is no multiple",
-                    self.along("pp"),
-                    self.micros()
-                ))
-            }
             _ => Ok(()),
         }
     }

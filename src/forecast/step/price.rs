@@ -58,7 +58,8 @@ impl Setting {
     /// # Errors
     /// As [`Setting::price`].
     pub fn interval(&self, machine: &Machine) -> Result<(f64, f64)> {
-        self.interval_of(machine, |kernels, network| {
+        let step = self.priced(machine, 1.0, 1.0, true)?.step_seconds;
+        self.interval_of(machine, step, |kernels, network| {
             Ok(self.priced(machine, kernels, network, false)?.step_seconds)
         })
     }
@@ -67,15 +68,18 @@ impl Setting {
     pub(in super::super) fn interval_of(
         &self,
         machine: &Machine,
+        seconds: f64,
         step: impl Fn(f64, f64) -> Result<f64>,
     ) -> Result<(f64, f64)> {
         let residual = machine.chip.find("kernel.residual").unwrap_or(0.2);
         let base = step(1.0, 1.0)?;
-        let kernels = step(1.0 + residual, 1.0)? - base;
-        let network = step(1.0, 1.0 + NETWORK_RESIDUAL)? - base;
-        let structure = STRUCTURE_RESIDUAL * base;
-        let half = (kernels * kernels + network * network + structure * structure).sqrt();
-        Ok(((base - half).max(0.0), base + 1.5 * half))
+        let kernels = step(1.0 + residual, 1.0)? / base - 1.0;
+        let network = step(1.0, 1.0 + NETWORK_RESIDUAL)? / base - 1.0;
+        let half = (kernels.powi(2) + network.powi(2) + STRUCTURE_RESIDUAL.powi(2)).sqrt();
+        Ok((
+            seconds * (1.0 - half).max(0.0),
+            seconds * (1.0 + 1.5 * half),
+        ))
     }
 
     /// Seconds that no schedule of this split goes below: the busiest stage, all its micro-batches one after the other.

@@ -88,13 +88,6 @@ fn mistakes_say_what_would_do() {
     );
     assert!(
         why(Setting {
-            global_batch: 60,
-            ..good.clone()
-        })
-        .contains("pp=8")
-    );
-    assert!(
-        why(Setting {
             dtype: "fp8".into(),
             ..good.clone()
         })
@@ -139,4 +132,94 @@ fn a_plan_fits_and_is_sorted() {
         .unwrap_err()
         .to_string();
     assert!(why.contains("none of"), "{why}");
+}
+
+/// The order in which axes are named does not matter, nor axes of one chip; only their placement does.
+#[test]
+fn names_of_ranks_do_not_matter() {
+    let base = megatron("gpt3-175b", [8, 4, 128, 1, 3], true);
+    let step = |axes: &[(&str, usize)]| {
+        let mesh = Mesh::new(axes.iter().copied());
+        let setting = Setting {
+            mesh,
+            ..base.clone()
+        };
+        setting.price(&a100()).unwrap().step_seconds
+    };
+    let plain = step(&[("pp", 8), ("dp", 4), ("tp", 8)]);
+    for axes in [
+        &[
+            ("pp", 8),
+            ("dp", 4),
+            ("fsdp", 1),
+            ("ep", 1),
+            ("cp", 1),
+            ("tp", 8),
+        ][..],
+        &[("cp", 1), ("pp", 8), ("ep", 1), ("dp", 4), ("tp", 8)],
+    ] {
+        assert_eq!(step(axes).to_bits(), plain.to_bits(), "{axes:?}");
+    }
+    // A placement that takes tp off the fast links is no renaming.
+    assert!(step(&[("tp", 8), ("pp", 8), ("dp", 4)]) > plain);
+    // On one level every placement is a renaming.
+    let mut flat = Machine::named("cloudmatrix-384").unwrap();
+    flat.set("level.node.latency", "2e-6").unwrap();
+    flat.set("level.pod.latency", "2e-6").unwrap();
+    let network = Network::of(&flat).unwrap();
+    let over = |mesh: &Mesh, axis: &str| {
+        let work = Work::Message {
+            axis: axis.into(),
+            bytes: 1e6,
+        };
+        network.seconds(mesh, &work).unwrap()
+    };
+    let (a, b) = (
+        Mesh::new([("dp", 4), ("tp", 8)]),
+        Mesh::new([("tp", 8), ("dp", 4)]),
+    );
+    for axis in ["dp", "tp"] {
+        assert!(
+            (over(&a, axis) / over(&b, axis) - 1.0).abs() <= 1e-12,
+            "{axis}"
+        );
+    }
+}
+
+/// More bytes, more chips at the same bytes a chip, and slower links never take less time.
+#[test]
+fn the_network_is_monotone() {
+    for name in Machine::names() {
+        let machine = Machine::named(name).unwrap();
+        let network = Network::of(&machine).unwrap();
+        let level = machine.levels().unwrap().remove(0).name;
+        let mut slow = machine.clone();
+        let field = format!("level.{level}.bandwidth");
+        let half = machine.system.value(&field).unwrap() / 2.0;
+        slow.set(&field, &half.to_string()).unwrap();
+        let slow = Network::of(&slow).unwrap();
+        for kind in [
+            Kind::AllReduce,
+            Kind::AllGather,
+            Kind::ReduceScatter,
+            Kind::AllToAll,
+        ] {
+            for n in [2, 4, 8, 16, 64] {
+                let mut before = 0.0;
+                for bytes in [1e3, 1e5, 1e6, 3e7, 1e9] {
+                    let seconds = network.collective(kind, n, 1, bytes).unwrap();
+                    assert!(
+                        seconds >= before,
+                        "{name} {kind} {n} {bytes}: {seconds} below {before}"
+                    );
+                    let slower = slow.collective(kind, n, 1, bytes).unwrap();
+                    assert!(
+                        slower >= seconds,
+                        "{name} {kind} {n} {bytes}: {slower} below {seconds}"
+                    );
+                    before = seconds;
+                }
+            }
+        }
+    }
 }
