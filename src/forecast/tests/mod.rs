@@ -6,6 +6,7 @@ mod calibration;
 mod inference;
 mod laws;
 mod published;
+mod tables;
 mod traced;
 
 use super::*;

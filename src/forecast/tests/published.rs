@@ -3,7 +3,7 @@
 use super::*;
 
 /// Korthikanti et al. 2022 (arXiv:2205.05198), table 5: model, sizes, seconds the old way and the new.
-const KORTHIKANTI: [(&str, [usize; 5], f64, f64); 4] = [
+pub(super) const KORTHIKANTI: [(&str, [usize; 5], f64, f64); 4] = [
     ("megatron-22b", [1, 1, 4, 4, 1], 1.42, 1.10),
     ("gpt3-175b", [8, 1, 64, 1, 3], 18.13, 13.75),
     ("megatron-530b", [35, 1, 280, 1, 3], 49.05, 37.83),
@@ -85,21 +85,27 @@ fn korthikantis_activations() {
     }
 }
 
+/// MegaScale (arXiv:2402.15627), table 2, the column of Megatron: chips, sequences, seconds.
+pub(super) const MEGASCALE: [(usize, usize, f64); 8] = [
+    (256, 768, 40.0),
+    (512, 768, 21.2),
+    (768, 768, 15.2),
+    (1024, 768, 11.9),
+    (3072, 6144, 29.02),
+    (6144, 6144, 14.78),
+    (8192, 6144, 12.24),
+    (12288, 6144, 8.57),
+];
+
+/// Llama 3 (arXiv:2407.21783), table 4, 8K tokens: chips, TFLOP/s a chip.
+pub(super) const LLAMA: [(usize, f64); 2] = [(8192, 430.0), (16384, 400.0)];
+
 /// MegaScale's column of Megatron (arXiv:2402.15627, table 2) and Llama 3 (arXiv:2407.21783, table 4). Printed: their settings are not
 /// stated in full, so each row is a range over chunks, recomputation and ZeRO stage.
 #[test]
 fn published_rows_with_ranges() {
     let mut rows = vec![];
-    for (chips, batch, truth) in [
-        (256, 768, 40.0),
-        (512, 768, 21.2),
-        (768, 768, 15.2),
-        (1024, 768, 11.9),
-        (3072, 6144, 29.02),
-        (6144, 6144, 14.78),
-        (8192, 6144, 12.24),
-        (12288, 6144, 8.57),
-    ] {
+    for (chips, batch, truth) in MEGASCALE {
         let dp = chips / 64;
         rows.push((
             "dgx-a100",
@@ -109,7 +115,7 @@ fn published_rows_with_ranges() {
             format!("MegaScale's Megatron, {chips} chips"),
         ));
     }
-    for (chips, tflops) in [(8192, 430.0), (16384, 400.0)] {
+    for (chips, tflops) in LLAMA {
         let setting = megatron("llama3-405b", [16, chips / 128, 2048, 1, 1], true);
         let flops = Setting {
             context: 8192,
