@@ -97,6 +97,13 @@ pub fn list(
     if pipeline == Pipeline::ZeroBubbleH1 {
         return handed_down(stage, stages, micros);
     }
+    // Interleaving is made for groups of as many micro-batches as there are stages: of a smaller last group the rest is left out.
+    let whole = micros.next_multiple_of(stages);
+    if chunks > 1 && pipeline == Pipeline::OneForwardOneBackward && whole != micros {
+        let mut pieces = list(pipeline, stage, stages, chunks, whole);
+        pieces.retain(|p| p.micro < micros);
+        return pieces;
+    }
     if pipeline.folds() {
         let even = vec![vec![1.0; chunks]; stages];
         let times = Times {

@@ -20,7 +20,7 @@ pub(in super::super) struct Span {
 }
 
 impl Span {
-    pub fn add(&mut self, other: &Span, times: f64) {
+    pub(crate) fn add(&mut self, other: &Span, times: f64) {
         self.seconds += times * other.seconds;
         self.weights += times * other.weights;
         for (k, s) in &other.kernels {
@@ -32,7 +32,7 @@ impl Span {
     }
 
     /// Waits for an axis, the first of several joined by `+`.
-    pub fn wait(&mut self, axis: &str, seconds: f64) {
+    pub(crate) fn wait(&mut self, axis: &str, seconds: f64) {
         self.seconds += seconds;
         if seconds > 0.0 {
             let first = axis.split('+').next().unwrap_or(axis);
@@ -41,7 +41,7 @@ impl Span {
     }
 
     /// Computes, or keeps the chip from it.
-    pub fn work(&mut self, name: &'static str, seconds: f64) {
+    pub(crate) fn work(&mut self, name: &'static str, seconds: f64) {
         if seconds <= 0.0 {
             return;
         }
@@ -65,7 +65,7 @@ pub(in super::super) struct Prices<'a> {
 }
 
 impl<'a> Prices<'a> {
-    pub fn of(mesh: &'a Mesh, machine: &'a Machine, dtype: &str) -> Result<Prices<'a>> {
+    pub(crate) fn of(mesh: &'a Mesh, machine: &'a Machine, dtype: &str) -> Result<Prices<'a>> {
         let overlap = machine.stack.word("stack.tp_overlap");
         Ok(Prices {
             rates: Rates::of(machine, dtype)?,
@@ -79,7 +79,7 @@ impl<'a> Prices<'a> {
     }
 
     /// Kernels and network slower by these factors.
-    pub fn slowed(mut self, kernels: f64, network: f64) -> Self {
+    pub(crate) fn slowed(mut self, kernels: f64, network: f64) -> Self {
         self.rates = self.rates.slowed(kernels);
         self.network = self.network.slowed(network);
         self
@@ -95,7 +95,7 @@ impl<'a> Prices<'a> {
 
     /// Tasks one after another. A transfer that may hide does so behind the one kernel that follows it; exchanges of tokens behind
     /// everything, if other micro-batches compute meanwhile.
-    pub fn span(&self, tasks: &[Task]) -> Result<Span> {
+    pub(crate) fn span(&self, tasks: &[Task]) -> Result<Span> {
         let mut span = Span::default();
         let mut beside: Vec<(&str, f64)> = vec![];
         let mut exchanged = 0.0;

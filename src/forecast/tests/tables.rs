@@ -57,7 +57,7 @@ fn row(name: String, setting: &Setting, machine: &Machine, truth: f64) -> Row {
 fn korthikanti() -> Vec<Row> {
     let machine = a100();
     let mut rows = vec![];
-    for (model, sizes, old, new) in super::published::KORTHIKANTI {
+    for (model, sizes, old, new) in published::KORTHIKANTI {
         for (is_new, truth) in [(false, old), (true, new)] {
             let setting = megatron(model, sizes, is_new);
             rows.push(row(
@@ -76,7 +76,7 @@ fn korthikanti() -> Vec<Row> {
 
 /// Six chunks a stage, as the paper's notes have it; the rest by default.
 fn megascale() -> Vec<Row> {
-    let rows = super::published::MEGASCALE.iter();
+    let rows = published::MEGASCALE.iter();
     rows.map(|(chips, batch, truth)| {
         let setting = megatron("gpt3-175b", [8, chips / 64, *batch, 1, 6], true);
         row(format!("{chips} chips"), &setting, &a100(), *truth)
@@ -87,7 +87,7 @@ fn megascale() -> Vec<Row> {
 /// Chunks of two layers, as nothing is said.
 fn llama() -> Vec<Row> {
     let machine = Machine::named("dgx-h100").unwrap();
-    let rows = super::published::LLAMA.iter();
+    let rows = published::LLAMA.iter();
     rows.map(|(chips, tflops)| {
         let setting = Setting {
             context: 8192,
