@@ -1,7 +1,7 @@
 //! Bytes on the fullest chip, by cause.
 
 use super::program::Recompute;
-use super::schedule::{Pipeline, in_flight};
+use super::schedule::Pipeline;
 use super::step::{Counts, Setting};
 use crate::cluster::Machine;
 use crate::error::Result;
@@ -54,8 +54,11 @@ impl Memory {
 /// The memory of the stage that needs most.
 pub(super) fn of(setting: &Setting, machine: &Machine, layers: &[Vec<Counts>]) -> Result<Memory> {
     let lost = machine.stack.value("stack.allocator")?;
-    let stages = layers.len();
-    let memories = (0..stages).map(|stage| one(setting, machine, layers, stage, lost));
+    let held = setting
+        .pipeline
+        .held(layers.len(), setting.virtual_stages, setting.micros())?;
+    let stages = held.into_iter().enumerate();
+    let memories = stages.map(|stage| one(setting, machine, layers, stage, lost));
     Ok(memories.fold(
         Memory::default(),
         |a, b| if b.total() > a.total() { b } else { a },
@@ -66,10 +69,10 @@ fn one(
     setting: &Setting,
     machine: &Machine,
     layers: &[Vec<Counts>],
-    stage: usize,
+    (stage, live): (usize, usize),
     lost: f64,
 ) -> Memory {
-    let (stages, chunks) = (layers.len(), setting.virtual_stages);
+    let chunks = setting.virtual_stages;
     let (dense, experts) = setting.stage_parameters(layers, stage);
     let zero = setting.stage();
     let (dense_shards, expert_shards) = setting.shards();
@@ -79,7 +82,6 @@ fn one(
     };
     let gradient = setting.gradient_bytes(machine);
     let shape = setting.shape(machine);
-    let live = in_flight(setting.pipeline, stage, stages, chunks, setting.micros()) as f64;
     let blocks = || {
         layers[stage]
             .iter()
@@ -128,7 +130,7 @@ fn one(
         parameters: copies * parameters,
         gradients: gradient * gradients_split,
         optimizer: 12.0 * split(1),
-        activations: live * kept / chunks as f64 + open,
+        activations: live as f64 * kept / chunks as f64 + open,
         logits,
         cache: 0.0,
         allocator: 0.0,

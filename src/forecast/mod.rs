@@ -37,7 +37,7 @@ pub use memory::Memory;
 pub use models::{named as model_named, names as model_names};
 pub use network::{Network, closed_form, walk};
 pub use program::{Beside, ContextParallel, Recompute, Shape, Task};
-pub use schedule::{Pass, Piece, Pipeline, Ran, Times, in_flight, list, makespan, replay};
+pub use schedule::{Pipeline, makespan};
 pub use search::{Found, Search, choices};
 pub use step::{AXES, Forecast, Setting};
 pub use traced::{ClassPrice, TracePrice, price_trace};

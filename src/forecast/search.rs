@@ -11,6 +11,7 @@ use super::step::{Forecast, Setting};
 use crate::cluster::Machine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
+use crate::pipeline::Schedule;
 use rayon::prelude::*;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -114,14 +115,14 @@ impl Search {
     fn of_mesh(&self, mesh: &Mesh) -> Vec<Setting> {
         let mut all = Vec::new();
         let schedules = [
-            (Pipeline::OneForwardOneBackward, 1),
-            (Pipeline::OneForwardOneBackward, 2),
-            (Pipeline::OneForwardOneBackward, 3),
-            (Pipeline::OneForwardOneBackward, 4),
-            (Pipeline::OneForwardOneBackward, 6),
-            (Pipeline::OneForwardOneBackward, 8),
-            (Pipeline::ZeroBubbleH1, 1),
-            (Pipeline::ZeroBubbleV, 2),
+            (Pipeline::ONE_F_ONE_B, 1),
+            (Pipeline::ONE_F_ONE_B, 2),
+            (Pipeline::ONE_F_ONE_B, 3),
+            (Pipeline::ONE_F_ONE_B, 4),
+            (Pipeline::ONE_F_ONE_B, 6),
+            (Pipeline::ONE_F_ONE_B, 8),
+            (Pipeline::Listed(Schedule::ZbH1), 1),
+            (Pipeline::Listed(Schedule::ZbV), 2),
         ];
         let alone = mesh.size_of("pp") == 1;
         let base = Setting {

@@ -1,7 +1,7 @@
 //! A forecast's pipeline in Chrome's trace format, which Perfetto opens: a process per stage.
 
-use super::schedule::Pass;
 use super::step::Forecast;
+use crate::pipeline::Work;
 use serde_json::{Value, json};
 
 /// Pieces beyond which a viewer shows nothing more: the first ones of each stage are kept.
@@ -20,11 +20,11 @@ impl Forecast {
             );
             last = ran.iter().map(|r| r.end).fold(last, f64::max);
             for r in ran.iter().take(each) {
-                let kind = match r.piece.pass {
-                    Pass::Forward => "forward",
-                    Pass::Backward => "backward",
-                    Pass::Input => "input gradient",
-                    Pass::Weight => "weight gradient",
+                let kind = match r.piece.work {
+                    Work::Forward => "forward",
+                    Work::Backward => "backward",
+                    Work::Inputs => "input gradient",
+                    Work::Weights => "weight gradient",
                 };
                 events.push(json!({
                     "ph": "X", "name": format!("{kind} {}", r.piece.micro), "cat": kind, "pid": stage, "tid": 0,

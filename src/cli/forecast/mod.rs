@@ -192,10 +192,12 @@ impl Arguments {
     fn setting(&self) -> Result<Setting> {
         let model = self.model.architecture(&self.on)?;
         let mesh = self.mesh()?;
-        let named = Pipeline::ALL.iter().find(|(n, _)| *n == self.schedule);
-        let pipeline = named.map_or(Pipeline::OneForwardOneBackward, |(_, p)| *p);
+        let named = Pipeline::ALL
+            .into_iter()
+            .find(|p| p.name() == self.schedule);
+        let pipeline = named.unwrap_or(Pipeline::ONE_F_ONE_B);
         let chunks = match (self.virtual_stages, self.schedule.as_str()) {
-            (None | Some(1), _) if pipeline.folds() => 2,
+            (None | Some(1), _) if pipeline.chunks() > 1 => pipeline.chunks(),
             (None, "interleaved") => 2,
             (n, _) => n.unwrap_or(1),
         };

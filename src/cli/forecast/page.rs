@@ -1,8 +1,9 @@
 //! A forecast as a page: timeline, breakdown, memory, scaling.
 
 use supernode::cluster::Machine;
-use supernode::forecast::{Forecast, Pass, Setting};
+use supernode::forecast::{Forecast, Setting};
 use supernode::mesh::Mesh;
+use supernode::pipeline::{Ran, Work};
 use supernode::report::{Bar, Curve, Lane, Page, bars, curves, timeline};
 use supernode::{Error, ErrorKind, Result};
 
@@ -116,16 +117,16 @@ fn lanes(f: &Forecast) -> Vec<Lane> {
         .flatten()
         .map(|r| r.end)
         .fold(0.0, f64::max);
-    let lane = |(stage, ran): (usize, &Vec<supernode::forecast::Ran>)| {
+    let lane = |(stage, ran): (usize, &Vec<Ran>)| {
         let mut spans: Vec<_> = ran
             .iter()
             .take(each)
             .map(|r| {
-                let (kind, name) = match r.piece.pass {
-                    Pass::Forward => (0, "forward"),
-                    Pass::Backward => (1, "backward"),
-                    Pass::Input => (2, "input gradient"),
-                    Pass::Weight => (3, "weight gradient"),
+                let (kind, name) = match r.piece.work {
+                    Work::Forward => (0, "forward"),
+                    Work::Backward => (1, "backward"),
+                    Work::Inputs => (2, "input gradient"),
+                    Work::Weights => (3, "weight gradient"),
                 };
                 let says = format!(
                     "{name} of micro-batch {}, chunk {}",

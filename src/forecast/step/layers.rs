@@ -1,8 +1,9 @@
 //! Which stage has which layers.
 
 use super::Setting;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::forecast::architecture::Block;
+use crate::pipeline::{Plan, layers_of_parts};
 
 /// Layers of a chunk by what they are made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -40,19 +41,9 @@ impl Counts {
 }
 
 impl Setting {
-    /// Stage and chunk of the `part`-th part of the model.
-    fn part(&self, part: usize) -> (usize, usize) {
-        let pp = self.along("pp");
-        let (chunk, stage) = (part / pp, part % pp);
-        match self.pipeline.folds() && chunk % 2 == 1 {
-            true => (pp - 1 - stage, chunk),
-            false => (stage, chunk),
-        }
-    }
-
     /// The stage that has the head.
     pub(in super::super) fn last_stage(&self) -> usize {
-        self.part(self.along("pp") * self.virtual_stages - 1).0
+        self.plan().map_or(0, |plan| plan.last_stage())
     }
 
     /// Layers of each stage's chunks.
@@ -62,43 +53,42 @@ impl Setting {
     /// the head.
     ///
     /// # Errors
-    /// If there are fewer layers than chunks.
+    /// If there are more chunks than layers, embedding and head, or the schedule does not go with so many.
     pub fn layers(&self) -> Result<Vec<Vec<Counts>>> {
         let (pp, v, layers) = (self.along("pp"), self.virtual_stages, self.model.layers);
         let parts = pp * v;
-        if layers < parts {
-            return Err(Error::new(
-                ErrorKind::Mesh,
-                format!(
-                    "{layers} layers over pp={pp} stages of {v} chunks: {parts} chunks would need a layer each"
-                ),
-            ));
-        }
+        let plan = self.plan()?;
         let mut sizes = vec![layers / parts; parts];
-        if layers.is_multiple_of(parts) {
+        if layers < parts {
+            // Embedding and head may be parts of their own.
+            sizes = layers_of_parts(layers, parts)?
+                .into_iter()
+                .map(|r| r.len())
+                .collect();
+        } else if layers.is_multiple_of(parts) {
         } else if (layers + 2).is_multiple_of(parts) && (layers + 2) / parts > 1 {
             sizes = vec![(layers + 2) / parts; parts];
             sizes[0] -= 1;
             sizes[parts - 1] -= 1;
         } else {
-            self.balance(&mut sizes);
+            self.balance(&plan, &mut sizes);
         }
         let mut all = vec![vec![Counts::default(); v]; pp];
         let mut layer = 0;
         for (part, size) in sizes.into_iter().enumerate() {
-            let (stage, chunk) = self.part(part);
+            let (stage, chunk) = plan.place(part);
             for _ in 0..size {
                 all[stage][chunk].add(self.model.block(layer));
                 layer += 1;
             }
         }
-        let (stage, chunk) = self.part(parts - 1);
+        let (stage, chunk) = plan.place(parts - 1);
         all[stage][chunk].predict = self.model.predicted;
         Ok(all)
     }
 
     /// Gives the layers that are left over to the stages with least work.
-    fn balance(&self, sizes: &mut [usize]) {
+    fn balance(&self, plan: &Plan, sizes: &mut [usize]) {
         let parts = sizes.len();
         let m = &self.model;
         let layer = m.forward_flops(self.context, true)
@@ -107,15 +97,15 @@ impl Setting {
         let head = 2.0 * m.embedding_parameters() / layer;
         let mut work = vec![0.0; self.along("pp")];
         for (part, size) in sizes.iter().enumerate() {
-            work[self.part(part).0] += *size as f64;
+            work[plan.place(part).0] += *size as f64;
         }
-        work[self.part(parts - 1).0] += head + m.predicted as f64 * (1.0 + head);
-        work[self.part(0).0] += 0.1;
+        work[plan.place(parts - 1).0] += head + m.predicted as f64 * (1.0 + head);
+        work[plan.place(0).0] += 0.1;
         for _ in 0..m.layers % parts {
             // Of equals the earlier stage, and of its parts the one in the middle of the model.
             let key = |part: &usize| {
                 let middle = (2 * part).abs_diff(parts - 1);
-                (work[self.part(*part).0], middle)
+                (work[plan.place(*part).0], middle)
             };
             let least = sizes.iter().min().copied().unwrap_or(0);
             let open = (0..parts).filter(|p| sizes[*p] == least);
@@ -125,7 +115,7 @@ impl Setting {
             });
             let chosen = chosen.unwrap_or(0);
             sizes[chosen] += 1;
-            work[self.part(chosen).0] += 1.0;
+            work[plan.place(chosen).0] += 1.0;
         }
     }
 }

@@ -8,10 +8,11 @@ mod update;
 use super::architecture::{Architecture, Block};
 use super::memory::{self, Memory};
 use super::program::{ContextParallel, Recompute, Shape};
-use super::schedule::{Pipeline, Ran};
+use super::schedule::Pipeline;
 use crate::cluster::Machine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
+use crate::pipeline::{Plan, Ran};
 pub(super) use layers::Counts;
 pub(super) use span::{Prices, Span};
 use std::collections::BTreeMap;
@@ -89,7 +90,7 @@ impl Setting {
             mesh,
             global_batch,
             micro_batch: 1,
-            pipeline: Pipeline::OneForwardOneBackward,
+            pipeline: Pipeline::ONE_F_ONE_B,
             virtual_stages: 1,
             recompute: Recompute::None,
             zero: 0,
@@ -157,7 +158,7 @@ impl Setting {
                 self.global_batch.next_multiple_of(each).max(each)
             ));
         }
-        self.check_schedule()?;
+        self.plan()?;
         if self.zero > 3 {
             return wrong(format!(
                 "there is no ZeRO stage {}; there are 0 to 3",
@@ -205,18 +206,13 @@ impl Setting {
         }
     }
 
-    fn check_schedule(&self) -> Result<()> {
-        let wrong = |why: String| Err(Error::new(ErrorKind::Mesh, why));
-        let (name, chunks) = (self.pipeline.name(), self.virtual_stages);
-        match self.pipeline {
-            Pipeline::GPipe | Pipeline::ZeroBubbleH1 if chunks > 1 => wrong(format!(
-                "{name} has one chunk a stage, not {chunks}; 1f1b interleaves"
-            )),
-            Pipeline::ZeroBubbleV | Pipeline::DualPipe if chunks != 2 => {
-                wrong(format!("{name} has two chunks a stage, not {chunks}"))
-            }
-            _ => Ok(()),
-        }
+    /// The lists of the stages.
+    ///
+    /// # Errors
+    /// If the schedule does not go with so many chunks a stage.
+    pub fn plan(&self) -> Result<Plan> {
+        self.pipeline
+            .plan(self.along("pp"), self.virtual_stages, self.micros())
     }
 
     pub(super) fn shape(&self, machine: &Machine) -> Shape<'_> {

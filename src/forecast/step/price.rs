@@ -6,8 +6,9 @@ use crate::collective::Kind;
 use crate::error::Result;
 use crate::forecast::memory;
 use crate::forecast::program::Shape;
-use crate::forecast::schedule::{Times, makespan, replay};
+use crate::forecast::schedule::makespan;
 use crate::forecast::work::Work;
+use crate::pipeline::Times;
 
 /// Pieces beyond which a timeline is not replayed whole: nobody looks at more, and a step of more repeats itself.
 const MOST_PIECES: usize = 400_000;
@@ -120,8 +121,8 @@ impl Setting {
         };
         let times = Times {
             forward: seconds(&forward, &|s| s.seconds),
-            input: seconds(&backward, &|s| s.seconds - s.weights),
-            weight: seconds(&backward, &|s| s.weights),
+            backward: seconds(&backward, &|s| s.seconds),
+            weights: seconds(&backward, &|s| s.weights),
             message,
             blocking: machine.stack.word("stack.pp_overlap") != Some("yes"),
         };
@@ -129,11 +130,11 @@ impl Setting {
         let pieces = 3 * micros * self.virtual_stages * self.along("pp");
         let (ran, end) = match timeline && pieces <= MOST_PIECES {
             true => {
-                let ran = replay(self.pipeline, micros, &times);
+                let ran = self.plan()?.replay(&times);
                 let end = ran.iter().flatten().map(|r| r.end).fold(0.0, f64::max);
                 (ran, end)
             }
-            false => (vec![], makespan(self.pipeline, micros, &times)),
+            false => (vec![], makespan(self.pipeline, micros, &times)?),
         };
         // The busiest stage carries the account.
         let mut stages = forward.iter().zip(&backward).map(|(f, b)| {

@@ -4,8 +4,8 @@ use super::{Counts, Prices, Setting, Span};
 use crate::cluster::Machine;
 use crate::collective::Kind;
 use crate::error::Result;
-use crate::forecast::schedule::Times;
 use crate::forecast::work::{Rows, Work};
+use crate::pipeline::Times;
 
 /// Parameters of a chip that are summed over the same axes.
 struct Sum {
@@ -120,7 +120,7 @@ impl Setting {
         let hidden =
             |moves: f64, window: f64| (moves - window * (count - 1.0) / count).max(moves / count);
         let sum = |table: &[Vec<f64>]| table[0].iter().sum::<f64>();
-        let (forward, backward) = (sum(&times.forward), sum(&times.input) + sum(&times.weight));
+        let (forward, backward) = (sum(&times.forward), sum(&times.backward));
         let exposed = match machine.stack.word("stack.dp_overlap") {
             Some("yes") => {
                 let both = all.reduce + again / micros;

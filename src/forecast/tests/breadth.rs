@@ -22,7 +22,7 @@ fn settings(model: &str) -> Vec<Setting> {
     for split in SPLITS {
         let asked = Mesh::parse(split).unwrap();
         let mesh = Mesh::new(AXES.map(|axis| (axis, asked.size_of(axis))));
-        for (_, pipeline) in Pipeline::ALL {
+        for pipeline in Pipeline::ALL {
             for (recompute, zero, sequence_parallel) in [
                 (Recompute::None, 0, false),
                 (Recompute::Selective, 1, true),
@@ -30,7 +30,7 @@ fn settings(model: &str) -> Vec<Setting> {
             ] {
                 all.push(Setting {
                     pipeline,
-                    virtual_stages: if pipeline.folds() { 2 } else { 1 },
+                    virtual_stages: pipeline.chunks(),
                     recompute,
                     zero,
                     sequence_parallel,

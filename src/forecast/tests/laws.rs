@@ -84,7 +84,7 @@ fn mistakes_say_what_would_do() {
             virtual_stages: 13,
             ..good.clone()
         })
-        .contains("104 chunks")
+        .contains("104 parts")
     );
     assert!(
         why(Setting {
