@@ -34,9 +34,11 @@ impl Shape<'_> {
             false => (self.ep * self.tp, m.ffn),
         };
         let experts = m.experts.div_ceil(over);
+        // One chip that has all experts has all tokens too.
+        let imbalance = if over > 1 { self.imbalance } else { 1.0 };
         let sent = self.tokens().div_ceil(self.tp);
         let visits = if split { self.tokens() } else { sent } * m.per_token;
-        let rows = (visits as f64 * self.imbalance / experts as f64).ceil() as usize;
+        let rows = (visits as f64 * imbalance / experts as f64).ceil() as usize;
         Share {
             experts,
             rows: rows.max(1),

@@ -65,13 +65,15 @@ impl Setting {
                 .into_iter()
                 .map(|r| r.len())
                 .collect();
-        } else if layers.is_multiple_of(parts) {
-        } else if (layers + 2).is_multiple_of(parts) && (layers + 2) / parts > 1 {
-            sizes = vec![(layers + 2) / parts; parts];
-            sizes[0] -= 1;
-            sizes[parts - 1] -= 1;
-        } else {
-            self.balance(&plan, &mut sizes);
+        } else if !layers.is_multiple_of(parts) {
+            match (layers + 2).is_multiple_of(parts) && (layers + 2) / parts > 1 {
+                true => {
+                    sizes = vec![(layers + 2) / parts; parts];
+                    sizes[0] -= 1;
+                    sizes[parts - 1] -= 1;
+                }
+                false => self.balance(&plan, &mut sizes),
+            }
         }
         let mut all = vec![vec![Counts::default(); v]; pp];
         let mut layer = 0;

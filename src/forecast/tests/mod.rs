@@ -12,7 +12,6 @@ mod traced;
 use super::*;
 use crate::cluster::Machine;
 use crate::mesh::Mesh;
-use crate::pipeline::Schedule;
 
 /// A run of Megatron-LM on A100s: model, pp, dp, batch, micro-batch, chunks, and whether it is the new way (selective recomputation
 /// with sequence parallelism) or the old one (everything computed again).
