@@ -128,7 +128,12 @@ fn a_plan_prints_its_candidates_and_the_best() {
         out.lines().next().is_some_and(|l| l.contains("candidates")),
         "{out}"
     );
-    assert_eq!(out.lines().count(), 12, "{out}");
+    let lines: Vec<&str> = out.lines().collect();
+    let why = lines
+        .iter()
+        .position(|l| l.starts_with("why the first wins"));
+    assert_eq!(why, Some(12), "{out}");
+    assert!(lines.len() > 15 && lines[13].contains('%'), "{out}");
     let (good, _, err) = supernode(&line.replace("64K", "1000"));
     assert!(!good && err.contains("no multiple"), "{err}");
 }
