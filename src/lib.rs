@@ -60,6 +60,7 @@
 //!
 //!   the floor, values and tables, used by all: mesh, placement, collective, pipeline, trace, random, dtype, error
 //!   cluster        machines as data: chips, systems, stacks
+//!   report         pages: timelines, bars and curves as HTML
 //!   reference      the textbook in f64: the oracle of tests, to be read
 //! ```
 //!
@@ -109,6 +110,7 @@ pub mod pipeline;
 pub mod placement;
 pub mod random;
 pub mod reference;
+pub mod report;
 pub mod spmd;
 pub mod tape;
 pub mod tensor;

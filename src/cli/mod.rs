@@ -3,6 +3,7 @@
 //! Standard output carries results (with `--json` one object a line), standard error everything else.
 
 mod bench;
+mod calibrate;
 mod devices;
 mod forecast;
 mod generate;
@@ -49,6 +50,9 @@ enum Command {
     /// Search the best split of a model over a described machine
     #[command(args_override_self = true)]
     Plan(Box<plan::Arguments>),
+    /// Measure this machine's processor into a machine file
+    #[command(args_override_self = true)]
+    Calibrate(calibrate::Arguments),
     /// List and compare the described machines
     #[command(args_override_self = true)]
     Machines(machines::Arguments),
@@ -64,6 +68,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Devices(arguments) => devices::run(&arguments),
         Command::Forecast(arguments) => forecast::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
+        Command::Calibrate(arguments) => calibrate::run(&arguments),
         Command::Machines(arguments) => machines::run(&arguments),
     };
     match result {
