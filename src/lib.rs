@@ -80,6 +80,11 @@
 //! use 32 virtual lanes and a fixed tree, sums over chips a fixed binary tree over ranks. So a run repeats bit for bit on any
 //! number of threads and any instruction set.
 //!
+//! One exception: where the processor has a matrix unit (Intel's AMX), products of bf16 by bf16 run there and are summed
+//! in that unit's order: two chains, over the even and the odd k of each block of 32, whose sum is added to the element, and
+//! subnormal numbers are taken as 0. That order is as fixed, for any number of threads and any shape, but its bits are those of
+//! machines with the unit. `SUPERNODE_MATRIX_UNITS=off` in the environment gives those of all others.
+//!
 //! # Mistakes and failures
 //!
 //! Wrong shapes, placements and names panic with both sides in the message. What the program cannot help (a file, a
