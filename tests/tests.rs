@@ -16,6 +16,7 @@ mod tiny;
 mod watchdog;
 
 mod parity {
+    pub(crate) mod low;
     pub(crate) mod models;
     mod ops;
 }

@@ -1,6 +1,7 @@
 //! An open adapter: its pipelines, each compiled once, and the first thing that went wrong on it.
 
 use super::adapter::Adapter;
+use super::kept::Kept;
 use super::shader::{self, Kernel, Variant, interface};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::HashMap;
@@ -11,12 +12,18 @@ use std::time::Duration;
 /// device may compute for minutes.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
 
+/// What is asked for where an adapter has it.
+const WANTED: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY
+    .union(wgpu::Features::SUBGROUP)
+    .union(wgpu::Features::PIPELINE_CACHE);
+
 pub(crate) struct Device {
     pub(crate) about: Adapter,
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
     pub(crate) limits: wgpu::Limits,
     pipelines: Mutex<HashMap<(Kernel, Variant), Arc<Pipeline>>>,
+    kept: Option<Kept>,
     failure: Arc<Mutex<Option<Error>>>,
 }
 
@@ -31,7 +38,7 @@ impl Device {
         let limits = adapter.limits();
         let wanted = wgpu::DeviceDescriptor {
             label: Some("supernode"),
-            required_features: adapter.features() & wgpu::Features::TIMESTAMP_QUERY,
+            required_features: adapter.features() & WANTED,
             required_limits: limits.clone(),
             memory_hints: wgpu::MemoryHints::Performance,
             ..Default::default()
@@ -52,6 +59,7 @@ impl Device {
         });
         Ok(Device {
             about: about.clone(),
+            kept: Kept::open(&device, &adapter.get_info()),
             device,
             queue,
             limits,
@@ -73,6 +81,20 @@ impl Device {
         self.about.kind == "software"
     }
 
+    /// Invocations of a subgroup, where a processor runs it as one vector and kernels may count on its size.
+    pub(crate) fn lanes(&self) -> Option<u32> {
+        let [least, most] = self.about.subgroup;
+        let fits = self.is_software() && least == most && [4, 8, 16].contains(&least);
+        (fits && self.device.features().contains(wgpu::Features::SUBGROUP)).then_some(least)
+    }
+
+    /// Writes what was compiled since the device was opened to where the next process finds it.
+    pub(crate) fn keep_pipelines(&self) {
+        if let Some(kept) = &self.kept {
+            kept.save();
+        }
+    }
+
     /// The compiled variant of a kernel.
     pub(crate) fn pipeline(&self, kernel: &Kernel, variant: &Variant) -> Arc<Pipeline> {
         let key = (*kernel, variant.clone());
@@ -87,12 +109,7 @@ impl Device {
 
     fn compile(&self, kernel: &Kernel, variant: &Variant) -> Pipeline {
         let source = shader::source(kernel, variant);
-        let module = self
-            .device
-            .create_shader_module(wgpu::ShaderModuleDescriptor {
-                label: Some(kernel.name),
-                source: wgpu::ShaderSource::Wgsl(source.into()),
-            });
+        let module = self.module(kernel, variant, source);
         let visible = |binding: u32, ty: wgpu::BufferBindingType| wgpu::BindGroupLayoutEntry {
             binding,
             visibility: wgpu::ShaderStages::COMPUTE,
@@ -106,7 +123,7 @@ impl Device {
         let mut entries = vec![visible(0, wgpu::BufferBindingType::Uniform)];
         let face = interface(kernel);
         for (i, (slot, bound)) in face.slots.iter().zip(&variant.bound).enumerate() {
-            if let shader::Bound::Own(_) = bound {
+            if let shader::Bound::Own(_) | shader::Bound::Fours(_) = bound {
                 let ty = wgpu::BufferBindingType::Storage {
                     read_only: !slot.written,
                 };
@@ -138,9 +155,29 @@ impl Device {
                     zero_initialize_workgroup_memory: false,
                     ..Default::default()
                 },
-                cache: None,
+                cache: self.kept.as_ref().map(Kept::cache),
             });
+        if let Some(kept) = &self.kept {
+            kept.grew();
+        }
         Pipeline { pipeline, layout }
+    }
+
+    fn module(&self, kernel: &Kernel, variant: &Variant, source: String) -> wgpu::ShaderModule {
+        let described = wgpu::ShaderModuleDescriptor {
+            label: Some(kernel.name),
+            source: wgpu::ShaderSource::Wgsl(source.into()),
+        };
+        if !variant.proven {
+            return self.device.create_shader_module(described);
+        }
+        // SAFETY: only launches of this crate's own kernels are proven: the launch held the largest index that each operand
+        // sees against its size, and the loops of these kernels end with numbers of the launch.
+        #[allow(unsafe_code)]
+        unsafe {
+            self.device
+                .create_shader_module_trusted(described, wgpu::ShaderRuntimeChecks::unchecked())
+        }
     }
 
     /// Waits until all that was submitted is done.

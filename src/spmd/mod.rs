@@ -27,6 +27,7 @@ mod ghost;
 mod gradient;
 mod grid;
 mod message;
+mod mixed;
 mod parameter;
 mod recompute;
 mod redistribute;

@@ -222,6 +222,22 @@ pub(super) fn every_mask_in_every_type() {
     }
 }
 
+/// Every mask in one type.
+#[test]
+pub(super) fn every_mask_once() {
+    for op in ops() {
+        let sizes = Sizes {
+            b: 2,
+            t: 9,
+            s: 9,
+            h: 2,
+            g: 1,
+            d: 4,
+        };
+        check(&op, sizes, DType::F32);
+    }
+}
+
 #[test]
 pub(super) fn sizes_at_the_edges() {
     for op in ops() {
@@ -230,6 +246,7 @@ pub(super) fn sizes_at_the_edges() {
             (1, 67, 2, 1, 16),
             (65, 70, 1, 1, 5),
             (5, 2, 4, 1, 64),
+            (37, 41, 4, 2, 36),
         ] {
             check(
                 &op,
@@ -248,7 +265,7 @@ pub(super) fn sizes_at_the_edges() {
 }
 
 #[test]
-fn the_largest_head() {
+pub(super) fn the_largest_head() {
     let causal = Attention {
         causal: true,
         ..Default::default()
