@@ -1,6 +1,6 @@
 // dk and dv, as attention_dkv, by blocks: an invocation holds four key rows, and blocks of 4 LANES query rows pass by, head by head
 // and token by token.
-// lanes; reads q, k, v, dout, lse: f32, delta: f32, of_queries?: u32, of_keys?: u32; writes dk?, dv?; numbers heads, kv_heads, queries, keys, offset, causal, window, scale: f32, cap: f32; constants D, LANES, VECTORS
+// lanes; reads q, k, v, dout, lse: f32, delta: f32, of_queries?: u32, of_keys?: u32; writes dk?, dv?; numbers heads, kv_heads, queries, keys, head_dim, offset, causal, window, scale: f32, cap: f32; constants D, LANES, VECTORS
 #include attention_sees
 #include attention_part x=q
 #include attention_part x=k

@@ -1,5 +1,5 @@
 // dq, as attention_dq, by blocks as attention_lanes: an invocation holds four query rows.
-// lanes; reads q, k, v, dout, lse: f32, delta: f32, of_queries?: u32, of_keys?: u32; writes dq; numbers heads, kv_heads, queries, keys, offset, causal, window, scale: f32, cap: f32; constants D, LANES, VECTORS
+// lanes; reads q, k, v, dout, lse: f32, delta: f32, of_queries?: u32, of_keys?: u32; writes dq; numbers heads, kv_heads, queries, keys, head_dim, offset, causal, window, scale: f32, cap: f32; constants D, LANES, VECTORS
 #include attention_sees
 #include attention_part x=q
 #include attention_part x=k

@@ -4,7 +4,8 @@
         var $out@l_@i = vec4<f32>(0.0);
 #end
 #end
-        for (var d = 0u; d < D; d += 4u) {
+        // Not D, which the compiler knows: it would unroll this, and take minutes for a head of 256.
+        for (var d = 0u; d < numbers.head_dim; d += 4u) {
 #unroll i 4
             let r@i = part_$r($r_at@i, d);
             let x@i = part_$x($x_at@i, d);

@@ -42,6 +42,7 @@ impl Heads {
             .number("kv_heads", self.kv_heads)
             .number("queries", self.queries)
             .number("keys", self.keys)
+            .number("head_dim", self.head_dim)
             .number("offset", self.offset.min(1 << 30))
             .number("causal", self.causal as u32)
             .number("window", window.map_or(NO_WINDOW, |w| w as u32))
@@ -51,10 +52,11 @@ impl Heads {
     }
 }
 
-/// Vectors of 4 LANES elements of o that a subgroup sums at a time; longer heads go in pieces, each with its own scores.
-const VECTORS: usize = 4;
+/// Vectors of 4 LANES elements of o that a subgroup sums at a time; longer heads go in pieces, each with its own scores. Twice
+/// as many took llvmpipe's compiler minutes to find registers for.
+const VECTORS: usize = 2;
 /// The same of dk and dv, which are summed together.
-const VECTORS_OF_BOTH: usize = 2;
+const VECTORS_OF_BOTH: usize = 1;
 
 impl Heads {
     /// A launch by blocks of `rows` rows of each key head, with pieces of at most `vectors` vectors.

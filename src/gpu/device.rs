@@ -1,11 +1,13 @@
 //! An open adapter: its pipelines, each compiled once, and the first thing that went wrong on it.
 
 use super::adapter::Adapter;
+use super::chip::Chip;
 use super::kept::Kept;
+use super::matrices;
 use super::shader::{self, Kernel, Variant, interface};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// A device that has not answered for so long is given up: drivers reset a hanging kernel within seconds, but a software
@@ -17,6 +19,11 @@ const WANTED: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY
     .union(wgpu::Features::SUBGROUP)
     .union(wgpu::Features::PIPELINE_CACHE);
 
+/// What cooperative matrices need beside.
+const MATRICES: wgpu::Features = wgpu::Features::SHADER_F16
+    .union(wgpu::Features::SUBGROUP)
+    .union(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+
 pub(crate) struct Device {
     pub(crate) about: Adapter,
     pub(crate) device: wgpu::Device,
@@ -24,6 +31,8 @@ pub(crate) struct Device {
     pub(crate) limits: wgpu::Limits,
     pipelines: Mutex<HashMap<(Kernel, Variant), Arc<Pipeline>>>,
     kept: Option<Kept>,
+    /// Whether cooperative matrices were found to be right; not yet asked where it is empty.
+    matrices: OnceLock<bool>,
     failure: Arc<Mutex<Option<Error>>>,
 }
 
@@ -36,14 +45,27 @@ impl Device {
     pub(crate) fn open(adapter: &wgpu::Adapter, about: &Adapter) -> Result<Self> {
         // The adapter's own limits: the defaults stop at 128 MiB a tensor.
         let limits = adapter.limits();
-        let wanted = wgpu::DeviceDescriptor {
+        let mut wanted = wgpu::DeviceDescriptor {
             label: Some("supernode"),
             required_features: adapter.features() & WANTED,
             required_limits: limits.clone(),
             memory_hints: wgpu::MemoryHints::Performance,
             ..Default::default()
         };
-        let (device, queue) = pollster::block_on(adapter.request_device(&wanted))
+        let plain = wanted.clone();
+        if about.matrices.iter().any(|m| m == matrices::LISTED)
+            && adapter.features().contains(MATRICES)
+        {
+            wanted.required_features |= MATRICES;
+            // SAFETY: what is experimental here is cooperative matrices; their kernel is this crate's own, reads and writes
+            // inside of its operands, and is used only where a first product came out right.
+            #[allow(unsafe_code)]
+            let enabled = unsafe { wgpu::ExperimentalFeatures::enabled() };
+            wanted.experimental_features = enabled;
+        }
+        let open = |wanted| pollster::block_on(adapter.request_device(wanted));
+        let (device, queue) = open(&wanted)
+            .or_else(|_| open(&plain))
             .map_err(|e| Error::new(ErrorKind::Device, format!("{about} cannot be opened: {e}")))?;
         let failure = Arc::new(Mutex::new(None));
         let (kept, name) = (failure.clone(), about.to_string());
@@ -64,8 +86,21 @@ impl Device {
             queue,
             limits,
             pipelines: Mutex::default(),
+            matrices: OnceLock::new(),
             failure,
         })
+    }
+
+    /// Invocations of a subgroup, where cooperative matrices may be used: the first time this multiplies.
+    pub(crate) fn matrices(&self, chip: &Chip) -> Option<u32> {
+        let [least, most] = self.about.subgroup;
+        if least != most || !self.device.features().contains(MATRICES) {
+            return None;
+        }
+        let right = self
+            .matrices
+            .get_or_init(|| matrices::are_right(chip, least));
+        right.then_some(least)
     }
 
     /// The first failure, if there was one.
@@ -123,7 +158,7 @@ impl Device {
         let mut entries = vec![visible(0, wgpu::BufferBindingType::Uniform)];
         let face = interface(kernel);
         for (i, (slot, bound)) in face.slots.iter().zip(&variant.bound).enumerate() {
-            if let shader::Bound::Own(_) | shader::Bound::Fours(_) = bound {
+            if *bound != shader::Bound::Absent && !matches!(bound, shader::Bound::Same(_)) {
                 let ty = wgpu::BufferBindingType::Storage {
                     read_only: !slot.written,
                 };

@@ -181,7 +181,10 @@ impl Launch {
     /// If the body is of tiles, or the launch lacks a part of its interface.
     pub fn run(self, count: usize) {
         assert!(
-            !matches!(self.face.entry, Entry::Tiles | Entry::Lanes),
+            !matches!(
+                self.face.entry,
+                Entry::Tiles | Entry::Lanes | Entry::Matrices
+            ),
             "'{}' runs over tiles",
             self.kernel.name
         );
@@ -267,6 +270,9 @@ impl Launch {
             Some(operand) => match results(&operand.buffer) {
                 Some(result) if result != i => Bound::Same(result),
                 _ if self.fours[i] => Bound::Fours(operand.dtype),
+                _ if self.face.entry == Entry::Matrices && operand.dtype == DType::F16 => {
+                    Bound::Halves
+                }
                 _ => Bound::Own(operand.dtype),
             },
         });
@@ -311,7 +317,9 @@ impl Launch {
                 }),
             }];
             for (i, (operand, bound)) in self.operands.iter().zip(&variant.bound).enumerate() {
-                if let (Some(operand), Bound::Own(_) | Bound::Fours(_)) = (operand, bound) {
+                if let (Some(operand), Bound::Own(_) | Bound::Fours(_) | Bound::Halves) =
+                    (operand, bound)
+                {
                     entries.push(wgpu::BindGroupEntry {
                         binding: i as u32 + 1,
                         resource: operand.buffer.seen().as_entire_binding(),

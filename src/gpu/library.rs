@@ -40,6 +40,7 @@ kernels! {
     LOSSES "losses",
     MATMUL "matmul",
     MATMUL_LANES "matmul_lanes",
+    MATMUL_MATRICES "matmul_matrices",
     MATMUL_MERGE "matmul_merge",
     MULTIPLY "multiply",
     NORM "norm",

@@ -8,7 +8,7 @@
 //! | `launch`, `watch` | running a kernel, a user's own too; how long it took |
 //! | `tiles`, `tune`, `kept` | how products are cut up, by kind of adapter; compiled pipelines on disk |
 //! | `limits` | what a device could do at best |
-//! | `rows`, `products`, `attention` | what ops call |
+//! | `rows`, `products`, `matrices`, `attention` | what ops call |
 //!
 //! Kernels use no atomic sums and no order that chance decides: two runs on one adapter give the same bits. Another
 //! adapter may round otherwise, and so does a processor.
@@ -21,6 +21,7 @@ mod kept;
 mod launch;
 mod library;
 mod limits;
+mod matrices;
 mod products;
 mod rows;
 mod shader;

@@ -8,7 +8,9 @@
 
 use super::launch::{Launch, Operand};
 use super::library as k;
+use super::matrices;
 use super::tiles::{Plan, Shape};
+use crate::dtype::DType;
 
 /// f in the prelude's numbering: none.
 pub(crate) const IDENTITY: u32 = 4;
@@ -68,6 +70,11 @@ pub(crate) fn matmul(
         return;
     }
     let chip = c.chip.clone();
+    if matrices::fit([m, n, k], &a, &b)
+        && let Some(subgroup) = chip.device().matrices(&chip)
+    {
+        return by_matrices(subgroup, batch, [m, n, k], [a, b], c, add, after);
+    }
     let shapes = chip.tiles().shapes(chip.device());
     let plan = chip.tiles().plan(&shapes, batch, [m, n, k]);
     matmul_as(plan, batch, [m, n, k], a, b, c, add, after);
@@ -99,18 +106,42 @@ pub(super) fn matmul_as(
     // Parts of k first, then their sum in order.
     let parts = c.scratch(plan.parts * batch * m * n);
     product.run(parts.clone(), false, After::default());
-    let count = c.elements;
+    merge(parts, plan.parts, n, c, add, after);
+}
+
+/// c (+)= f(sum of the parts + bias).
+fn merge(parts: Operand, count: usize, n: usize, c: Operand, add: bool, after: After) {
+    let elements = c.elements;
     Launch::new(&k::MATMUL_MERGE)
         .operand("c", c)
         .operand("parts", parts)
         .optional("bias", after.bias)
         .optional("z", after.preactivation)
         .number("n", n)
-        .number("parts_count", plan.parts)
-        .number("part", batch * m * n)
+        .number("parts_count", count)
+        .number("part", elements)
         .constant("ADD", add as u32)
         .constant("FUNCTION", after.activation.unwrap_or(IDENTITY))
-        .run(count);
+        .run(elements);
+}
+
+/// Through cooperative matrices, whose sums are in f32: what follows them is a pass of its own.
+fn by_matrices(
+    subgroup: u32,
+    batch: usize,
+    [m, n, k]: [usize; 3],
+    [a, b]: [Matrix; 2],
+    c: Operand,
+    add: bool,
+    after: After,
+) {
+    let plain = after.bias.is_none() && after.activation.is_none() && after.preactivation.is_none();
+    if c.dtype == DType::F32 && !add && plain {
+        return matrices::product(batch, [m, n, k], a, b, c, subgroup);
+    }
+    let sums = c.scratch(batch * m * n);
+    matrices::product(batch, [m, n, k], a, b, sums.clone(), subgroup);
+    merge(sums, 1, n, c, add, after);
 }
 
 /// Products in one shape.

@@ -14,6 +14,7 @@
 //! | `rows` | `fn row(r: u32, lane: u32)` | `WG` invocations for each row |
 //! | `tiles` | `fn tile(group: vec3<u32>, lane: u32)` | as the launch says |
 //! | `lanes` | the same | as the launch says, in groups of one subgroup |
+//! | `matrices` | the same, with the subgroup's number for `lane` | the same, in groups of four subgroups |
 //!
 //! An operand `x` is read by `load_x(i)` and written by `store_x(i, value)`; `x?` may be left out, and `has_x` says so.
 //! `load4_x(i)` and `store4_x(i, four)` move four elements: one access where the launch promised that `i` is then a multiple
@@ -47,6 +48,7 @@ pub(crate) enum Entry {
     Rows,
     Tiles,
     Lanes,
+    Matrices,
 }
 
 /// One operand of a body.
@@ -84,6 +86,8 @@ pub(crate) enum Bound {
     Own(DType),
     /// The same, of which four elements are one access: they begin at multiples of four.
     Fours(DType),
+    /// A tensor of f16 as such, for cooperative matrices.
+    Halves,
     /// The same tensor as the result in this slot.
     Same(usize),
 }
@@ -122,6 +126,7 @@ fn parse(kernel: &Kernel) -> Interface {
             "rows" => Entry::Rows,
             "tiles" => Entry::Tiles,
             "lanes" => Entry::Lanes,
+            "matrices" => Entry::Matrices,
             _ => return None,
         })
     };
@@ -172,6 +177,9 @@ pub(crate) fn source(kernel: &Kernel, variant: &Variant) -> String {
     let face = interface(kernel);
     let mut out = String::new();
     let mut line = |text: String| writeln!(out, "{text}").expect("a string takes any text");
+    if face.entry == Entry::Matrices {
+        line("enable f16;\nenable wgpu_cooperative_matrix;".into());
+    }
     line(format!("const WG = {}u;", variant.group));
     for (name, value) in face.constants.iter().zip(&variant.constants) {
         line(format!("const {name} = {value}u;"));
@@ -235,6 +243,7 @@ fn operand(face: &Interface, i: usize, slot: &Slot, bound: Bound) -> String {
         }
         Bound::Own(dtype) => has + &by_one(i, slot, dtype),
         Bound::Fours(dtype) => has + &by_four(i, slot, dtype),
+        Bound::Halves => has + &declared(i, slot, "f16"),
     }
 }
 
@@ -344,10 +353,11 @@ fn entry(face: &Interface, variant: &Variant) -> String {
         Entry::Rows => {
             "    let r = group.y * groups.x + group.x;\n    if (r < numbers.count) { row(r, lane); }".into()
         }
-        Entry::Tiles | Entry::Lanes => "    tile(group, lane);".into(),
+        Entry::Tiles | Entry::Lanes | Entry::Matrices => "    tile(group, lane);".into(),
     };
     let lane = match face.entry {
         Entry::Lanes => "subgroup_invocation_id",
+        Entry::Matrices => "subgroup_id",
         _ => "local_invocation_index",
     };
     format!(

@@ -158,7 +158,7 @@ fn exact(case: &Case) -> Results {
         }
         "swiglu" => {
             let [gate, up] = ["gate", "up"].map(|x| case.tensor(x));
-            let (dgate, dup) = reference::swiglu_backward(gate, up, dy);
+            let [dgate, dup] = reference::swiglu_backward(gate, up, dy);
             named(
                 &["y", "dgate", "dup"],
                 vec![reference::swiglu(gate, up), dgate, dup],

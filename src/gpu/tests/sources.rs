@@ -11,6 +11,11 @@ fn validate(kernel: &Kernel, variant: &Variant) {
     // No optional capability, but subgroups where a kernel runs in groups of one.
     let able = match interface(kernel).entry {
         Entry::Lanes => naga::valid::Capabilities::SUBGROUP,
+        Entry::Matrices => {
+            naga::valid::Capabilities::SUBGROUP
+                | naga::valid::Capabilities::SHADER_FLOAT16
+                | naga::valid::Capabilities::COOPERATIVE_MATRIX
+        }
         _ => naga::valid::Capabilities::empty(),
     };
     let mut validator = naga::valid::Validator::new(naga::valid::ValidationFlags::all(), able);
@@ -36,6 +41,7 @@ fn bindings(kernel: &Kernel) -> Vec<Vec<Bound>> {
     for slot in &face.slots {
         let mut choices: Vec<Bound> = match slot.dtype {
             Some(dtype) => vec![Bound::Own(dtype)],
+            None if face.entry == Entry::Matrices => vec![Bound::Halves],
             None if takes_fours(kernel) => [Bound::Own, Bound::Fours]
                 .iter()
                 .flat_map(|of| floats.map(of))
@@ -77,7 +83,9 @@ fn constants(kernel: &Kernel) -> Vec<Vec<u32>> {
         "WG_X" | "WG_Y" => [4, 8],
         "DEPTH" => [4, 8],
         "LANES" => [4, 8],
-        "DOWN" => [1, 4],
+        "DOWN" | "ACROSS" => [1, 4],
+        "A_COLUMNS" | "B_COLUMNS" => [0, 1],
+        "SIDE" => [16, 16],
         "D" => [1, 64],
         other => panic!("the test knows no values of {other}"),
     };
@@ -124,7 +132,8 @@ fn operands_may_be_results_and_indices_may_be_moved() {
         let face = interface(kernel);
         let result = face.slots.iter().position(|s| s.written).expect("a result");
         for (i, slot) in face.slots.iter().enumerate().filter(|(_, s)| !s.written) {
-            if slot.dtype == Some(DType::U32) || slot.dtype != face.slots[result].dtype {
+            let other = slot.dtype == Some(DType::U32) || slot.dtype != face.slots[result].dtype;
+            if other || face.entry == Entry::Matrices {
                 continue;
             }
             let own = |s: &crate::gpu::shader::Slot| Bound::Own(s.dtype.unwrap_or(DType::F32));

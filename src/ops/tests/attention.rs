@@ -239,7 +239,7 @@ pub(super) fn every_mask_once() {
 }
 
 #[test]
-pub(super) fn sizes_at_the_edges() {
+fn sizes_at_the_edges() {
     for op in ops() {
         for (t, s, h, g, d) in [
             (1, 1, 1, 1, 1),
@@ -261,6 +261,26 @@ pub(super) fn sizes_at_the_edges() {
                 DType::F32,
             );
         }
+    }
+}
+
+/// The same for one mask: what a device has to compile for each head size is seconds there.
+#[test]
+pub(super) fn causal_sizes_at_the_edges() {
+    let op = Attention {
+        causal: true,
+        ..Default::default()
+    };
+    for (t, s, h, g, d) in [(1, 67, 2, 1, 16), (65, 70, 1, 1, 5), (37, 41, 4, 2, 36)] {
+        let sizes = Sizes {
+            b: 1,
+            t,
+            s,
+            h,
+            g,
+            d,
+        };
+        check(&op, sizes, DType::F32);
     }
 }
 
