@@ -37,6 +37,7 @@ mod spmd {
 
 mod train {
     mod meshes;
+    mod pipeline;
     mod resume;
     mod separate;
     mod splits;
