@@ -237,3 +237,36 @@ fn a_budget_is_kept_and_its_error_names_both_numbers() {
     let why = run.expect_err("too large").to_string();
     assert!(why.contains("1216") && why.contains("1000"), "{why}");
 }
+
+/// The script for a card runs to its end on any adapter.
+#[cfg(feature = "cli")]
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn the_script_for_a_card_runs_at_toy_size() {
+    let Some(_) = gpu() else { return };
+    let root = env!("CARGO_MANIFEST_DIR");
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = std::process::Command::new("python3")
+        .arg(format!("{root}/benches/real_gpu.py"))
+        .args(["--toy", "--out"])
+        .arg(folder.path())
+        .args(["--binary", env!("CARGO_BIN_EXE_supernode")])
+        .env("XDG_RUNTIME_DIR", std::env::temp_dir())
+        .output();
+    let Ok(run) = run else {
+        eprintln!("ignored: no python3 here");
+        return;
+    };
+    let (out, error) = (
+        String::from_utf8_lossy(&run.stdout),
+        String::from_utf8_lossy(&run.stderr),
+    );
+    // 2: all is right, and slower than PyTorch on a card where there is one.
+    assert!(matches!(run.status.code(), Some(0 | 2)), "{out}{error}");
+    assert_eq!(out.matches("passed").count(), 3, "{out}");
+    let written = std::fs::read_dir(folder.path()).expect("a folder").count();
+    assert_eq!(written, 1, "{out}");
+}
