@@ -53,7 +53,7 @@ the_same! {
     matmul::products_by_fours_across_tiles,
     matmul::long_sums,
     matmul::either_side_transposed_and_batched,
-    matmul::bias_and_activation,
+    matmul::bias_and_each_activation_once,
     matmul::the_result_has_the_type_that_is_asked_for,
     norms::layer_norm,
     norms::rms_norm_over_rows_and_heads,
