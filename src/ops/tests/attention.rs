@@ -203,7 +203,7 @@ fn ops() -> Vec<Attention> {
 }
 
 #[test]
-pub(super) fn every_mask_in_every_type() {
+fn every_mask_in_every_type() {
     for op in ops() {
         for dtype in FLOATS {
             check(
@@ -219,6 +219,26 @@ pub(super) fn every_mask_in_every_type() {
                 dtype,
             );
         }
+    }
+}
+
+/// Each type under one mask.
+#[test]
+pub(super) fn every_type_once() {
+    let op = Attention {
+        causal: true,
+        ..Default::default()
+    };
+    for dtype in FLOATS {
+        let sizes = Sizes {
+            b: 2,
+            t: 13,
+            s: 13,
+            h: 4,
+            g: 2,
+            d: 8,
+        };
+        check(&op, sizes, dtype);
     }
 }
 

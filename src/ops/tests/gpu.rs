@@ -33,7 +33,8 @@ the_same_as_on_a_card! {
 }
 
 the_same! {
-    attention::every_mask_in_every_type,
+    attention::every_mask_once,
+    attention::every_type_once,
     attention::causal_sizes_at_the_edges,
     attention::the_largest_head,
     attention::one_key_head_stays_whole_while_query_heads_are_split,
