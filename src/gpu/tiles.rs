@@ -1,7 +1,7 @@
 //! Which shapes products are cut into, by kind of adapter: data, in `tiles.toml` or a file of the user's.
 //!
 //! A choice follows from the table and the product's sizes alone, never from a clock: two runs with one table add in the same
-//! order. The table's checksum is its name in messages and traces.
+//! order and give the same traces.
 
 use super::adapter::Adapter;
 use super::device::Device;
