@@ -18,6 +18,7 @@ mod tiny;
 mod watchdog;
 
 mod parity {
+    pub(crate) mod low;
     pub(crate) mod models;
     mod ops;
 }

@@ -38,6 +38,8 @@ mod scale;
 mod sgd;
 mod slice;
 mod softmax;
+#[cfg(feature = "gpu")]
+mod standardize;
 mod sum;
 mod swiglu;
 mod transpose;

@@ -36,6 +36,8 @@ pub(super) struct Inner {
     memory: Memory,
     seed: u64,
     algorithm: Algorithm,
+    /// The kind of every chip, by rank, as a number; empty where all are alike.
+    pub(super) kinds: Arc<[usize]>,
     began: Instant,
     pub(super) lane: Option<Lane>,
     pub(super) staging: Pool,
@@ -65,6 +67,7 @@ pub(super) struct Setup {
     pub memory: Memory,
     pub seed: u64,
     pub algorithm: Algorithm,
+    pub kinds: Arc<[usize]>,
     pub began: Instant,
     pub lane: Option<Lane>,
 }
@@ -85,6 +88,7 @@ impl Chip {
             memory: setup.memory,
             seed: setup.seed,
             algorithm: setup.algorithm,
+            kinds: setup.kinds,
             began: setup.began,
             lane: setup.lane,
             staging: Pool::new(None),

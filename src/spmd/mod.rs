@@ -32,6 +32,7 @@ mod ghost;
 mod gradient;
 mod grid;
 mod message;
+mod mixed;
 mod overlap;
 mod parameter;
 mod recompute;

@@ -426,7 +426,7 @@ impl Chip {
         Sharded::unrecorded(self, tensor, x.global.clone(), x.placements.clone())
     }
 
-    fn whole_group(&self, x: &Tensor, axis: &str, kind: Kind, site: Site) -> Tensor {
+    pub(super) fn whole_group(&self, x: &Tensor, axis: &str, kind: Kind, site: Site) -> Tensor {
         if self.size_of(axis) == 1 {
             return x.clone();
         }

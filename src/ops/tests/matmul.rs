@@ -190,6 +190,66 @@ pub(super) fn products_at_the_edges_of_tiles() {
     }
 }
 
+/// Sizes that are read four elements at a time, and of which some cross the largest tile of any device.
+#[test]
+pub(super) fn products_by_fours_across_tiles() {
+    for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
+        let op = Matmul {
+            transpose_a,
+            transpose_b,
+            ..Default::default()
+        };
+        check(&op, &[], [36, 68, 20], true, [DType::F32; 3], None);
+        check(&op, &[2], [40, 12, 24], false, [DType::F16; 3], None);
+    }
+    let op = Matmul {
+        bias: true,
+        activation: Some(Activation::GeluTanh),
+        ..Default::default()
+    };
+    check(&op, &[], [132, 140, 44], true, [DType::F32; 3], None);
+}
+
+/// A product of each layout, by fours and not.
+#[test]
+pub(super) fn every_layout_once() {
+    for (transpose_a, transpose_b) in [(false, false), (true, true)] {
+        let op = Matmul {
+            transpose_a,
+            transpose_b,
+            ..Default::default()
+        };
+        check(&op, &[], [36, 68, 20], true, [DType::F32; 3], None);
+        check(&op, &[2], [35, 37, 21], false, [DType::Bf16; 3], None);
+    }
+}
+
+/// So few results that a device splits k.
+#[test]
+pub(super) fn long_sums() {
+    check(
+        &Matmul::default(),
+        &[],
+        [3, 8, 2053],
+        true,
+        [DType::F32; 3],
+        None,
+    );
+    let op = Matmul {
+        bias: true,
+        activation: Some(Activation::Silu),
+        ..Default::default()
+    };
+    check(
+        &op,
+        &[],
+        [4, 4, 1028],
+        true,
+        [DType::Bf16; 3],
+        Some(DType::F32),
+    );
+}
+
 #[test]
 pub(super) fn either_side_transposed_and_batched() {
     for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
@@ -218,7 +278,7 @@ pub(super) fn either_side_transposed_and_batched() {
 }
 
 #[test]
-pub(super) fn bias_and_activation() {
+fn bias_and_activation() {
     for dtype in FLOATS {
         for (bias, gradient) in [(true, None), (true, Some(DType::F32)), (false, None)] {
             for activation in [None].into_iter().chain(ACTIVATIONS.map(|a| Some(a.0))) {
@@ -230,6 +290,19 @@ pub(super) fn bias_and_activation() {
                 check(&op, &[3], [5, 7, 6], true, [dtype; 3], gradient);
             }
         }
+    }
+}
+
+/// The same without every pair of type and activation: each is seconds of compiling on a device.
+#[test]
+pub(super) fn bias_and_each_activation_once() {
+    for (activation, dtype) in ACTIVATIONS.iter().zip(FLOATS.iter().cycle()) {
+        let op = Matmul {
+            bias: true,
+            activation: Some(activation.0),
+            ..Default::default()
+        };
+        check(&op, &[3], [5, 7, 6], true, [*dtype; 3], Some(DType::F32));
     }
 }
 
