@@ -36,6 +36,7 @@ mod spmd {
 
 mod train {
     mod meshes;
+    mod pipeline;
     mod resume;
     mod separate;
     mod splits;
