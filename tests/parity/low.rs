@@ -56,6 +56,7 @@ fn work(case: &Case) -> Option<Work> {
                 scale: Some(case.number("scale") as f32),
                 soft_cap: case.maybe("soft_cap").map(|c| c as f32),
                 documents: false,
+                offsets: None,
             }),
             operands: [
                 ("q", "heads", "queries"),

@@ -129,6 +129,7 @@ impl Network {
             Kind::AllToAll | Kind::Broadcast { .. } | Kind::Barrier => {
                 near(kind, bytes)? + far(bytes)?
             }
+            Kind::Shift => near(kind, bytes)?.max(far(bytes)?),
         })
     }
 
@@ -171,7 +172,7 @@ impl Network {
             // The slowest of the messages, which go all at once, crosses the top level.
             Kind::Shift => {
                 let level = &self.levels[top];
-                level.latency + bytes / n as f64 / link(level, 2)
+                level.latency + bytes / n as f64 / links::pair(level)
             }
             Kind::Barrier => above(kind, 0.0) + below(kind, 0.0)?,
         })
