@@ -1,0 +1,86 @@
+//! Attention: queries, keys and values split over tp by heads, and over cp by tokens around it.
+
+use super::Transformer;
+use crate::ops;
+use crate::placement::Placement::Shard;
+use crate::spmd::{Chip, Init, Sharded};
+
+impl Transformer {
+    pub(super) fn attention(&self, chip: &Chip, name: &str, x: &Sharded) -> Sharded {
+        let (c, h, g, d) = (
+            self.config.hidden,
+            self.config.heads,
+            self.config.kv_heads,
+            self.config.head_dim(),
+        );
+        let (b, t) = (x.shape()[0], x.shape()[1]);
+        let x = self.whole_over_tp(chip, x);
+        let project = |which: char, heads: usize| {
+            let (weight, bias) = self.column(
+                chip,
+                &format!("{name}.w{which}"),
+                &format!("{name}.b{which}"),
+                [c, heads * d],
+            );
+            x.linear(&weight, bias.as_ref(), None)
+                .reshape([b, t, heads, d])
+        };
+        let q = self.turn(chip, &format!("{name}.q_norm"), project('q', h));
+        let k = self.turn(chip, &format!("{name}.k_norm"), project('k', g));
+        let v = project('v', g);
+        drop(x);
+        let by_tokens = q.placements().clone();
+        let [q, k, v] = [q, k, v].map(|x| all_tokens_of_some_heads(chip, x));
+        let op = ops::Attention {
+            causal: true,
+            ..Default::default()
+        };
+        let o = chip.apply_one(op, &[&q, &k, &v]);
+        drop((q, k, v));
+        let o = o.redistribute(by_tokens).reshape([b, t, c]);
+        self.row(
+            chip,
+            &format!("{name}.wo"),
+            Some(&format!("{name}.bo")),
+            [c, c],
+            &o,
+        )
+    }
+
+    /// Queries or keys as attention takes them: normalized per head and turned by their position, if the model does so.
+    fn turn(&self, chip: &Chip, norm: &str, x: Sharded) -> Sharded {
+        let x = if self.config.qk_norm {
+            let weight = chip.parameter(
+                norm,
+                [self.config.head_dim()],
+                chip.replicated(),
+                Init::ones(),
+            );
+            chip.apply_one(
+                ops::RmsNorm {
+                    eps: self.config.eps,
+                    weight: true,
+                },
+                &[&x, &weight],
+            )
+        } else {
+            x
+        };
+        match &self.rotary {
+            Some(rotary) => chip.apply_one(rotary.clone(), &[&x]),
+            None => x,
+        }
+    }
+}
+
+/// Queries, keys or values [b, t, h, d] as attention takes them: tokens that are split over cp are exchanged for heads.
+fn all_tokens_of_some_heads(chip: &Chip, x: Sharded) -> Sharded {
+    if chip.size_of("cp") == 1 {
+        return x;
+    }
+    let cp = chip.mesh().axis_index("cp");
+    match x.placements()[cp] {
+        Shard(1) => x.redistribute(x.placements().with(cp, Shard(2))),
+        _ => x,
+    }
+}

@@ -1,0 +1,87 @@
+//! One block: the unit of recomputation, gathering and of the pipeline.
+
+use super::{Norm, Transformer};
+use crate::ops;
+use crate::spmd::{Chip, Init, Sharded};
+
+impl Transformer {
+    /// Block `layer` (from 0) on the residual stream [b, t, c]; computed again in the backward if the model recomputes.
+    #[track_caller]
+    pub fn block(&self, chip: &Chip, layer: usize, x: &Sharded) -> Sharded {
+        if !self.recompute {
+            return self.one_block(chip, layer, x);
+        }
+        let model = self.clone();
+        let block = move |chip: &Chip, x: &[Sharded]| vec![model.one_block(chip, layer, &x[0])];
+        chip.recompute(&[x], block).swap_remove(0)
+    }
+
+    fn one_block(&self, chip: &Chip, layer: usize, x: &Sharded) -> Sharded {
+        let name = format!("layers.{layer}");
+        chip.scope(&name, || {
+            let n = self.norm(chip, &format!("{name}.norm1"), x);
+            let y = chip.scope("attention", || {
+                self.attention(chip, &format!("{name}.attention"), &n)
+            });
+            drop(n);
+            let x = x.add(&self.dropout(chip, &format!("{name}.attention.dropout"), &y));
+            drop(y);
+            let n = self.norm(chip, &format!("{name}.norm2"), &x);
+            let y = chip.scope("mlp", || {
+                self.feed_forward(chip, &format!("{name}.mlp"), &n)
+            });
+            drop(n);
+            x.add(&self.dropout(chip, &format!("{name}.mlp.dropout"), &y))
+        })
+    }
+
+    pub(super) fn norm(&self, chip: &Chip, name: &str, x: &Sharded) -> Sharded {
+        let (c, eps) = (self.config.hidden, self.config.eps);
+        let weight = chip.parameter(
+            &format!("{name}.weight"),
+            [c],
+            chip.replicated(),
+            Init::ones(),
+        );
+        match self.config.norm {
+            Norm::RmsNorm => chip.apply_one(ops::RmsNorm { eps, weight: true }, &[x, &weight]),
+            Norm::LayerNorm if self.config.bias => {
+                let bias = chip.parameter(
+                    &format!("{name}.bias"),
+                    [c],
+                    chip.replicated(),
+                    Init::zeros(),
+                );
+                chip.apply_one(
+                    ops::LayerNorm {
+                        eps,
+                        weight: true,
+                        bias: true,
+                    },
+                    &[x, &weight, &bias],
+                )
+            }
+            Norm::LayerNorm => chip.apply_one(
+                ops::LayerNorm {
+                    eps,
+                    weight: true,
+                    bias: false,
+                },
+                &[x, &weight],
+            ),
+        }
+    }
+
+    pub(super) fn dropout(&self, chip: &Chip, name: &str, x: &Sharded) -> Sharded {
+        match (self.config.dropout, self.draw) {
+            (p, Some(draw)) if p > 0.0 => chip.apply_one(
+                ops::Dropout {
+                    p,
+                    name: format!("{name}@{draw}"),
+                },
+                &[x],
+            ),
+            _ => x.clone(),
+        }
+    }
+}

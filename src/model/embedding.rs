@@ -1,0 +1,57 @@
+//! The first part: token numbers become vectors, learned positions are added.
+
+use super::{Positions, Transformer};
+use crate::dtype::DType;
+use crate::ops;
+use crate::placement::Placement::Shard;
+use crate::spmd::{Chip, FromIndex, Init, Sharded};
+
+impl Transformer {
+    /// The residual stream [b, t, c] in front of the first block, from token numbers [b, t].
+    #[track_caller]
+    pub fn embed(&self, chip: &Chip, tokens: &Sharded) -> Sharded {
+        chip.scope("embedding", || self.vectors(chip, tokens))
+    }
+
+    pub(super) fn embedding_table(&self, chip: &Chip, dtype: DType) -> Sharded {
+        let (v, c, padded) = (
+            self.config.vocab,
+            self.config.hidden,
+            self.padded_vocab(chip),
+        );
+        let placement = chip.placed(&[("tp", Shard(0))]);
+        let shapes = (vec![v, c], vec![padded, c]);
+        chip.parameter_as("wte", shapes, placement, Init::normal(0.02), dtype)
+    }
+
+    fn vectors(&self, chip: &Chip, tokens: &Sharded) -> Sharded {
+        let op = ops::Embedding {
+            output: Some(self.dtype),
+        };
+        let table = self.embedding_table(chip, DType::F32);
+        let x = chip.apply_one(op.clone(), &[&table, tokens]);
+        drop(table);
+        let placed = self.residual(chip, tokens.placements());
+        let x = x.redistribute(&placed);
+        let x = match self.config.positions {
+            Positions::Rotary { .. } => x,
+            Positions::Learned => {
+                let shape = [self.config.context, self.config.hidden];
+                let table = chip.parameter("wpe", shape, chip.replicated(), Init::normal(0.02));
+                let at = chip.input(
+                    "positions",
+                    tokens.shape(),
+                    &placed,
+                    &positions(tokens.shape()[1]),
+                );
+                x.add(&chip.apply_one(op, &[&table, &at]))
+            }
+        };
+        self.dropout(chip, "embedding.dropout", &x)
+    }
+}
+
+/// Position of each token of [b, t], by its index in the batch.
+fn positions(tokens: usize) -> FromIndex<impl Fn(u64) -> u32> {
+    FromIndex(move |i| (i % tokens as u64) as u32)
+}
