@@ -7,6 +7,9 @@ use crate::spmd::{Chip, Init, Sharded};
 
 impl Transformer {
     pub(super) fn attention(&self, chip: &Chip, name: &str, x: &Sharded) -> Sharded {
+        if let Some(latent) = &self.config.latent {
+            return self.latent_attention(chip, name, latent, x);
+        }
         let (c, h, g, d) = (
             self.config.hidden,
             self.config.heads,
@@ -29,6 +32,18 @@ impl Transformer {
         let k = self.turn(chip, &format!("{name}.k_norm"), project('k', g));
         let v = project('v', g);
         drop(x);
+        let o = self.attend(chip, [q, k, v]).reshape([b, t, c]);
+        self.row(
+            chip,
+            &format!("{name}.wo"),
+            Some(&format!("{name}.bo")),
+            [c, c],
+            &o,
+        )
+    }
+
+    /// Attention of queries, keys and values [b, t, h, d] that lie by tokens, as o does.
+    pub(super) fn attend(&self, chip: &Chip, [q, k, v]: [Sharded; 3]) -> Sharded {
         let by_tokens = q.placements().clone();
         let [q, k, v] = [q, k, v].map(|x| all_tokens_of_some_heads(chip, x));
         let op = ops::Attention {
@@ -37,14 +52,7 @@ impl Transformer {
         };
         let o = chip.apply_one(op, &[&q, &k, &v]);
         drop((q, k, v));
-        let o = o.redistribute(by_tokens).reshape([b, t, c]);
-        self.row(
-            chip,
-            &format!("{name}.wo"),
-            Some(&format!("{name}.bo")),
-            [c, c],
-            &o,
-        )
+        o.redistribute(by_tokens)
     }
 
     /// Queries or keys as attention takes them: normalized per head and turned by their position, if the model does so.

@@ -136,11 +136,14 @@ fn sum_over_heads(dy: Slice, [tokens, heads, n, r]: [usize; 4], out: &mut [f32])
         for head in 0..heads {
             let mut piece = SliceMut::of_bytes(bytes, dy.dtype());
             let from = part(dy, head * d + n..dy.len());
-            rows::copy_strided(from, &[heads * d, 1], piece.reborrow(), &[r, 1], &[tokens, r]);
-            rows::add_assign(
-                SliceMut::F32(out),
-                rows::parallel::shared(&piece),
+            rows::copy_strided(
+                from,
+                &[heads * d, 1],
+                piece.reborrow(),
+                &[r, 1],
+                &[tokens, r],
             );
+            rows::add_assign(SliceMut::F32(out), rows::parallel::shared(&piece));
         }
     });
 }

@@ -80,7 +80,9 @@ impl Matmul {
             return Err("leading axes of b that are the first of a's");
         };
         if self.transpose_a && !rows.is_empty() {
-            return Err("a transposed a of two axes where b has two, and the same leading axes otherwise");
+            return Err(
+                "a transposed a of two axes where b has two, and the same leading axes otherwise",
+            );
         }
         let mut shape = a_lead.to_vec();
         shape.extend([m, n]);

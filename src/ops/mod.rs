@@ -58,7 +58,7 @@ pub use embedding::Embedding;
 pub use join_heads::JoinHeads;
 pub use layer_norm::LayerNorm;
 pub use matmul::Matmul;
-pub use mixture::{BalanceLoss, Combine, Dispatch, JoinLoss, NONE, Route, Slots};
+pub use mixture::{BalanceBias, BalanceLoss, Combine, Dispatch, JoinLoss, NONE, Route, Slots};
 pub use multiply::Multiply;
 pub use norm::ClipFactor;
 pub use pad::Pad;

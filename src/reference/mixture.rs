@@ -32,12 +32,7 @@ pub struct Route {
 
 /// The k experts with the largest `scores + bias` of each row, the lower number first on a tie, and their weights, from the
 /// scores alone: scores `[r, e]`, bias `[e]`; weights and experts `[r, k]`.
-pub fn route(
-    rule: Route,
-    e: usize,
-    scores: &[f64],
-    bias: Option<&[f64]>,
-) -> (Vec<f64>, Vec<u32>) {
+pub fn route(rule: Route, e: usize, scores: &[f64], bias: Option<&[f64]>) -> (Vec<f64>, Vec<u32>) {
     let (mut weights, mut experts) = (Vec::new(), Vec::new());
     for row in scores.chunks_exact(e) {
         let key = |i: usize| row[i] + bias.map_or(0.0, |b| b[i]);
@@ -66,7 +61,9 @@ pub fn route_backward(
         let at = |j: usize| r * e + experts[r * k + j] as usize;
         let sum: f64 = (0..k).map(|j| scores[at(j)]).sum::<f64>() + 1e-20;
         // weight[j] = scale score[j] / sum
-        let mean: f64 = (0..k).map(|j| dweights[r * k + j] * scores[at(j)] / sum).sum();
+        let mean: f64 = (0..k)
+            .map(|j| dweights[r * k + j] * scores[at(j)] / sum)
+            .sum();
         for j in 0..k {
             let dw = dweights[r * k + j];
             dscores[at(j)] = match rule.normalize {
@@ -88,7 +85,11 @@ pub fn slots(
     [e, s]: [usize; 2],
     experts: &[u32],
 ) -> (Vec<u32>, Vec<u32>, Vec<f64>) {
-    assert_eq!(experts.len(), b * t * k, "slots: experts are [{b}, {t}, {k}]");
+    assert_eq!(
+        experts.len(),
+        b * t * k,
+        "slots: experts are [{b}, {t}, {k}]"
+    );
     let mut slots = vec![NONE; b * t * k];
     let mut origin = vec![NONE; e * b * s];
     let mut load = vec![0.0; 2 * e];
@@ -136,7 +137,12 @@ impl Slotted {
             let sequence = at / (t * k);
             (slot != NONE).then_some((at, at / k, (expert * b + sequence) * s + place))
         };
-        slots.iter().enumerate().filter_map(row).collect::<Vec<_>>().into_iter()
+        slots
+            .iter()
+            .enumerate()
+            .filter_map(row)
+            .collect::<Vec<_>>()
+            .into_iter()
     }
 }
 
@@ -266,20 +272,15 @@ pub struct Experts<'a> {
 
 /// A whole layer, token by token: `out[t] = sum over j of weight[t, j] down_e (silu(gate_e x[t]) * up_e x[t])` with
 /// `e = experts[t, j]`, over the assignments that find a slot: x `[b, t, c]`. No buffer and no batch of experts.
-pub fn mixture(
-    n: Slotted,
-    x: &[f64],
-    weights: &[f64],
-    experts: &[u32],
-    w: Experts,
-) -> Vec<f64> {
+pub fn mixture(n: Slotted, x: &[f64], weights: &[f64], experts: &[u32], w: Experts) -> Vec<f64> {
     let (slots, ..) = slots([n.b, n.t, n.k], [n.e, n.s], experts);
     let (c, f) = (n.c, w.f);
     let mut out = vec![0.0; n.b * n.t * c];
     for (at, _) in slots.iter().enumerate().filter(|(_, slot)| **slot != NONE) {
         let (token, e) = (at / n.k, experts[at] as usize);
         let x = &x[token * c..][..c];
-        let into = |w: &[f64], to: usize| -> f64 { (0..c).map(|i| x[i] * w[(e * c + i) * f + to]).sum() };
+        let into =
+            |w: &[f64], to: usize| -> f64 { (0..c).map(|i| x[i] * w[(e * c + i) * f + to]).sum() };
         let gate: Vec<f64> = (0..f).map(|j| into(w.gate, j)).collect();
         let up: Vec<f64> = (0..f).map(|j| into(w.up, j)).collect();
         let inner = swiglu(&gate, &up);
@@ -344,7 +345,11 @@ mod tests {
                 let mut out = Vec::new();
                 for (r, row) in s.chunks_exact(7).enumerate() {
                     let of: Vec<f64> = (0..2).map(|j| row[experts[r * 2 + j] as usize]).collect();
-                    let sum = if normalize { of.iter().sum::<f64>() + 1e-20 } else { 1.0 };
+                    let sum = if normalize {
+                        of.iter().sum::<f64>() + 1e-20
+                    } else {
+                        1.0
+                    };
                     out.extend(of.iter().map(|x| 1.5 * x / sum));
                 }
                 out
@@ -381,7 +386,10 @@ mod tests {
         );
         assert_gradient(
             "combine",
-            &[normals("y", N.e * N.b * N.s * N.c), normals("w", N.b * N.t * N.k)],
+            &[
+                normals("y", N.e * N.b * N.s * N.c),
+                normals("w", N.b * N.t * N.k),
+            ],
             |x| combine(N, &x[0], &x[1], &slots),
             |x, dy| combine_backward(N, &x[0], &x[1], &slots, dy).into(),
         );
@@ -397,7 +405,9 @@ mod tests {
                 |x| balance_loss([N.b, N.t, N.e], N.k, normalize, &x[0], &EXPERTS),
                 |x, dy| {
                     let sizes = [N.b, N.t, N.e];
-                    vec![balance_loss_backward(sizes, N.k, normalize, &x[0], &EXPERTS, dy)]
+                    vec![balance_loss_backward(
+                        sizes, N.k, normalize, &x[0], &EXPERTS, dy,
+                    )]
                 },
             );
         }
@@ -426,9 +436,15 @@ mod tests {
         let mut back = Vec::new();
         for e in 0..N.e {
             let x = &sent[e * rows * N.c..][..rows * N.c];
-            let by = |w: &[f64]| crate::reference::matmul([rows, f, N.c], x, &w[e * N.c * f..][..N.c * f]);
+            let by = |w: &[f64]| {
+                crate::reference::matmul([rows, f, N.c], x, &w[e * N.c * f..][..N.c * f])
+            };
             let inner = swiglu(&by(&gate), &by(&up));
-            back.extend(crate::reference::matmul([rows, N.c, f], &inner, &down[e * f * N.c..][..f * N.c]));
+            back.extend(crate::reference::matmul(
+                [rows, N.c, f],
+                &inner,
+                &down[e * f * N.c..][..f * N.c],
+            ));
         }
         let parts = combine(N, &back, &weights, &slots);
         for (a, b) in whole.iter().zip(&parts) {

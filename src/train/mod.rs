@@ -9,6 +9,7 @@
 //! | `layout` | what lives where and what moves when, as a table |
 //! | `trainer` | the loop, with `evaluate`, `persist` and `generate` |
 
+mod balance;
 mod batch;
 pub mod checkpoint;
 pub mod data;
@@ -21,6 +22,7 @@ mod persist;
 pub mod schedule;
 mod trainer;
 
+pub use balance::ExpertLoads;
 pub use layout::{Layout, Move, Row};
 pub use optimizer::{AdamW, Optimizer};
 pub use trainer::{Finished, Options, Report, Training};

@@ -4,6 +4,7 @@
 //! once, clips, updates. The loop around the step is the only place that reads a number from a chip. Evaluation, saving and
 //! sampling are in `evaluate`, `persist` and `generate`.
 
+use super::balance::ExpertLoads;
 use super::batch::{Half, Rows};
 use super::data::Batches;
 use super::optimizer::{AdamW, Optimizer};
@@ -83,6 +84,8 @@ pub enum Report {
         ms: f64,
         /// Highest bytes of tensors on this chip so far.
         peak_bytes: u64,
+        /// What a mixture's experts were asked to take; none without one.
+        experts: Option<ExpertLoads>,
     },
     /// The validation loss after a step: the mean over all windows of the validation split.
     Validation {
@@ -136,7 +139,7 @@ impl Training {
     /// [`ErrorKind::Mesh`] or [`ErrorKind::Input`]: which number stands in the way, and the nearest that works.
     pub fn check(&self, mesh: &Mesh) -> Result<()> {
         self.model.config().check(mesh)?;
-        let known = |name: &str| matches!(name, "dp" | "fsdp" | "cp" | "tp");
+        let known = |name: &str| matches!(name, "dp" | "fsdp" | "ep" | "cp" | "tp");
         if let Some(axis) = mesh
             .axes()
             .iter()
@@ -145,7 +148,7 @@ impl Training {
             return Err(Error::new(
                 ErrorKind::Mesh,
                 format!(
-                    "the training loop splits over dp, fsdp, cp and tp; it does not know mesh axis {}={}",
+                    "the training loop splits over dp, fsdp, ep, cp and tp; it does not know mesh axis {}={}",
                     axis.name(),
                     axis.size()
                 ),
@@ -193,13 +196,14 @@ impl Training {
 
     fn check_batch(&self, mesh: &Mesh) -> Result<()> {
         let mut left = self.batches.rows();
-        for axis in ["dp", "fsdp"] {
+        let mut before: Vec<&str> = Vec::new();
+        for axis in REPLICAS {
             let (size, batch) = (mesh.size_of(axis), self.batches.rows());
             if !left.is_multiple_of(size) {
-                let others = if left == batch {
-                    String::new()
-                } else {
-                    format!("the {left} that dp leaves of ")
+                let others = match (&before[..], left == batch) {
+                    (_, true) | ([], _) => String::new(),
+                    ([one], _) => format!("the {left} that {one} leaves of "),
+                    (several, _) => format!("the {left} that {} leave of ", several.join(" and ")),
                 };
                 return Err(Error::new(
                     ErrorKind::Mesh,
@@ -212,6 +216,9 @@ impl Training {
                 ));
             }
             left /= size;
+            if size > 1 {
+                before.push(axis);
+            }
         }
         Ok(())
     }
@@ -351,7 +358,7 @@ impl Training {
         tell: &impl Fn(Report),
     ) -> (f64, f64) {
         let began = Instant::now();
-        let (loss, norm) = chip.step(number, || self.step(chip, optimizer, number));
+        let (loss, norm, loads) = chip.step(number, || self.step(chip, optimizer, number));
         let loss = number_of(&loss);
         if !loss.is_finite() {
             chip.fail(Error::new(
@@ -367,6 +374,7 @@ impl Training {
             lr: self.options.learning_rate.at(number - 1),
             ms: began.elapsed().as_secs_f64() * 1e3,
             peak_bytes: chip.memory().count().peak,
+            experts: loads.as_ref().and_then(ExpertLoads::read),
         });
         (loss, norm)
     }
@@ -393,8 +401,13 @@ impl Training {
         Some(loss)
     }
 
-    /// Step `number`, from 1: mean loss and gradient norm, [1] each, on every chip.
-    fn step(&self, chip: &Chip, optimizer: &mut Optimizer, number: u64) -> (Sharded, Sharded) {
+    /// Step `number`, from 1: mean loss and gradient norm, [1] each, and a mixture's loads, on every chip.
+    fn step(
+        &self,
+        chip: &Chip,
+        optimizer: &mut Optimizer,
+        number: u64,
+    ) -> (Sharded, Sharded, Option<Sharded>) {
         let rows = self.micro_batch(chip.mesh()) * replicas(chip.mesh());
         let batch = self.batches.rows();
         let labels = (batch * self.batches.context()) as f32;
@@ -407,7 +420,8 @@ impl Training {
             };
             let model = self
                 .model
-                .training((number - 1) * passes as u64 + pass as u64);
+                .training((number - 1) * passes as u64 + pass as u64)
+                .with_share(rows as f32 / batch as f32);
             let loss = chip.record(|| {
                 let (tokens, labels_) = self.inputs(chip, at, rows);
                 chip.scope("forward", || {
@@ -425,8 +439,9 @@ impl Training {
             });
         }
         let norm = optimizer.step(chip, self.options.learning_rate.at(number - 1));
+        let loads = self.balance(chip);
         let loss = total.expect("a batch has at least one pass");
-        (loss.gather(), norm)
+        (loss.gather(), norm, loads)
     }
 
     /// Tokens and labels of some rows, [rows, t], placed as a batch is.
@@ -446,8 +461,11 @@ impl Training {
 
 /// Into how many parts the mesh splits the sequences of a batch.
 fn replicas(mesh: &Mesh) -> usize {
-    mesh.size_of("dp") * mesh.size_of("fsdp")
+    REPLICAS.iter().map(|axis| mesh.size_of(axis)).product()
 }
+
+/// The axes that split the sequences of a batch.
+const REPLICAS: [&str; 3] = ["dp", "fsdp", "ep"];
 
 /// The number in a scalar.
 pub(super) fn number_of(scalar: &Sharded) -> f64 {

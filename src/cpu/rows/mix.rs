@@ -93,13 +93,7 @@ pub(crate) fn mix_dots(
         data: SliceMut::F32(y),
         width: k,
     };
-    over_rows(
-        &Dots { c, k, a, x, pick },
-        a.len() / c,
-        c * k,
-        2 * c,
-        out,
-    );
+    over_rows(&Dots { c, k, a, x, pick }, a.len() / c, c * k, 2 * c, out);
 }
 
 struct Dots<'a, F> {

@@ -56,7 +56,7 @@ fn bindings(kernel: &Kernel) -> Vec<Vec<Bound>> {
 fn constants(kernel: &Kernel) -> Vec<Vec<u32>> {
     let face = interface(kernel);
     let range = |name: &String| match name.as_str() {
-        "ADD" | "MEAN" | "SQUARES" | "PAIRS" | "CAUSAL" | "WINDOW" | "CAP" => [0, 1],
+        "ADD" | "NORMALIZE" | "MEAN" | "SQUARES" | "PAIRS" | "CAUSAL" | "WINDOW" | "CAP" => [0, 1],
         "FUNCTION" => [0, 4],
         "ROWS" | "COLUMNS" => [1, 8],
         "WG_X" | "WG_Y" => [4, 8],

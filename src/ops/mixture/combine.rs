@@ -70,7 +70,13 @@ impl Op for Combine {
         let slots = inputs[2].slice().typed::<u32>();
         let pick = buffers.by_slot(slots, Some(weights));
         let c = inputs[0].ty().last();
-        rows::mix(inputs[0].slice(), c, buffers.k, pick, outputs[0].slice_mut());
+        rows::mix(
+            inputs[0].slice(),
+            c,
+            buffers.k,
+            pick,
+            outputs[0].slice_mut(),
+        );
     }
 
     fn saves(&self) -> Saved {

@@ -8,6 +8,7 @@
 //! | [`Combine`] | what the experts made of them [e, b, s, c] | tokens [b, t, c] |
 //! | [`BalanceLoss`] | scores and numbers | how uneven each sequence's load is [b] |
 //! | [`JoinLoss`] | any value and a loss [b] | the value; the loss takes part in the backward |
+//! | [`BalanceBias`] | loads | what is added to scores for the choice, between steps |
 //!
 //! Letters: e experts, k experts of a token, s slots of an expert in one sequence. A slot is numbered `e s + place`, an
 //! assignment `t k + j` within its sequence; [`NONE`] stands for no slot and for nothing in a slot.
@@ -16,12 +17,14 @@
 //! An axis of the mesh that splits sequences becomes one that splits experts by an all-to-all of the buffers.
 
 mod balance;
+mod bias;
 mod combine;
 mod dispatch;
 mod route;
 mod slots;
 
 pub use balance::{BalanceLoss, JoinLoss};
+pub use bias::BalanceBias;
 pub use combine::Combine;
 pub use dispatch::Dispatch;
 pub use route::Route;

@@ -110,7 +110,10 @@ impl Op for Route {
         };
         if !fits || !f32s || self.k == 0 {
             let bias = if self.bias { " and a bias [e]" } else { "" };
-            let wants = format!("scores [.., e]{bias} in f32 with e of at least k = {}", self.k);
+            let wants = format!(
+                "scores [.., e]{bias} in f32 with e of at least k = {}",
+                self.k
+            );
             return Err(misfit("route", wants, inputs));
         }
         let mut shape = inputs[0].shape.clone();

@@ -8,6 +8,7 @@ use crate::dtype::DType;
 #[cfg(feature = "gpu")]
 use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
+use std::sync::Arc;
 
 /// A place for each assignment: an expert has `capacity` slots in every sequence, filled in the order of tokens and, within a
 /// token, of its choices; what finds its expert full is dropped (the capacity of Lepikhin et al. 2020, per sequence).
@@ -28,10 +29,13 @@ pub struct Slots {
     pub experts: usize,
     /// Slots of each in one sequence, s.
     pub capacity: usize,
+    /// Where the tensor keeps the token of each position of the text; none if they are kept in the order of the text. Slots
+    /// are filled in that of the text.
+    pub order: Option<Arc<[u32]>>,
 }
 
 impl Slots {
-    fn place(&self, experts: &[u32], [b, per]: [usize; 2], outputs: &mut [Tensor]) {
+    fn place(&self, experts: &[u32], [b, t, k]: [usize; 3], outputs: &mut [Tensor]) {
         let [slots, origin, load] = outputs else {
             unreachable!("infer gives three results")
         };
@@ -44,8 +48,11 @@ impl Slots {
         let mut taken = vec![0; self.experts];
         for sequence in 0..b {
             taken.fill(0);
-            for at in 0..per {
-                let (i, expert) = (sequence * per + at, experts[sequence * per + at] as usize);
+            for nth in 0..t * k {
+                let token = self.order.as_ref().map_or(nth / k, |o| o[nth / k] as usize);
+                let at = token * k + nth % k;
+                let i = sequence * t * k + at;
+                let expert = experts[i] as usize;
                 assert!(
                     expert < self.experts,
                     "slots: assignment {i} names expert {expert} of {}",
@@ -74,7 +81,12 @@ impl Op for Slots {
     fn infer(&self, inputs: &[TensorType]) -> Result<Vec<TensorType>, String> {
         let numbered = (self.experts as u64 * self.capacity as u64) < u64::from(NONE);
         match inputs {
-            [x] if x.rank() == 3 && x.dtype == DType::U32 && self.capacity > 0 && numbered => {
+            [x] if x.rank() == 3
+                && x.dtype == DType::U32
+                && self.capacity > 0
+                && numbered
+                && self.order.as_ref().is_none_or(|o| o.len() == x.shape[1]) =>
+            {
                 let buffers = [self.experts, x.shape[0], self.capacity];
                 Ok(vec![
                     x.clone(),
@@ -108,7 +120,7 @@ impl Op for Slots {
         let [b, t, k] = inputs[0].shape()[..] else {
             unreachable!("infer wants three axes")
         };
-        self.place(inputs[0].slice().typed::<u32>(), [b, t * k], outputs);
+        self.place(inputs[0].slice().typed::<u32>(), [b, t, k], outputs);
     }
 
     fn differentiable(&self, _: usize) -> bool {
@@ -124,7 +136,8 @@ impl Op for Slots {
             unreachable!("infer gives three results")
         };
         gpu::slots(
-            [b, t * k, self.experts, self.capacity],
+            [b, t, k, self.experts, self.capacity],
+            self.order.as_deref(),
             read(inputs[0]),
             write(slots),
             write(origin),

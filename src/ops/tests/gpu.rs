@@ -4,7 +4,7 @@
 //! registers.
 
 use super::harness::on_gpu;
-use super::{attention, elementwise, loss, matmul, norms, optimizer, shapes};
+use super::{attention, elementwise, loss, matmul, mixture, norms, optimizer, shapes};
 
 /// Tests of the same name that run on the first graphics processor.
 macro_rules! the_same {
@@ -36,6 +36,16 @@ the_same! {
     matmul::either_side_transposed_and_batched,
     matmul::bias_and_activation,
     matmul::the_result_has_the_type_that_is_asked_for,
+    mixture::sigmoids,
+    mixture::routes,
+    mixture::slots_within_a_capacity,
+    mixture::slots_are_filled_in_the_order_of_the_text,
+    mixture::tokens_go_to_experts,
+    mixture::and_come_back,
+    mixture::uneven_loads_cost,
+    mixture::a_loss_joins_whatever_passes,
+    mixture::heads_join_what_they_share,
+    mixture::zeros_around,
     norms::layer_norm,
     norms::rms_norm_over_rows_and_heads,
     norms::softmax,
