@@ -1,5 +1,6 @@
-// The k experts of a row with the largest scores + bias, the lower number first on a tie, NaN as the largest; and their weights.
-// elements; reads scores: f32, bias?: f32; writes weights: f32, chosen: u32; numbers experts, k, scale: f32, least: f32; constants NORMALIZE
+// The k experts of a row with the largest scores + bias, the lower number first on a tie, NaN as the largest; their weights;
+// and whether the next one lies closer than `margin`.
+// elements; reads scores: f32, bias?: f32; writes weights: f32, chosen: u32, close: f32; numbers experts, k, scale: f32, least: f32, margin: f32; constants NORMALIZE
 fn key(r: u32, e: u32) -> f32 {
     var x = load_scores(r * numbers.experts + e);
     if (has_bias) { x += load_bias(e); }
@@ -13,7 +14,7 @@ fn element(r: u32) {
         // A later choice is what comes behind the one before it in the order (key, number).
         var before = infinity();
         var before_at = 0u;
-        for (var j = 0u; j < numbers.k; j++) {
+        for (var j = 0u; j <= numbers.k; j++) {
             var best = -infinity();
             var best_at = numbers.experts;
             for (var e = 0u; e < numbers.experts; e++) {
@@ -23,6 +24,11 @@ fn element(r: u32) {
                     best = x;
                     best_at = e;
                 }
+            }
+            if (j == numbers.k) {
+                let near = best_at < numbers.experts && (best == before || before - best < numbers.margin);
+                store_close(r, select(0.0, 1.0, near));
+                continue;
             }
             before = best;
             before_at = best_at;

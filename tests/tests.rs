@@ -24,6 +24,7 @@ mod spmd {
     mod classes;
     mod counts;
     mod diagnosis;
+    mod experts;
     mod faults;
     mod ghost;
     mod grid;
@@ -35,7 +36,9 @@ mod spmd {
 }
 
 mod train {
+    mod latent;
     mod meshes;
+    mod mixtures;
     mod resume;
     mod separate;
     mod splits;

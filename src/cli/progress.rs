@@ -90,6 +90,7 @@ impl Progress {
                     if let Some(e) = experts {
                         line["dropped"] = json!(dropped(e));
                         line["busiest_expert"] = json!(e.busiest);
+                        line["close_choices"] = json!(e.close);
                     }
                     print_line(&line);
                 }

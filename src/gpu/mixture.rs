@@ -2,7 +2,7 @@
 
 use super::launch::{Launch, Operand};
 use super::library as k;
-use super::rows::{map, table};
+use super::rows::{fill, map, sum, table};
 use crate::dtype::DType;
 
 pub(crate) fn sigmoid(x: Operand, y: Operand) {
@@ -23,6 +23,7 @@ pub(crate) struct Routing {
     pub(crate) normalize: bool,
     pub(crate) scale: f32,
     pub(crate) least: f32,
+    pub(crate) close: f32,
 }
 
 impl Routing {
@@ -40,16 +41,22 @@ pub(crate) fn route(
     rule: Routing,
     scores: Operand,
     bias: Option<Operand>,
-    weights: Operand,
-    experts: Operand,
+    [weights, experts, close]: [Operand; 3],
 ) {
     let rows = scores.elements / rule.experts;
+    let of_row = scores.scratch(rows.max(1));
     let launch = Launch::new(&k::ROUTE)
         .operand("scores", scores)
         .optional("bias", bias)
         .operand("weights", weights)
-        .operand("chosen", experts);
+        .operand("chosen", experts)
+        .operand("close", of_row.clone())
+        .number("margin", rule.close);
     rule.of(launch).run(rows);
+    match rows {
+        0 => fill(0.0, None, close),
+        _ => sum(of_row, false, close),
+    }
 }
 
 pub(crate) fn route_backward(

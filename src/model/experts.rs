@@ -30,6 +30,9 @@ pub(crate) fn load_name(layer: usize) -> String {
     format!("layers.{layer}.mlp.experts.load")
 }
 
+/// The name under which close choices of all blocks are counted while a model trains: see [`ops::Route`].
+pub(crate) const CLOSE: &str = "experts.close";
+
 /// The name of the bias that balances a block's experts.
 pub(crate) fn bias_name(layer: usize) -> String {
     format!("layers.{layer}.mlp.router.bias")
@@ -105,7 +108,7 @@ impl Transformer {
         tokens: &Sharded,
     ) -> (Sharded, Sharded) {
         let shape = [self.config.hidden, m.experts];
-        let init = Init::normal(0.02);
+        let init = Init::normal(m.router_init);
         let weight = chip.parameter(
             &format!("{name}.router.weight"),
             shape,
@@ -137,9 +140,10 @@ impl Transformer {
         };
         let mut operands = vec![&scores];
         operands.extend(&bias);
-        let mut both = chip.apply(rule, &operands);
-        let experts = both.pop().expect("route gives numbers behind weights");
-        let weights = both.swap_remove(0);
+        let [weights, experts, close] = three(chip.apply(rule, &operands));
+        if self.draw.is_some() {
+            chip.count(CLOSE, &close);
+        }
         (self.balanced(chip, m, &scores, weights, &experts), experts)
     }
 

@@ -40,6 +40,13 @@ pub struct Mixture {
     /// What keeps loads even.
     #[serde(default)]
     pub balance: Balance,
+    /// Standard deviation of the router's first weights.
+    #[serde(default = "router_init", alias = "initializer_range")]
+    pub router_init: f32,
+}
+
+fn router_init() -> f32 {
+    0.02
 }
 
 fn one() -> f32 {
@@ -93,6 +100,7 @@ impl Mixture {
             normalize: experts_per_token > 1,
             scale: 1.0,
             balance: Balance::Auxiliary { weight: 0.01 },
+            router_init: router_init(),
         }
     }
 

@@ -37,7 +37,7 @@ mod mixture;
 
 pub(crate) use config::nearest_divisor;
 pub use config::{Config, FeedForward, Norm, Positions};
-pub(crate) use experts::{bias_name, load_name};
+pub(crate) use experts::{CLOSE, bias_name, load_name};
 pub use latent::{KeyLatent, Latent};
 pub use mixture::{Balance, Mixture, Score};
 

@@ -1,7 +1,7 @@
 //! What follows a step of a mixture of experts: its loads are added up over the mesh, and the biases that balance it move.
 
 use super::trainer::Training;
-use crate::model::{Balance, bias_name, load_name};
+use crate::model::{Balance, CLOSE, bias_name, load_name};
 use crate::ops::{self, BalanceBias};
 use crate::spmd::{Chip, Sharded};
 use crate::tensor::Tensor;
@@ -17,22 +17,28 @@ pub struct ExpertLoads {
     /// The largest share of a block's assignments that one expert was asked to take, times the number of experts: 1 is
     /// perfect balance.
     pub busiest: f64,
+    /// Tokens whose choice hangs on less than [`Route::CLOSE`](crate::ops::Route::CLOSE), summed over blocks: another mesh may
+    /// round them the other way. None of them, and losses do not depend on the mesh but for rounding.
+    pub close: u64,
+}
+
+/// The same on the chips, before it is read.
+pub(super) struct Counted {
+    /// (asked, dropped) of the experts of each block: [2 blocks, e].
+    loads: Sharded,
+    close: Sharded,
 }
 
 impl ExpertLoads {
-    /// From the rows (asked, dropped) of each block's experts; none in a ghost.
-    pub(super) fn read(loads: &Sharded) -> Option<Self> {
-        let all = loads.read()?;
-        let experts = loads.shape()[1];
-        let rows: Vec<Vec<f64>> = all
-            .iter()
-            .map(|&x| f64::from(x))
-            .collect::<Vec<f64>>()
-            .chunks(experts)
-            .map(<[f64]>::to_vec)
-            .collect();
-        let sum = |first: usize| -> f64 { rows.iter().skip(first).step_by(2).flatten().sum() };
-        let uneven = |row: &Vec<f64>| {
+    /// None in a ghost.
+    pub(super) fn read(counted: &Counted) -> Option<Self> {
+        let all: Vec<f64> = counted.loads.read()?.iter().map(|&x| x.into()).collect();
+        let close = counted.close.read()?.sum();
+        let experts = counted.loads.shape()[1];
+        let rows: Vec<&[f64]> = all.chunks(experts).collect();
+        let sum =
+            |first: usize| -> f64 { rows.iter().skip(first).step_by(2).copied().flatten().sum() };
+        let uneven = |row: &&[f64]| {
             let most = row.iter().copied().fold(0.0, f64::max);
             most * experts as f64 / row.iter().sum::<f64>()
         };
@@ -40,14 +46,15 @@ impl ExpertLoads {
             asked: sum(0) as u64,
             dropped: sum(1) as u64,
             busiest: rows.iter().step_by(2).map(uneven).fold(0.0, f64::max),
+            close: close as u64,
         })
     }
 }
 
 impl Training {
-    /// Adds up the loads that the step counted, in one all-reduce for each axis that splits sequences, and moves the biases
-    /// of the model's mixtures: (asked, dropped) of the experts of each block, [2 blocks, e]; none without a mixture.
-    pub(super) fn balance(&self, chip: &Chip) -> Option<Sharded> {
+    /// Adds up what the step counted, for each axis that splits sequences in one all-reduce of all blocks' loads and one of
+    /// close choices, and moves the biases of the model's mixtures. None without a mixture.
+    pub(super) fn balance(&self, chip: &Chip) -> Option<Counted> {
         let counts = chip.take_counts();
         let found = |layer: usize| {
             let name = load_name(layer);
@@ -59,7 +66,9 @@ impl Training {
         if loads.is_empty() {
             return None;
         }
-        let all = chip.phase(Phase::Update, || {
+        let close = counts.iter().find(|(name, _)| **name == *CLOSE);
+        let (_, close) = close.expect("a router counts close choices beside loads");
+        let counted = chip.phase(Phase::Update, || {
             chip.scope("balance", || {
                 let parts: Vec<&Sharded> = loads.iter().map(|(_, load)| *load).collect();
                 let all = match parts[..] {
@@ -71,10 +80,13 @@ impl Training {
                 for (at, (layer, _)) in loads.iter().enumerate() {
                     self.move_bias(chip, *layer, &all, at);
                 }
-                all
+                Counted {
+                    loads: all,
+                    close: close.gather(),
+                }
             })
         });
-        Some(all)
+        Some(counted)
     }
 
     fn move_bias(&self, chip: &Chip, layer: usize, loads: &Sharded, at: usize) {

@@ -4,7 +4,7 @@
 //! once, clips, updates. The loop around the step is the only place that reads a number from a chip. Evaluation, saving and
 //! sampling are in `evaluate`, `persist` and `generate`.
 
-use super::balance::ExpertLoads;
+use super::balance::{Counted, ExpertLoads};
 use super::batch::{Half, Rows};
 use super::data::Batches;
 use super::optimizer::{AdamW, Optimizer};
@@ -407,7 +407,7 @@ impl Training {
         chip: &Chip,
         optimizer: &mut Optimizer,
         number: u64,
-    ) -> (Sharded, Sharded, Option<Sharded>) {
+    ) -> (Sharded, Sharded, Option<Counted>) {
         let rows = self.micro_batch(chip.mesh()) * replicas(chip.mesh());
         let batch = self.batches.rows();
         let labels = (batch * self.batches.context()) as f32;

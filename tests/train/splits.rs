@@ -14,7 +14,7 @@ const STEPS: u64 = 10;
 const ROWS: usize = 8;
 
 /// A mesh, ZeRO's stage if it is given, and whether tp splits tokens between its pairs.
-type Case = (&'static str, Option<usize>, bool);
+pub(crate) type Case = (&'static str, Option<usize>, bool);
 
 /// Each way by itself, on two and four chips.
 const ALONE: [Case; 12] = [
@@ -65,7 +65,7 @@ const MORE: [Case; 13] = [
     ("dp=2,fsdp=2,tp=2,cp=2", None, false),
 ];
 
-fn split(training: &Training, (_, zero, sequence): Case) -> Training {
+pub(crate) fn split(training: &Training, (_, zero, sequence): Case) -> Training {
     let mut training = training.clone();
     training.options.zero = zero.map(|n| Zero::stage(n).expect("a stage"));
     training.model = training.model.with_sequence_parallel(sequence);
@@ -73,7 +73,7 @@ fn split(training: &Training, (_, zero, sequence): Case) -> Training {
 }
 
 /// Losses within `bound` of one chip's, and events, bytes and memory as the ghost has them.
-fn agree(name: &str, plain: &Training, cases: &[Case], bound: f64) {
+pub(crate) fn agree(name: &str, plain: &Training, cases: &[Case], bound: f64) {
     let single = losses(plain, &world(&Mesh::single()));
     let learnt = single[0] - single[single.len() - 1];
     assert!(learnt > 0.05, "{name} learns: {single:?}");
@@ -166,9 +166,9 @@ fn bf16_agrees_within_its_rounding() {
 }
 
 /// Every parameter's gradient, whole, after one backward.
-fn gradients(model: &Transformer, case: Case) -> BTreeMap<String, Vec<f32>> {
+pub(crate) fn gradients(model: &Transformer, case: Case) -> BTreeMap<String, Vec<f32>> {
     let mesh = Mesh::parse(case.0).expect("a mesh");
-    let model = model.clone().with_sequence_parallel(case.2);
+    let model = model.training(0).with_sequence_parallel(case.2);
     let program = |chip: &Chip| {
         let axis = if mesh.has("fsdp") { "fsdp" } else { "dp" };
         chip.split_parameters(Zero::stage(case.1.unwrap_or(3)).expect("a stage"), axis);
@@ -211,22 +211,28 @@ fn gradients(model: &Transformer, case: Case) -> BTreeMap<String, Vec<f32>> {
 fn gathered_gradients_are_those_of_one_chip() {
     for (name, config) in [("gpt2", gpt2()), ("llama", llama())] {
         let model = training(config, ROWS, 1).model;
-        let single = gradients(&model, ("single", None, false));
-        for case in ALONE.iter().chain(&PAIRS).chain(&MORE) {
-            let got = gradients(&model, *case);
-            assert_eq!(got.len(), single.len());
-            for (parameter, want) in &single {
-                let size = want.iter().fold(0f32, |m, x| m.max(x.abs()));
-                let got = &got[parameter];
-                // Padding of a vocabulary that tp splits comes behind and has no gradient.
-                let pairs = got.iter().zip(want).filter(|_| got.len() == want.len());
-                for (a, b) in pairs {
-                    let error = (a - b).abs();
-                    assert!(
-                        error <= 1e-5 * size + 1e-7,
-                        "{name} {parameter} on {case:?}: {a}, {b}"
-                    );
-                }
+        let cases: Vec<Case> = [&ALONE[..], &PAIRS, &MORE].concat();
+        gradients_agree(name, &model, &cases);
+    }
+}
+
+/// Every parameter's gradient on every case within rounding of one chip's.
+pub(crate) fn gradients_agree(name: &str, model: &Transformer, cases: &[Case]) {
+    let single = gradients(model, ("single", None, false));
+    for case in cases {
+        let got = gradients(model, *case);
+        assert_eq!(got.len(), single.len());
+        for (parameter, want) in &single {
+            let size = want.iter().fold(0f32, |m, x| m.max(x.abs()));
+            let got = &got[parameter];
+            // Padding of a vocabulary that tp splits comes behind and has no gradient.
+            let pairs = got.iter().zip(want).filter(|_| got.len() == want.len());
+            for (a, b) in pairs {
+                let error = (a - b).abs();
+                assert!(
+                    error <= 1e-5 * size + 1e-7,
+                    "{name} {parameter} on {case:?}: {a}, {b}"
+                );
             }
         }
     }

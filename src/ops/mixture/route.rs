@@ -8,6 +8,7 @@ use crate::dtype::DType;
 #[cfg(feature = "gpu")]
 use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 /// The k experts of each token with the largest scores, and their weights (Shazeer et al. 2017; Fedus et al. 2021).
 ///
@@ -15,9 +16,11 @@ use crate::tensor::{Tensor, TensorType};
 ///   choice and is not part of any weight (DeepSeek-AI 2024, arXiv:2412.19437, equation 16);
 /// - result 0: weights [.., k] in f32, largest score first: `scale score`, or `scale score / (sum of the k + 1e-20)` with
 ///   `normalize`;
-/// - result 1: the experts' numbers [.., k] in u32. Of equal scores the lower number wins; NaN counts as the largest.
+/// - result 1: the experts' numbers [.., k] in u32. Of equal scores the lower number wins; NaN counts as the largest;
+/// - result 2: [1] in f32: how many tokens' choices hang on less than [`Route::CLOSE`] between the last score taken and the
+///   first left out. Rounding, and so another mesh, may turn these.
 ///
-/// Letters: `btE,E->btK,btK`. Backward, of a choice that is a constant, to the scores that were chosen, 0 elsewhere:
+/// Letters: `btE,E->btK,btK,X`: a count over split tokens is a partial sum. Backward, of a choice that is a constant, to the scores that were chosen, 0 elsewhere:
 /// `dscore[j] = scale dw[j]`, or with `normalize` `scale (dw[j] - sum over i of dw[i] score[i] / sum) / sum`.
 #[derive(Clone, Debug)]
 pub struct Route {
@@ -31,16 +34,21 @@ pub struct Route {
     pub scale: f32,
 }
 
+impl Route {
+    /// The margin below which a choice is close.
+    pub const CLOSE: f32 = 1e-4;
+}
+
 /// Keeps a sum of scores from 0.
 const LEAST: f32 = 1e-20;
 
-/// Numbers the experts by falling `key`, equal keys by rising number: the first k into `chosen`.
-fn choose(key: impl Fn(usize) -> f32, experts: usize, chosen: &mut [u32]) {
+/// Numbers the experts by falling `key`, equal keys by rising number: the first k into `chosen`. Gives how far the next one
+/// lies behind; infinitely far if there is none.
+fn choose(key: impl Fn(usize) -> f32, experts: usize, chosen: &mut [u32]) -> f32 {
     let (positive, negative) = (f32::INFINITY, f32::NEG_INFINITY);
     let key = |i: usize| if key(i).is_nan() { positive } else { key(i) };
     // A later choice is what comes behind the one before it in the order (key, number).
-    let mut before = None;
-    for to in chosen {
+    let next = |before: Option<(f32, usize)>| {
         let mut best: Option<(f32, usize)> = None;
         for i in 0..experts {
             let x = key(i);
@@ -49,9 +57,19 @@ fn choose(key: impl Fn(usize) -> f32, experts: usize, chosen: &mut [u32]) {
                 best = Some((x, i));
             }
         }
-        let found = best.unwrap_or((negative, experts - 1));
+        best
+    };
+    let mut before = None;
+    for to in chosen {
+        let found = next(before).unwrap_or((negative, experts - 1));
         *to = found.1 as u32;
         before = Some(found);
+    }
+    match (before, next(before)) {
+        // Two infinite keys have no difference.
+        (Some((last, _)), Some((behind, _))) if last == behind => 0.0,
+        (Some((last, _)), Some((behind, _))) => last - behind,
+        _ => positive,
     }
 }
 
@@ -71,16 +89,20 @@ impl Route {
 
     fn rows(&self, scores: &[f32], bias: Option<&[f32]>, e: usize, outputs: &mut [Tensor]) {
         let (rows, k) = (scores.len() / e, self.k);
-        let [weights, experts] = outputs else {
-            unreachable!("infer gives two results")
+        let [weights, experts, count] = outputs else {
+            unreachable!("infer gives three results")
         };
+        let close = AtomicU32::new(0);
         let both = (rows_of(weights, k), rows_of(experts, k));
         for_rows(rows, e * k, both, |range, (weights, experts)| {
             let weights = weights.data.typed::<f32>().chunks_exact_mut(k);
             let experts = experts.data.typed::<u32>().chunks_exact_mut(k);
             for (r, (w, chosen)) in range.zip(weights.zip(experts)) {
                 let row = &scores[r * e..(r + 1) * e];
-                choose(|i| row[i] + bias.map_or(0.0, |b| b[i]), e, chosen);
+                let margin = choose(|i| row[i] + bias.map_or(0.0, |b| b[i]), e, chosen);
+                if margin < Self::CLOSE {
+                    close.fetch_add(1, Relaxed);
+                }
                 let factor = match self.normalize {
                     true => self.scale / self.sum(row, chosen),
                     false => self.scale,
@@ -90,6 +112,7 @@ impl Route {
                 }
             }
         });
+        count.slice_mut().typed::<f32>()[0] = close.into_inner() as f32;
     }
 }
 
@@ -121,13 +144,14 @@ impl Op for Route {
         Ok(vec![
             TensorType::new(shape.clone(), DType::F32),
             TensorType::new(shape, DType::U32),
+            TensorType::new([1], DType::F32),
         ])
     }
 
     fn axes(&self, inputs: &[TensorType]) -> Axes {
         let lead = letters_besides(inputs[0].rank() - 1, "");
         let bias = if self.bias { ",E" } else { "" };
-        Axes::new(&format!("{lead}E{bias}->{lead}K,{lead}K"))
+        Axes::new(&format!("{lead}E{bias}->{lead}K,{lead}K,X"))
     }
 
     fn cost(&self, inputs: &[TensorType], outputs: &[TensorType]) -> Cost {
@@ -141,9 +165,7 @@ impl Op for Route {
     fn forward(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
         let scores = inputs[0].slice().typed::<f32>();
         let bias = inputs.get(1).map(|b| b.slice().typed::<f32>());
-        if !scores.is_empty() {
-            self.rows(scores, bias, inputs[0].ty().last(), outputs);
-        }
+        self.rows(scores, bias, inputs[0].ty().last(), outputs);
     }
 
     fn saves(&self) -> Saved {
@@ -170,7 +192,7 @@ impl Op for Route {
         let (e, k) = (scores.ty().last(), self.k);
         let scores = scores.slice().typed::<f32>();
         let experts = experts.slice().typed::<u32>();
-        let dw = backward.gradient(0).slice().typed::<f32>();
+        let dw = backward.only_gradient("route").slice().typed::<f32>();
         let Some(dscores) = backward.want(0).filter(|_| !scores.is_empty()) else {
             return;
         };
@@ -203,15 +225,14 @@ impl Op for Route {
     fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
         let e = inputs[0].ty().last();
         let bias = inputs.get(1).map(|b| read(b));
-        let [weights, experts] = outputs else {
-            unreachable!("infer gives two results")
+        let [weights, experts, close] = outputs else {
+            unreachable!("infer gives three results")
         };
         gpu::route(
             self.rule(e),
             read(inputs[0]),
             bias,
-            write(weights),
-            write(experts),
+            [write(weights), write(experts), write(close)],
         );
     }
 
@@ -234,6 +255,7 @@ impl Route {
             normalize: self.normalize,
             scale: self.scale,
             least: LEAST,
+            close: Self::CLOSE,
         }
     }
 }

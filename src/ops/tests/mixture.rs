@@ -46,6 +46,31 @@ pub(super) fn sigmoids() {
     }
 }
 
+/// How many rows hang on less than the op's margin.
+fn close_choices(k: usize, e: usize, scores: &[f64], bias: Option<&[f64]>) -> f64 {
+    let close = |row: &[f64]| {
+        let mut keys: Vec<f64> = (0..e)
+            .map(|i| row[i] + bias.map_or(0.0, |b| b[i]))
+            .collect();
+        keys.sort_by(|a, b| b.total_cmp(a));
+        k < e && keys[k - 1] - keys[k] < f64::from(Route::CLOSE)
+    };
+    scores.chunks_exact(e).filter(|row| close(row)).count() as f64
+}
+
+#[test]
+fn a_choice_that_rounding_could_turn_is_counted() {
+    let op = Route {
+        k: 1,
+        bias: false,
+        normalize: false,
+        scale: 1.0,
+    };
+    let rows = vec![0.5, 0.5, 0.5, 0.4, 0.5, 0.49995];
+    let results = Case::new(&op, vec![Array::rounded(&[3, 2], DType::F32, rows)]).run();
+    assert_eq!(results[2].values, [2.0]);
+}
+
 #[test]
 pub(super) fn routes() {
     for (k, shape) in [
@@ -76,7 +101,8 @@ pub(super) fn routes() {
                     let bias = x.get(1).map(|b| &b.values[..]);
                     let (weights, experts) = reference::route(rule, e, &x[0].values, bias);
                     let experts = experts.into_iter().map(f64::from).collect();
-                    vec![rounded(weights, k + 4), exact(experts)]
+                    let close = close_choices(k, e, &x[0].values, bias);
+                    vec![rounded(weights, k + 4), exact(experts), exact(vec![close])]
                 },
                 |x, y, dy| {
                     let experts = y[1].labels();
