@@ -58,7 +58,7 @@
 //!     v                                                                                    |
 //!   cpu            private: SIMD, memory, matmul, attention, rows   <----------------------+
 //!
-//!   the floor, values and tables, used by all: mesh, placement, collective, trace, random, dtype, error
+//!   the floor, values and tables, used by all: mesh, placement, collective, pipeline, trace, random, dtype, error
 //!   cluster        machines as data: chips, systems, stacks
 //!   reference      the textbook in f64: the oracle of tests, to be read
 //! ```
@@ -105,6 +105,7 @@ pub mod kernels;
 pub mod mesh;
 pub mod model;
 pub mod ops;
+pub mod pipeline;
 pub mod placement;
 pub mod random;
 pub mod reference;

@@ -6,10 +6,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Every room with the rooms that it may import, beside itself. What stands lower in the table is higher in the house.
-const ARROWS: [(&str, &[&str]); 20] = [
+const ARROWS: [(&str, &[&str]); 21] = [
     ("error", &[]),
     ("random", &[]),
     ("dtype", &["error"]),
+    ("pipeline", &["error"]),
     ("mesh", &["error"]),
     ("placement", &["mesh", "error"]),
     ("collective", &["placement", "mesh", "dtype", "error"]),
@@ -64,6 +65,7 @@ const ARROWS: [(&str, &[&str]); 20] = [
             "ops",
             "tensor",
             "trace",
+            "pipeline",
             "placement",
             "mesh",
             "random",
@@ -77,6 +79,7 @@ const ARROWS: [(&str, &[&str]); 20] = [
             "cluster",
             "model",
             "trace",
+            "pipeline",
             "collective",
             "mesh",
             "dtype",

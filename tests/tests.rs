@@ -39,6 +39,7 @@ mod train {
     mod latent;
     mod meshes;
     mod mixtures;
+    mod pipeline;
     mod resume;
     mod separate;
     mod splits;

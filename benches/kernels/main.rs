@@ -4,6 +4,7 @@
 //! cargo bench                         # all, on 1 and 2 threads
 //! cargo bench -- matmul               # what contains this name
 //! cargo bench -- --against-stream     # the table of ops of rows against a stream, nothing else
+//! cargo bench -- --splits             # a step on meshes against one chip, nothing else
 //! ```
 //!
 //! Every product is checked against the textbook before it is timed. Results depend on the
@@ -12,6 +13,7 @@
 mod attention;
 mod matmul;
 mod rows;
+mod splits;
 mod step;
 
 use criterion::Criterion;
@@ -39,6 +41,11 @@ fn on(threads: usize, work: impl FnOnce() + Send + 'static) {
 
 fn main() {
     let mut arguments = std::env::args().skip(1);
+    let all: Vec<String> = std::env::args().skip(1).collect();
+    if all.iter().any(|a| a == "--splits") {
+        let meshes: Vec<String> = all.into_iter().filter(|a| !a.starts_with('-')).collect();
+        return splits::table(&meshes);
+    }
     if arguments.any(|a| a == "--against-stream") {
         let wanted = arguments.find(|a| !a.starts_with('-')).unwrap_or_default();
         for threads in [1, 2] {

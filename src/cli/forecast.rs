@@ -3,9 +3,10 @@
 use super::progress::print_text;
 use serde_json::{Value, json};
 use supernode::cluster::Machine;
-use supernode::forecast::{Failures, Forecast, Pipeline, Recompute, Setting, model_named};
+use supernode::forecast::{Failures, Forecast, Recompute, Setting, model_named};
 use supernode::mesh::Mesh;
 use supernode::model::{Config, FeedForward};
+use supernode::pipeline::Schedule;
 use supernode::{Error, ErrorKind, Result};
 
 /// The model, as `forecast` and `plan` take it.
@@ -122,12 +123,12 @@ pub(super) struct Arguments {
     /// Tokens of a sequence; by default the model's
     #[arg(long, value_name = "N")]
     context: Option<usize>,
-    /// Order of forwards and backwards: 1f1b or gpipe
-    #[arg(long, default_value = "1f1b", value_parser = ["1f1b", "gpipe"])]
-    schedule: String,
-    /// Chunks of layers on a stage
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    virtual_stages: usize,
+    /// Order of forwards and backwards: gpipe, 1f1b, zb-h1 or zb-v
+    #[arg(long, default_value = "1f1b", value_name = "SCHEDULE")]
+    schedule: Schedule,
+    /// Chunks of layers on a stage; by default 1, for zb-v 2; 1f1b with more than one is interleaved
+    #[arg(long, value_name = "N")]
+    virtual_stages: Option<usize>,
     /// What is computed again instead of kept: none, selective or full
     #[arg(long, default_value = "none", value_parser = ["none", "selective", "full"])]
     recompute: String,
@@ -189,11 +190,8 @@ impl Arguments {
             mesh: Mesh::new(["pp", "dp", "tp"].map(|axis| (axis, asked.size_of(axis)))),
             global_batch: self.global_batch,
             micro_batch: self.micro_batch,
-            pipeline: match self.schedule.as_str() {
-                "gpipe" => Pipeline::GPipe,
-                _ => Pipeline::OneForwardOneBackward,
-            },
-            virtual_stages: self.virtual_stages,
+            schedule: self.schedule,
+            virtual_stages: self.virtual_stages.unwrap_or(self.schedule.chunks()),
             recompute: match self.recompute.as_str() {
                 "full" => Recompute::Full,
                 "selective" => Recompute::Selective,

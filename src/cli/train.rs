@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use supernode::collective::Algorithm;
 use supernode::mesh::Mesh;
 use supernode::model::{Config, Transformer};
+use supernode::pipeline::Schedule;
 use supernode::spmd::{Device, World, Zero};
 use supernode::train::data::{Batches, Split, TRAIN_SHARE, Tokens};
 use supernode::train::schedule::LearningRate;
@@ -24,7 +25,8 @@ pub(super) struct Arguments {
     /// Model and recipe
     #[arg(long, value_enum, default_value = "nanogpt-cpu")]
     preset: Preset,
-    /// Chips along each axis: dp (data), fsdp (fully sharded data), ep (experts), cp (context), tp (tensor); without it one chip
+    /// Chips along each axis: dp (data), fsdp (fully sharded data), ep (experts), cp (context), tp (tensor), pp (stages of a
+    /// pipeline); without it one chip
     #[arg(long, value_name = "dp=2,tp=2")]
     mesh: Option<String>,
     /// ZeRO's stage over fsdp, or over dp without one: 1 splits optimizer state, 2 also gradients, 3 also parameters; by
@@ -37,6 +39,12 @@ pub(super) struct Arguments {
     /// How attention is split over cp
     #[arg(long, value_enum, default_value = "ulysses")]
     cp_method: ContextMethod,
+    /// How micro-batches pass through the stages of pp: gpipe, 1f1b, zb-h1 or zb-v
+    #[arg(long, default_value = "1f1b", value_name = "SCHEDULE")]
+    schedule: Schedule,
+    /// Chunks of layers of each stage of pp; by default 1, for zb-v 2; 1f1b with more than one is interleaved
+    #[arg(long, value_name = "N")]
+    virtual_stages: Option<usize>,
     /// How collectives are done: tree, ring or recursive
     #[arg(long, default_value = "tree", value_name = "ALGORITHM")]
     collectives: Algorithm,
@@ -81,7 +89,7 @@ pub(super) struct Arguments {
     /// Sequences per step, over the whole mesh
     #[arg(long, value_name = "N", help_heading = "Recipe")]
     batch: Option<usize>,
-    /// Sequences that a chip computes at a time; by default all of its share
+    /// Sequences that a chip computes at a time; by default all of its share, or one where pp has several stages
     #[arg(long, value_name = "N", help_heading = "Recipe")]
     micro_batch: Option<usize>,
     /// Steps in all
@@ -278,6 +286,8 @@ impl Arguments {
         Ok(Options {
             steps,
             micro_batch: self.micro_batch,
+            schedule: self.schedule,
+            virtual_stages: self.virtual_stages,
             zero: self.zero.map(Zero::stage).transpose()?,
             learning_rate,
             optimizer: AdamW {

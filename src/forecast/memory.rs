@@ -1,10 +1,10 @@
 //! Bytes on the fullest chip, by cause.
 
 use super::program::Recompute;
-use super::schedule::in_flight;
 use super::step::Setting;
 use crate::cluster::Machine;
 use crate::error::Result;
+use crate::pipeline::Plan;
 
 /// Bytes of a chip by cause.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -50,8 +50,10 @@ impl Memory {
 /// The memory of the stage that needs most.
 pub(super) fn of(setting: &Setting, machine: &Machine, layers: &[Vec<usize>]) -> Result<Memory> {
     let lost = machine.stack.value("stack.allocator")?;
-    let stages = layers.len();
-    let memories = (0..stages).map(|stage| one(setting, machine, layers, stage, lost));
+    let plan = setting.plan()?;
+    let held = plan.held().into_iter().enumerate();
+    let memories =
+        held.map(|(stage, held)| one(setting, machine, (&plan, layers), (stage, held), lost));
     Ok(memories.fold(
         Memory::default(),
         |a, b| if b.total() > a.total() { b } else { a },
@@ -61,15 +63,14 @@ pub(super) fn of(setting: &Setting, machine: &Machine, layers: &[Vec<usize>]) ->
 fn one(
     setting: &Setting,
     machine: &Machine,
-    layers: &[Vec<usize>],
-    stage: usize,
+    (plan, layers): (&Plan, &[Vec<usize>]),
+    (stage, held): (usize, usize),
     lost: f64,
 ) -> Memory {
-    let (stages, chunks) = (layers.len(), setting.virtual_stages);
     let dp = setting.mesh.size_of("dp") as f64;
     let count = layers[stage].iter().sum::<usize>() as f64;
     let first = stage == 0;
-    let last = stage + 1 == stages;
+    let last = stage == plan.last_stage();
     let ends = first as usize + (last && !(first && setting.config.tied)) as usize;
     let parameters =
         count * setting.layer_parameters() + ends as f64 * setting.embedding_parameters();
@@ -81,8 +82,8 @@ fn one(
     };
     let shape = setting.shape(machine);
     let layer = shape.activation_bytes(setting.recompute);
-    let live = in_flight(setting.pipeline, stage, stages, chunks, setting.micros()) as f64;
-    let kept = live * layer * count / chunks as f64;
+    let live = held as f64;
+    let kept = live * layer * count / plan.chunks() as f64;
     // A recomputed layer is there whole while its backward runs.
     let open = match setting.recompute {
         Recompute::None => 0.0,

@@ -231,6 +231,18 @@ impl Shape<'_> {
         tasks
     }
 
+    /// What of [`Shape::backward`] gives the gradients of weights: the part that a zero-bubble schedule puts off.
+    pub fn weights(&self) -> Vec<Task> {
+        let product = |(columns, rows)| self.product(rows, columns, self.tokens());
+        self.matrices().into_iter().map(product).collect()
+    }
+
+    /// The same of [`Shape::head`]'s backward.
+    pub fn head_weights(&self) -> Vec<Task> {
+        let columns = self.config.vocab.div_ceil(self.tp);
+        vec![self.product(self.config.hidden, columns, self.tokens())]
+    }
+
     /// The backward of one layer, without what is computed again.
     pub fn backward(&self) -> Vec<Task> {
         let [qkv, projection, up, down] = self.matrices();

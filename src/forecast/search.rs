@@ -1,12 +1,12 @@
 //! The best split of a model over a machine's chips, by pricing those that fit.
 
 use super::program::Recompute;
-use super::schedule::Pipeline;
 use super::step::{Forecast, Setting};
 use crate::cluster::Machine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
 use crate::model::Config;
+use crate::pipeline::Schedule;
 use rayon::prelude::*;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -76,7 +76,7 @@ impl Search {
                             global_batch: self.global_batch,
                             micro_batch,
                             context: self.context,
-                            pipeline: Pipeline::OneForwardOneBackward,
+                            schedule: Schedule::OneForwardOneBackward,
                             virtual_stages,
                             recompute,
                             zero,

@@ -4,13 +4,13 @@ use super::kernel::Rates;
 use super::memory::{self, Memory};
 use super::network::Network;
 use super::program::{Recompute, Shape, Task};
-use super::schedule::{Pipeline, Ran, Times, replay};
 use super::work::{Rows, Work};
 use crate::cluster::Machine;
 use crate::collective::Kind;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
 use crate::model::{Config, FeedForward};
+use crate::pipeline::{Plan, Ran, Schedule, Times, layers_of_parts};
 use std::collections::BTreeMap;
 
 /// What is trained, and how it is split.
@@ -27,7 +27,7 @@ pub struct Setting {
     /// Tokens of a sequence.
     pub context: usize,
     /// The order of forwards and backwards.
-    pub pipeline: Pipeline,
+    pub schedule: Schedule,
     /// Chunks of layers on a stage.
     pub virtual_stages: usize,
     /// What is computed again.
@@ -109,6 +109,15 @@ impl Span {
     }
 }
 
+/// What of a micro-batch is priced.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pass {
+    Forward,
+    Backward,
+    /// The part of the backward that gives the gradients of weights.
+    Weights,
+}
+
 /// Everything that prices need of a machine and a mesh.
 struct Prices<'a> {
     rates: Rates,
@@ -182,30 +191,31 @@ impl Setting {
         self.global_batch / (self.dp() * self.micro_batch)
     }
 
+    /// The pipeline's lists.
+    ///
+    /// # Errors
+    /// If the schedule does not go with so many chunks.
+    pub fn plan(&self) -> Result<Plan> {
+        Plan::new(self.schedule, self.pp(), self.virtual_stages, self.micros())
+    }
+
     /// Layers of each stage's chunks. If they do not divide evenly, embedding and head count as a layer each, as Llama 3 does.
     ///
     /// # Errors
-    /// If neither divides.
+    /// If there are more chunks than layers, embedding and head.
     pub fn layers(&self) -> Result<Vec<Vec<usize>>> {
-        let (pp, v, layers) = (self.pp(), self.virtual_stages, self.config.layers);
-        let parts = pp * v;
-        if layers.is_multiple_of(parts) {
-            return Ok(vec![vec![layers / parts; v]; pp]);
-        }
-        if (layers + 2).is_multiple_of(parts) && parts > 1 && (layers + 2) / parts > 1 {
-            let mut all = vec![vec![(layers + 2) / parts; v]; pp];
-            all[0][0] -= 1;
-            all[pp - 1][v - 1] -= 1;
-            return Ok(all);
-        }
-        Err(Error::new(
-            ErrorKind::Mesh,
-            format!(
-                "{layers} layers over pp={pp} stages of {v} chunks: neither {layers} nor {} (embedding and head counted as a layer \
-                 each) is divisible by {parts}",
-                layers + 2
-            ),
-        ))
+        let plan = self.plan()?;
+        let (layers, parts) = (self.config.layers, plan.parts());
+        let lengths: Vec<usize> = match layers.is_multiple_of(parts) {
+            true => vec![layers / parts; parts],
+            false => {
+                let ranges = layers_of_parts(layers, parts)?;
+                ranges.iter().map(|range| range.len()).collect()
+            }
+        };
+        let chunk = |stage, chunk| lengths[plan.part(stage, chunk)];
+        let stage = |s| (0..plan.chunks()).map(|c| chunk(s, c)).collect();
+        Ok((0..plan.stages()).map(stage).collect())
     }
 
     /// Bytes on the fullest chip.
@@ -247,15 +257,15 @@ impl Setting {
                 self.micro_batch
             ));
         }
-        if self.virtual_stages > 1 && !self.micros().is_multiple_of(self.pp()) {
+        if self.schedule == Schedule::OneForwardOneBackward
+            && self.virtual_stages > 1
+            && !self.micros().is_multiple_of(self.pp())
+        {
             return wrong(format!(
                 "interleaving passes micro-batches in groups of pp={}, of which {} is no multiple",
                 self.pp(),
                 self.micros()
             ));
-        }
-        if self.virtual_stages > 1 && self.pipeline == Pipeline::GPipe {
-            return wrong("GPipe has one chunk a stage; 1f1b interleaves".into());
         }
         if self.sequence_parallel && !self.context.is_multiple_of(self.tp()) {
             return wrong(format!(
@@ -360,10 +370,9 @@ impl Setting {
         let prices = self.prices(machine)?;
         let shape = self.shape(machine);
         let layers = self.layers()?;
-        let pass = |backward: bool| -> Result<Vec<Vec<Span>>> {
-            self.passes(&prices, &shape, &layers, backward)
-        };
-        let (forward, backward) = (pass(false)?, pass(true)?);
+        let pass = |pass: Pass| self.passes(&prices, &shape, &layers, pass);
+        let (forward, backward) = (pass(Pass::Forward)?, pass(Pass::Backward)?);
+        let weights = pass(Pass::Weights)?;
         let is = |field: &str| machine.stack.word(field) == Some("yes");
         let message = self.message(&prices)?;
         let seconds = |spans: &[Vec<Span>]| -> Vec<Vec<f64>> {
@@ -375,11 +384,12 @@ impl Setting {
         let times = Times {
             forward: seconds(&forward),
             backward: seconds(&backward),
+            weights: seconds(&weights),
             message,
             blocking: !is("stack.pp_overlap"),
         };
         let micros = self.micros();
-        let timeline = replay(self.pipeline, micros, &times);
+        let timeline = self.plan()?.replay(&times);
         let end = timeline.iter().flatten().map(|r| r.end).fold(0.0, f64::max);
         // The busiest stage carries the account.
         let mut stages = forward.iter().zip(&backward).map(|(f, b)| {
@@ -418,26 +428,33 @@ impl Setting {
         prices: &Prices<'_>,
         shape: &Shape<'_>,
         layers: &[Vec<usize>],
-        backward: bool,
+        pass: Pass,
     ) -> Result<Vec<Vec<Span>>> {
-        let mut layer = prices.span(&if backward {
-            shape.backward()
-        } else {
-            shape.forward()
+        let mut layer = prices.span(&match pass {
+            Pass::Forward => shape.forward(),
+            Pass::Backward => shape.backward(),
+            Pass::Weights => shape.weights(),
         })?;
-        if backward {
+        if pass == Pass::Backward {
             layer.add(&prices.span(&shape.again(self.recompute))?, 1.0);
         }
-        let embedding = prices.span(&shape.embedding())?;
-        let head = prices.span(&shape.head(backward))?;
+        let embedding = prices.span(&match pass {
+            Pass::Weights => vec![],
+            _ => shape.embedding(),
+        })?;
+        let head = prices.span(&match pass {
+            Pass::Weights => shape.head_weights(),
+            _ => shape.head(pass == Pass::Backward),
+        })?;
         let (pp, v) = (self.pp(), self.virtual_stages);
+        let last = self.plan()?.place(pp * v - 1);
         let chunk = |stage: usize, chunk: usize| {
             let mut span = Span::default();
             span.add(&layer, layers[stage][chunk] as f64);
             if (stage, chunk) == (0, 0) {
                 span.add(&embedding, 1.0);
             }
-            if (stage, chunk) == (pp - 1, v - 1) {
+            if (stage, chunk) == last {
                 span.add(&head, 1.0);
             }
             span
@@ -518,7 +535,7 @@ impl Setting {
             _ => reduce * reduces + gather * gathers + again,
         };
         span.wait("dp", exposed);
-        if self.config.tied && self.pp() > 1 {
+        if self.config.tied && self.plan()?.last_stage() > 0 {
             // First and last stage add up the gradients of the embedding that they share.
             let bytes = gradient * self.embedding_parameters();
             let stride = self.mesh.group(0, "pp").stride();
@@ -546,9 +563,10 @@ impl Setting {
 
     /// Parameters of the chip that has most.
     pub(super) fn most_parameters(&self, layers: &[Vec<usize>]) -> f64 {
+        let last = self.plan().map_or(0, |plan| plan.last_stage());
         let stage = |s: usize| {
             let layers = layers[s].iter().sum::<usize>() as f64;
-            let ends = (s == 0) as usize + (s + 1 == self.pp()) as usize;
+            let ends = (s == 0) as usize + (s == last) as usize;
             let ends = if self.config.tied { ends.min(1) } else { ends };
             layers * self.layer_parameters() + ends as f64 * self.embedding_parameters()
         };

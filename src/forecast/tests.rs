@@ -5,6 +5,7 @@ use super::*;
 use crate::cluster::Machine;
 use crate::collective::{Algorithm, Counts, Kind, schedule};
 use crate::mesh::Mesh;
+use crate::pipeline::Schedule;
 use std::collections::BTreeMap;
 
 /// A run of Megatron-LM on A100s: model, pp, dp, batch, micro-batch, chunks, and whether it is the new way (selective recomputation
@@ -16,7 +17,7 @@ fn megatron(model: &str, [pp, dp, batch, micro, chunks]: [usize; 5], new: bool) 
         global_batch: batch,
         micro_batch: micro,
         context: 2048,
-        pipeline: Pipeline::OneForwardOneBackward,
+        schedule: Schedule::OneForwardOneBackward,
         virtual_stages: chunks,
         recompute: if new {
             Recompute::Selective
@@ -266,10 +267,10 @@ fn mistakes_say_what_would_do() {
     );
     assert!(
         why(Setting {
-            virtual_stages: 5,
+            virtual_stages: 50,
             ..good.clone()
         })
-        .contains("divisible by 40")
+        .contains("98 slots")
     );
     assert!(
         why(Setting {

@@ -1,6 +1,7 @@
 //! A forecast's pipeline in Chrome's trace format, which Perfetto opens: a process per stage.
 
 use super::step::Forecast;
+use crate::pipeline::Work;
 use serde_json::{Value, json};
 
 /// Pieces beyond which a viewer shows nothing more: the first ones of each stage are kept.
@@ -19,10 +20,11 @@ impl Forecast {
             );
             last = ran.iter().map(|r| r.end).fold(last, f64::max);
             for r in ran.iter().take(each) {
-                let kind = if r.piece.backward {
-                    "backward"
-                } else {
-                    "forward"
+                let kind = match r.piece.work {
+                    Work::Forward => "forward",
+                    Work::Backward => "backward",
+                    Work::Inputs => "input gradients",
+                    Work::Weights => "weight gradients",
                 };
                 events.push(json!({
                     "ph": "X", "name": format!("{kind} {}", r.piece.micro), "cat": kind, "pid": stage, "tid": 0,

@@ -6,6 +6,9 @@ use crate::ops;
 use crate::placement::Placement::Shard;
 use crate::spmd::{Chip, FromIndex, Init, Sharded};
 
+/// The name of the table of token vectors; a tied model's head is this table too.
+pub(crate) const EMBEDDING: &str = "wte";
+
 impl Transformer {
     /// The residual stream [b, t, c] in front of the first block, from token numbers [b, t].
     #[track_caller]
@@ -21,7 +24,7 @@ impl Transformer {
         );
         let placement = chip.placed(&[("tp", Shard(0))]);
         let shapes = (vec![v, c], vec![padded, c]);
-        chip.parameter_as("wte", shapes, placement, Init::normal(0.02), dtype)
+        chip.parameter_as(EMBEDDING, shapes, placement, Init::normal(0.02), dtype)
     }
 
     fn vectors(&self, chip: &Chip, tokens: &Sharded) -> Sharded {
@@ -31,7 +34,7 @@ impl Transformer {
         let table = self.embedding_table(chip, DType::F32);
         let x = chip.apply_one(op.clone(), &[&table, tokens]);
         drop(table);
-        let placed = self.residual(chip, tokens.placements());
+        let placed = self.residual_placement(chip, tokens.placements());
         let x = x.redistribute(&placed);
         let x = match self.config.positions {
             Positions::Rotary { .. } => x,

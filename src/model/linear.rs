@@ -7,7 +7,7 @@ use crate::spmd::{Chip, Init, Sharded};
 
 impl Transformer {
     /// Where the residual stream lies between pairs of matrices, for tokens [b, t] that lie as `tokens` does.
-    pub(super) fn residual(&self, chip: &Chip, tokens: &Placements) -> Placements {
+    pub fn residual_placement(&self, chip: &Chip, tokens: &Placements) -> Placements {
         match self.sequence_parallel && chip.size_of("tp") > 1 {
             true => tokens.with(chip.mesh().axis_index("tp"), Shard(1)),
             false => tokens.clone(),

@@ -1,4 +1,5 @@
-//! The transformer, written once over sharded tensors: the same code on one chip and on any mesh of dp, fsdp, ep, cp and tp.
+//! The transformer, written once over sharded tensors: the same code on one chip and on any mesh of dp, fsdp, ep, cp, tp and
+//! pp.
 //!
 //! Tensor parallelism is Megatron's (Shoeybi et al. 2019, arXiv:1909.08053): the first matrix of each pair is split by
 //! columns and the second by rows, so that a block costs two all-reduces forward and two backward; the embedding and the
@@ -37,6 +38,7 @@ mod mixture;
 
 pub(crate) use config::nearest_divisor;
 pub use config::{Config, FeedForward, Norm, Positions};
+pub(crate) use embedding::EMBEDDING;
 pub(crate) use experts::{CLOSE, bias_name, load_name};
 pub use latent::{KeyLatent, Latent};
 pub use mixture::{Balance, Mixture, Score};
@@ -129,6 +131,11 @@ impl Transformer {
             mixture.capacity_factor = None;
         }
         self
+    }
+
+    /// Whether tp also splits the tokens of what lies between its pairs of matrices.
+    pub fn is_sequence_parallel(&self) -> bool {
+        self.sequence_parallel
     }
 
     /// The configuration.

@@ -367,6 +367,23 @@ impl Chip {
         (!self.is_ghost()).then(|| self.0.began.elapsed().as_nanos() as u64)
     }
 
+    /// Time between the run's beginning and a moment in it.
+    pub(super) fn since_began(&self, at: Instant) -> std::time::Duration {
+        at.saturating_duration_since(self.0.began)
+    }
+
+    /// The number of a transfer that was started; the program must not end before it is closed.
+    pub(super) fn open_ticket(&self) -> u64 {
+        let ticket = self.0.tickets.get();
+        self.0.tickets.set(ticket + 1);
+        self.0.open_tickets.borrow_mut().insert(ticket);
+        ticket
+    }
+
+    pub(super) fn close_ticket(&self, ticket: u64) {
+        self.0.open_tickets.borrow_mut().remove(&ticket);
+    }
+
     /// Leaves the program if another chip has failed, and notes where this one is, for errors.
     pub(super) fn arrive(&self, op: &str, site: &'static Location<'static>) {
         if let Some(lane) = &self.0.lane {

@@ -21,7 +21,7 @@ use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::panic::Location;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 /// The run was stopped by another chip's failure; carried by unwinding, never shown.
@@ -87,7 +87,7 @@ impl Payload {
 struct Message {
     header: Arc<Header>,
     payload: Payload,
-    received: Arc<AtomicBool>,
+    received: Arc<OnceLock<Instant>>,
 }
 
 /// A queue between two ranks: one per collective call, one for plain messages.
@@ -95,13 +95,13 @@ struct Message {
 pub(super) struct Channel {
     pub from: usize,
     pub to: usize,
-    /// The collective's axis and its number on that axis.
+    /// The collective's axis and its number on that axis; for messages see `message`.
     pub call: (usize, u64),
 }
 
 enum Until {
     Message(Channel),
-    Received(Arc<AtomicBool>, usize),
+    Received(Arc<OnceLock<Instant>>, usize),
     Done(Arc<AtomicBool>),
 }
 
@@ -146,7 +146,7 @@ pub(super) struct Lane {
 
 /// A message on its way.
 pub(super) struct Sent {
-    received: Arc<AtomicBool>,
+    received: Arc<OnceLock<Instant>>,
     to: usize,
     header: Arc<Header>,
 }
@@ -308,7 +308,8 @@ impl State {
     fn satisfied(&self, until: &Until) -> bool {
         match until {
             Until::Message(channel) => self.queues.get(channel).is_some_and(|q| !q.is_empty()),
-            Until::Received(flag, _) | Until::Done(flag) => flag.load(SeqCst),
+            Until::Received(when, _) => when.get().is_some(),
+            Until::Done(flag) => flag.load(SeqCst),
         }
     }
 }
@@ -363,7 +364,7 @@ impl Lane {
         header: &Arc<Header>,
         payload: Payload,
     ) -> Result<Sent, Stopped> {
-        let received = Arc::new(AtomicBool::new(false));
+        let received = Arc::new(OnceLock::new());
         let message = Message {
             header: header.clone(),
             payload,
@@ -392,11 +393,12 @@ impl Lane {
         })
     }
 
-    /// Waits until a message was received.
-    pub(super) fn wait_sent(&self, sent: Sent) -> Result<(), Stopped> {
-        let until = Until::Received(sent.received, sent.to);
-        self.wait(self.exchange.lock(), sent.header, until)
-            .map(|_| ())
+    /// Waits until a message was received, and says when.
+    pub(super) fn wait_sent(&self, sent: Sent) -> Result<Instant, Stopped> {
+        let until = Until::Received(sent.received.clone(), sent.to);
+        drop(self.wait(self.exchange.lock(), sent.header, until)?);
+        let when = sent.received.get();
+        Ok(*when.expect("the wait ended because it was received"))
     }
 
     /// Waits until `done` is set by [`Lane::set_done`].
@@ -470,7 +472,8 @@ impl Lane {
             self.exchange.poison(&mut state, error);
             return Err(Stopped);
         }
-        message.received.store(true, SeqCst);
+        let first = message.received.set(Instant::now());
+        first.expect("a message is received once");
         for number in [2 * channel.from, 2 * channel.from + 1] {
             self.exchange.bells[number].notify_all();
         }

@@ -54,7 +54,7 @@ impl Call {
             }
         }
         sent.into_iter()
-            .try_for_each(|s: Sent| self.lane.wait_sent(s))
+            .try_for_each(|s: Sent| self.lane.wait_sent(s).map(drop))
     }
 
     fn stage(&self, bytes: usize) -> Buffer {

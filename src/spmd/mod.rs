@@ -8,7 +8,7 @@
 //! | `chip` | rank, coordinates, parameters, inputs, scopes, steps |
 //! | `sharded` | a tensor over the mesh and the ops on it |
 //! | `apply`, `resolve` | one op on placed operands: shapes, placements, event |
-//! | `gradient`, `recompute` | backward: settling, adding, computing again |
+//! | `gradient`, `recompute`, `segment` | backward: settling, adding, computing again, tapes apart |
 //! | `count` | statistics that a program keeps for the loop around its steps |
 //! | `zero`, `update` | what belongs to a parameter split over the batch's axis; changing parameters |
 //! | `redistribute` | moving between placements; collectives as events |
@@ -34,6 +34,7 @@ mod recompute;
 mod redistribute;
 mod reshape;
 mod resolve;
+mod segment;
 mod sharded;
 mod started;
 mod threads;
@@ -44,7 +45,9 @@ pub use chip::{Chip, Contents, FromIndex};
 pub use device::Device;
 pub use ghost::Ghost;
 pub use grid::{Cut, Grid};
+pub use message::Sending;
 pub use parameter::{Init, Parameter};
+pub use segment::Segment;
 pub use sharded::Sharded;
 pub use started::Pending;
 pub use threads::{Run, Threads};

@@ -8,7 +8,7 @@ use super::zero::Gathered;
 use super::{Chip, Pending};
 use crate::dtype::{DType, TensorType};
 use crate::ops::{self, Activation};
-use crate::placement::Placements;
+use crate::placement::{Placement, Placements};
 use crate::tape::ValueId;
 use crate::tensor::Tensor;
 use crate::trace::Value;
@@ -274,6 +274,18 @@ impl Sharded {
     #[track_caller]
     pub fn gather(&self) -> Sharded {
         self.redistribute(self.chip.replicated())
+    }
+
+    /// The same share seen as a summand: along `axis` every chip has a number of its own, of which the sum is meant. An axis
+    /// of one chip, or one that the mesh lacks, changes nothing.
+    pub(crate) fn as_summand(&self, axis: &str) -> Sharded {
+        let mut x = self.detach();
+        if self.chip.size_of(axis) > 1 {
+            x.placements = x
+                .placements
+                .with(self.chip.mesh().axis_index(axis), Placement::Partial);
+        }
+        x
     }
 
     /// Starts to move this tensor; [`Pending::wait`] gives it. At most one transition.

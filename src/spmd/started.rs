@@ -68,9 +68,7 @@ impl Chip {
             site,
         );
         let output = self.allocate(&request.result);
-        let ticket = self.inner().tickets.get();
-        self.inner().tickets.set(ticket + 1);
-        self.inner().open_tickets.borrow_mut().insert(ticket);
+        let ticket = self.open_ticket();
         let running = match self.call(&input, &request) {
             Some(call) => self.start(call, input.clone(), output),
             // A ghost's result is allocated and waits for nothing.
@@ -188,7 +186,7 @@ impl Pending {
             .unwrap_or_else(|broken| broken.into_inner())
             .take();
         let (result, time) = delivered.expect("a transfer that is done has delivered");
-        chip.inner().open_tickets.borrow_mut().remove(&self.ticket);
+        chip.close_ticket(self.ticket);
         if !chip.is_ghost() {
             chip.recorder().complete(self.ticket, time);
         }

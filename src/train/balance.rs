@@ -1,11 +1,13 @@
 //! What follows a step of a mixture of experts: its loads are added up over the mesh, and the biases that balance it move.
 
+use super::stages::Stages;
 use super::trainer::Training;
 use crate::model::{Balance, CLOSE, bias_name, load_name};
 use crate::ops::{self, BalanceBias};
-use crate::spmd::{Chip, Sharded};
+use crate::spmd::{Chip, FromIndex, Sharded};
 use crate::tensor::Tensor;
 use crate::trace::Phase;
+use std::ops::Range;
 
 /// How a step's tokens were spread over the experts, over all blocks with a mixture.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -52,41 +54,53 @@ impl ExpertLoads {
 }
 
 impl Training {
-    /// Adds up what the step counted, for each axis that splits sequences in one all-reduce of all blocks' loads and one of
-    /// close choices, and moves the biases of the model's mixtures. None without a mixture.
-    pub(super) fn balance(&self, chip: &Chip) -> Option<Counted> {
+    /// Adds up what the step counted, in one all-reduce of all blocks' loads and one of close choices for each axis that splits
+    /// sequences, and moves the biases of the model's mixtures; then the stages of a pipeline tell each other. None without a
+    /// mixture.
+    pub(super) fn balance(&self, chip: &Chip, stages: &Stages) -> Option<Counted> {
+        let blocks = 0..self.model.config().layers;
+        let blocks: Vec<usize> = blocks
+            .filter(|&layer| self.model.mixture_of(layer).is_some())
+            .collect();
+        let experts = self.model.mixture_of(*blocks.last()?)?.experts;
         let counts = chip.take_counts();
-        let found = |layer: usize| {
-            let name = load_name(layer);
-            let load = counts.iter().find(|(n, _)| **n == *name);
-            load.map(|(_, load)| (layer, load))
+        let counted = |name: &str| counts.iter().find(|(n, _)| **n == *name).map(|(_, x)| x);
+        let own: Vec<(usize, &Sharded)> = blocks
+            .iter()
+            .filter_map(|&layer| counted(&load_name(layer)).map(|load| (layer, load)))
+            .collect();
+        let zeros =
+            |shape: &[usize]| chip.input("nothing", shape, chip.replicated(), &FromIndex(|_| 0f32));
+        let sum = || {
+            let loads = (!own.is_empty()).then(|| {
+                let parts: Vec<&Sharded> = own.iter().map(|(_, load)| *load).collect();
+                joined(chip, &parts).gather()
+            });
+            for (at, (layer, _)) in own.iter().enumerate() {
+                let loads = loads.as_ref().expect("a block has a load");
+                self.move_bias(chip, *layer, loads, at);
+            }
+            let here = |layer: &usize| {
+                let at = own.iter().position(|(own, _)| own == layer);
+                match (at, &loads) {
+                    (Some(at), Some(loads)) => rows(chip, loads, 2 * at..2 * at + 2),
+                    _ => zeros(&[2, experts]),
+                }
+            };
+            let loads = match loads {
+                Some(loads) if own.len() == blocks.len() => loads,
+                _ => {
+                    let all: Vec<Sharded> = blocks.iter().map(here).collect();
+                    joined(chip, &all.iter().collect::<Vec<_>>())
+                }
+            };
+            let close = counted(CLOSE).map_or_else(|| zeros(&[1]), Sharded::gather);
+            Counted {
+                loads: stages.summed(chip, loads),
+                close: stages.summed(chip, close),
+            }
         };
-        let layers = 0..self.model.config().layers;
-        let loads: Vec<(usize, &Sharded)> = layers.filter_map(found).collect();
-        if loads.is_empty() {
-            return None;
-        }
-        let close = counts.iter().find(|(name, _)| **name == *CLOSE);
-        let (_, close) = close.expect("a router counts close choices beside loads");
-        let counted = chip.phase(Phase::Update, || {
-            chip.scope("balance", || {
-                let parts: Vec<&Sharded> = loads.iter().map(|(_, load)| *load).collect();
-                let all = match parts[..] {
-                    [one] => one.gather(),
-                    _ => chip
-                        .apply_one(ops::Concatenate { axis: 0 }, &parts)
-                        .gather(),
-                };
-                for (at, (layer, _)) in loads.iter().enumerate() {
-                    self.move_bias(chip, *layer, &all, at);
-                }
-                Counted {
-                    loads: all,
-                    close: close.gather(),
-                }
-            })
-        });
-        Some(counted)
+        Some(chip.phase(Phase::Update, || chip.scope("balance", sum)))
     }
 
     fn move_bias(&self, chip: &Chip, layer: usize, loads: &Sharded, at: usize) {
@@ -103,8 +117,7 @@ impl Training {
             let index = index.unwrap_or_else(|| panic!("the model has no parameter '{name}'"));
             (index, all[index].kept.clone())
         };
-        let range = 2 * at..2 * at + 1;
-        let load = chip.apply_one(ops::SliceAxis { axis: 0, range }, &[loads]);
+        let load = rows(chip, loads, 2 * at..2 * at + 1);
         let load = load.reshape([mixture.experts]).redistribute(kept);
         let labels = self.batches.rows() * self.batches.context();
         let rule = BalanceBias {
@@ -119,4 +132,16 @@ impl Training {
         };
         chip.change_kept(index, update);
     }
+}
+
+/// Tensors one behind the other.
+fn joined(chip: &Chip, parts: &[&Sharded]) -> Sharded {
+    match parts {
+        [one] => (*one).clone(),
+        several => chip.apply_one(ops::Concatenate { axis: 0 }, several),
+    }
+}
+
+fn rows(chip: &Chip, x: &Sharded, range: Range<usize>) -> Sharded {
+    chip.apply_one(ops::SliceAxis { axis: 0, range }, &[x])
 }

@@ -7,6 +7,7 @@
 //! | `optimizer` | AdamW and clipping over sharded parameters |
 //! | `checkpoint` | files of which nothing is lost |
 //! | `layout` | what lives where and what moves when, as a table |
+//! | `stages` | a step over the stages of a pipeline |
 //! | `trainer` | the loop, with `evaluate`, `persist` and `generate` |
 
 mod balance;
@@ -20,6 +21,7 @@ mod mapped;
 mod optimizer;
 mod persist;
 pub mod schedule;
+mod stages;
 mod trainer;
 
 pub use balance::ExpertLoads;

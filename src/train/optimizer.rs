@@ -4,6 +4,7 @@
 //! is not finite, every parameter and all state keep their values. Decay is decoupled and applies to matrices only
 //! (Loshchilov and Hutter, arXiv:1711.05101; clipping: Pascanu et al., arXiv:1211.5063).
 
+use super::stages::Stages;
 use crate::ops::{self, ClipFactor, SumOfSquares};
 use crate::placement::Placements;
 use crate::spmd::{Chip, Sharded};
@@ -69,11 +70,20 @@ impl Optimizer {
     /// Updates every parameter that has a gradient, and returns the global gradient norm before clipping, `[1]`.
     #[track_caller]
     pub fn step(&mut self, chip: &Chip, lr: f64) -> Sharded {
+        self.step_over(chip, lr, None)
+    }
+
+    /// As [`Optimizer::step`], where parameters are spread over the stages of a pipeline.
+    #[track_caller]
+    pub(super) fn step_over(&mut self, chip: &Chip, lr: f64, stages: Option<&Stages>) -> Sharded {
         chip.phase(Phase::Update, || {
             self.steps += 1;
             self.prepare(chip);
-            let gradients = chip.take_gradients();
-            let (factor, norm) = self.clip_factor(chip, &gradients);
+            let mut gradients = chip.take_gradients();
+            if let Some(stages) = stages {
+                stages.add_shared(chip, &mut gradients);
+            }
+            let (factor, norm) = self.clip_factor(chip, &gradients, stages);
             for (index, gradient) in gradients {
                 self.update(chip, index, gradient, lr, &factor);
             }
@@ -82,9 +92,15 @@ impl Optimizer {
     }
 
     /// The factor that clips, and the norm: the squares of shares are summed per placement and reduced once for each.
-    fn clip_factor(&self, chip: &Chip, gradients: &[(usize, Sharded)]) -> (Sharded, Sharded) {
+    fn clip_factor(
+        &self,
+        chip: &Chip,
+        gradients: &[(usize, Sharded)],
+        stages: Option<&Stages>,
+    ) -> (Sharded, Sharded) {
         let mut sums: Vec<(Placements, Sharded)> = Vec::new();
-        for (_, gradient) in gradients {
+        let counts = |index: usize| stages.is_none_or(|s| !s.counted_elsewhere(chip, index));
+        for (_, gradient) in gradients.iter().filter(|(index, _)| counts(*index)) {
             let square = chip.apply_one(SumOfSquares, &[gradient]);
             match sums.iter_mut().find(|(p, _)| p == square.placements()) {
                 Some((_, sum)) => *sum = sum.add(&square),
@@ -96,6 +112,10 @@ impl Optimizer {
             .map(|(_, sum)| sum.gather())
             .reduce(|a, b| a.add(&b));
         let total = total.expect("an optimizer has parameters with gradients to update");
+        let total = match stages {
+            Some(stages) => stages.summed(chip, total),
+            None => total,
+        };
         let max_norm = self.options.clip.unwrap_or(f32::INFINITY);
         let mut both = chip.apply(ClipFactor { max_norm }, &[&total]);
         let norm = both.swap_remove(1);

@@ -4,7 +4,7 @@
 use super::checkpoint::{self, Entry, Loaded, State};
 use super::optimizer::Optimizer;
 use super::trainer::{Report, Training};
-use crate::dtype::DType;
+use crate::dtype::{DType, TensorType};
 use crate::error::{Error, ErrorKind, Result};
 use crate::spmd::{Chip, Threads};
 use serde_json::{Value, json};
@@ -106,20 +106,9 @@ impl Persist {
     pub(super) fn save(&self, chip: &Chip, step: u64, tell: &impl Fn(Report)) {
         let Some(dir) = &self.dir else { return };
         let writes = chip.is_first();
-        let mut tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)> = BTreeMap::new();
-        let count = chip.parameters().len();
-        for index in 0..count {
-            let all = chip.parameters();
-            let p = &all[index];
-            let mut parts = vec![(p.name.to_string(), p.value.clone(), &p.placements)];
-            let state = Optimizer::state_names(&p.name).into_iter().zip(&p.state);
-            parts.extend(state.map(|(name, share)| (name, share.clone(), &p.kept)));
-            for (name, share, placed) in parts {
-                let whole = chip.whole(&share, placed, p);
-                if writes {
-                    tensors.insert(name, (p.shape.clone(), whole));
-                }
-            }
+        let mut tensors = self.gathered(chip);
+        if chip.size_of(STAGES) > 1 {
+            collect(chip, &mut tensors);
         }
         if !writes {
             return;
@@ -146,6 +135,77 @@ impl Persist {
             step,
             path: dir.clone(),
         });
+    }
+
+    /// Parameters and state of this chip's stage, whole, on the first chip of the stage.
+    fn gathered(&self, chip: &Chip) -> Tensors {
+        let keeps = is_first_of_stage(chip);
+        let mut tensors = Tensors::new();
+        let count = chip.parameters().len();
+        for index in 0..count {
+            let all = chip.parameters();
+            let p = &all[index];
+            let mut parts = vec![(p.name.to_string(), p.value.clone(), &p.placements)];
+            let state = Optimizer::state_names(&p.name).into_iter().zip(&p.state);
+            parts.extend(state.map(|(name, share)| (name, share.clone(), &p.kept)));
+            for (name, share, placed) in parts {
+                let whole = chip.whole(&share, placed, p);
+                if keeps {
+                    tensors.insert(name, (p.shape.clone(), whole));
+                }
+            }
+        }
+        tensors
+    }
+}
+
+/// Whole tensors by name.
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+/// The mesh axis of stages.
+const STAGES: &str = "pp";
+
+fn is_first_of_stage(chip: &Chip) -> bool {
+    let axes = chip.mesh().axes().iter();
+    let mut others = axes.filter(|a| a.name() != STAGES);
+    others.all(|axis| chip.coordinate(axis.name()) == 0)
+}
+
+/// Brings every stage's tensors to the first stage: a list of names and shapes, then the contents one by one. What two stages
+/// share is equal on both.
+fn collect(chip: &Chip, tensors: &mut Tensors) {
+    if !is_first_of_stage(chip) {
+        return;
+    }
+    let here = chip.coordinate(STAGES);
+    let input = |data: &[u32]| chip.input("list", [data.len()], chip.replicated(), data);
+    if here > 0 {
+        let to = -(here as isize);
+        let list: Vec<(&String, &Vec<usize>)> = tensors.iter().map(|(n, (s, _))| (n, s)).collect();
+        let list = serde_json::to_vec(&list).expect("names and numbers");
+        let list: Vec<u32> = list.into_iter().map(u32::from).collect();
+        chip.send(&input(&[list.len() as u32]), STAGES, to);
+        chip.send(&input(&list), STAGES, to);
+        for (_, data) in tensors.values() {
+            let contents = chip.input("contents", [data.len()], chip.replicated(), data);
+            chip.send(&contents, STAGES, to);
+        }
+        return;
+    }
+    for stage in 1..chip.size_of(STAGES) {
+        let receive = |len: usize, dtype| {
+            let ty = TensorType::new([len], dtype);
+            chip.receive(&ty, STAGES, stage as isize).tensor().clone()
+        };
+        let words = |len| receive(len, DType::U32).slice().typed::<u32>().to_vec();
+        let list = words(words(1)[0] as usize);
+        let list: Vec<u8> = list.into_iter().map(|b| b as u8).collect();
+        let list: Vec<(String, Vec<usize>)> =
+            serde_json::from_slice(&list).expect("the list that the other stage wrote");
+        for (name, shape) in list {
+            let data = receive(shape.iter().product(), DType::F32);
+            tensors.insert(name, (shape, data.slice().typed::<f32>().to_vec()));
+        }
     }
 }
 

@@ -5,14 +5,15 @@
 //! sampling are in `evaluate`, `persist` and `generate`.
 
 use super::balance::{Counted, ExpertLoads};
-use super::batch::{Half, Rows};
 use super::data::Batches;
 use super::optimizer::{AdamW, Optimizer};
 use super::persist::Persist;
 use super::schedule::LearningRate;
+use super::stages::Stages;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
 use crate::model::{Transformer, nearest_divisor};
+use crate::pipeline::Schedule;
 use crate::spmd::{Chip, Ghost, Run, Sharded, Threads, Zero};
 use crate::trace::Trace;
 use std::path::PathBuf;
@@ -24,8 +25,12 @@ use std::time::Instant;
 pub struct Options {
     /// Steps in all, those before a resumed checkpoint included.
     pub steps: u64,
-    /// Sequences that a chip computes at a time; all of its share if none.
+    /// Sequences that a chip computes at a time; if none, all of its share, or one where mesh axis pp has several stages.
     pub micro_batch: Option<usize>,
+    /// How micro-batches pass through the stages of mesh axis pp.
+    pub schedule: Schedule,
+    /// Chunks of layers that a stage has; the schedule's own number if none.
+    pub virtual_stages: Option<usize>,
     /// What is split of parameters and what belongs to them: over mesh axis fsdp if there is one, else over dp. If none, all
     /// of it over fsdp and nothing over dp.
     pub zero: Option<Zero>,
@@ -50,6 +55,8 @@ impl Default for Options {
         Options {
             steps: 100,
             micro_batch: None,
+            schedule: Schedule::default(),
+            virtual_stages: None,
             zero: None,
             learning_rate: LearningRate::Constant { lr: 1e-3 },
             optimizer: AdamW::default(),
@@ -139,7 +146,7 @@ impl Training {
     /// [`ErrorKind::Mesh`] or [`ErrorKind::Input`]: which number stands in the way, and the nearest that works.
     pub fn check(&self, mesh: &Mesh) -> Result<()> {
         self.model.config().check(mesh)?;
-        let known = |name: &str| matches!(name, "dp" | "fsdp" | "ep" | "cp" | "tp");
+        let known = |name: &str| matches!(name, "dp" | "fsdp" | "ep" | "cp" | "tp" | "pp");
         if let Some(axis) = mesh
             .axes()
             .iter()
@@ -148,9 +155,18 @@ impl Training {
             return Err(Error::new(
                 ErrorKind::Mesh,
                 format!(
-                    "the training loop splits over dp, fsdp, ep, cp and tp; it does not know mesh axis {}={}",
+                    "the training loop splits over dp, fsdp, ep, cp, tp and pp; it does not know mesh axis {}={}",
                     axis.name(),
                     axis.size()
+                ),
+            ));
+        }
+        if self.model.is_sequence_parallel() && mesh.size_of("tp") == 1 {
+            return Err(Error::new(
+                ErrorKind::Mesh,
+                format!(
+                    "sequence parallelism splits tokens over the chips of tp, and the mesh {mesh} has none; leave it out, or \
+                     name a mesh with tp=2"
                 ),
             ));
         }
@@ -185,13 +201,14 @@ impl Training {
                 ),
             ));
         }
-        Ok(())
+        Stages::new(self, mesh).map(drop)
     }
 
-    fn micro_batch(&self, mesh: &Mesh) -> usize {
-        self.options
-            .micro_batch
-            .unwrap_or(self.batches.rows() / replicas(mesh))
+    pub(super) fn micro_batch(&self, mesh: &Mesh) -> usize {
+        let all = self.batches.rows() / replicas(mesh);
+        let several = mesh.size_of("pp") > 1;
+        let usual = if several { 1 } else { all };
+        self.options.micro_batch.unwrap_or(usual)
     }
 
     fn check_batch(&self, mesh: &Mesh) -> Result<()> {
@@ -268,7 +285,8 @@ impl Training {
             self.split_parameters(chip);
             let mut optimizer = Optimizer::new(self.options.optimizer, 0);
             optimizer.prepare(chip);
-            chip.step(1, || self.step(chip, &mut optimizer, 1));
+            let stages = self.stages(chip);
+            chip.step(1, || self.step(chip, &stages, &mut optimizer, 1));
             look(chip);
         })
     }
@@ -292,6 +310,7 @@ impl Training {
         }
         let mut optimizer = Optimizer::new(self.options.optimizer, done);
         optimizer.prepare(chip);
+        let stages = self.stages(chip);
         let (mut saved, mut left_out) = (done, 0);
         let mut finished = Finished {
             steps: done,
@@ -306,7 +325,8 @@ impl Training {
                 });
                 break;
             }
-            let (loss, norm) = self.timed_step(chip, &mut optimizer, number, persist, &tell);
+            let (loss, norm) =
+                self.timed_step(chip, &stages, &mut optimizer, number, persist, &tell);
             finished.loss = Some(loss);
             finished.steps = number;
             left_out = if norm.is_finite() { 0 } else { left_out + 1 };
@@ -329,7 +349,7 @@ impl Training {
                 .eval_every
                 .is_some_and(|n| last || number % n == 0)
             {
-                finished.val_loss = self.evaluate_and_tell(chip, number, persist, &tell);
+                finished.val_loss = self.evaluate_and_tell(chip, &stages, number, persist, &tell);
                 // The last good checkpoint is not replaced by weights that give no gradient.
                 if left_out == 0 {
                     persist.save(chip, number, &tell);
@@ -341,7 +361,7 @@ impl Training {
             persist.save(chip, finished.steps, &tell);
         }
         if self.options.sample > 0 {
-            finished.sample = self.sample(chip);
+            finished.sample = self.sample(chip, &stages);
         }
         finished
     }
@@ -352,13 +372,14 @@ impl Training {
     fn timed_step(
         &self,
         chip: &Chip,
+        stages: &Stages,
         optimizer: &mut Optimizer,
         number: u64,
         persist: &Persist,
         tell: &impl Fn(Report),
     ) -> (f64, f64) {
         let began = Instant::now();
-        let (loss, norm, loads) = chip.step(number, || self.step(chip, optimizer, number));
+        let (loss, norm, loads) = chip.step(number, || self.step(chip, stages, optimizer, number));
         let loss = number_of(&loss);
         if !loss.is_finite() {
             chip.fail(Error::new(
@@ -382,11 +403,12 @@ impl Training {
     fn evaluate_and_tell(
         &self,
         chip: &Chip,
+        stages: &Stages,
         step: u64,
         persist: &Persist,
         tell: &impl Fn(Report),
     ) -> Option<f64> {
-        let loss = self.evaluate(chip)?;
+        let loss = self.evaluate(chip, stages)?;
         // Before the checkpoint that follows takes the place of the last good one.
         if !loss.is_finite() {
             chip.fail(Error::new(
@@ -401,66 +423,27 @@ impl Training {
         Some(loss)
     }
 
-    /// Step `number`, from 1: mean loss and gradient norm, [1] each, and a mixture's loads, on every chip.
+    /// Step `number`, from 1: mean loss and gradient norm, [1] each, and what a mixture's experts did, on every chip.
     fn step(
         &self,
         chip: &Chip,
+        stages: &Stages,
         optimizer: &mut Optimizer,
         number: u64,
     ) -> (Sharded, Sharded, Option<Counted>) {
-        let rows = self.micro_batch(chip.mesh()) * replicas(chip.mesh());
-        let batch = self.batches.rows();
-        let labels = (batch * self.batches.context()) as f32;
-        let passes = batch / rows;
-        let mut total: Option<Sharded> = None;
-        for pass in 0..passes {
-            let at = Rows::Training {
-                step: number - 1,
-                first: pass * rows,
-            };
-            let model = self
-                .model
-                .training((number - 1) * passes as u64 + pass as u64)
-                .with_share(rows as f32 / batch as f32);
-            let loss = chip.record(|| {
-                let (tokens, labels_) = self.inputs(chip, at, rows);
-                chip.scope("forward", || {
-                    model
-                        .losses(chip, &tokens, &labels_)
-                        .sum()
-                        .scale(1.0 / labels)
-                })
-            });
-            loss.backward();
-            let loss = loss.detach();
-            total = Some(match total {
-                Some(sum) => sum.add(&loss),
-                None => loss,
-            });
-        }
-        let norm = optimizer.step(chip, self.options.learning_rate.at(number - 1));
-        let loads = self.balance(chip);
-        let loss = total.expect("a batch has at least one pass");
-        (loss.gather(), norm, loads)
+        let loss = stages.run(self, chip, number);
+        let lr = self.options.learning_rate.at(number - 1);
+        let norm = optimizer.step_over(chip, lr, Some(stages));
+        (loss, norm, self.balance(chip, stages))
     }
 
-    /// Tokens and labels of some rows, [rows, t], placed as a batch is.
-    pub(super) fn inputs(&self, chip: &Chip, rows: Rows, count: usize) -> (Sharded, Sharded) {
-        let shape = [count, self.batches.context()];
-        let half = |name: &str, labels: bool| {
-            let contents = Half {
-                batches: &self.batches,
-                rows,
-                labels,
-            };
-            chip.input(name, shape, Transformer::batch_placement(chip), &contents)
-        };
-        (half("tokens", false), half("labels", true))
+    pub(super) fn stages(&self, chip: &Chip) -> Stages {
+        Stages::new(self, chip.mesh()).unwrap_or_else(|e| chip.fail(e))
     }
 }
 
 /// Into how many parts the mesh splits the sequences of a batch.
-fn replicas(mesh: &Mesh) -> usize {
+pub(super) fn replicas(mesh: &Mesh) -> usize {
     REPLICAS.iter().map(|axis| mesh.size_of(axis)).product()
 }
 

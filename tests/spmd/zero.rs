@@ -200,7 +200,7 @@ fn a_layout_says_what_lives_where_and_what_moves_when() {
         )
     };
     let (table, trace) = layout("fsdp=2");
-    assert_eq!(table.kept_bytes(), (4 * psi / 2, 8 * psi / 2));
+    assert_eq!(table.kept_bytes(0), (4 * psi / 2, 8 * psi / 2));
     let moved: u64 = table.moves.iter().map(|m| m.bytes).sum();
     assert_eq!(
         moved,

@@ -32,7 +32,7 @@ const PAIRS: [Case; 10] = [
     ("cp=2,ep=2", None, false),
 ];
 
-const MORE: [Case; 14] = [
+const MORE: [Case; 17] = [
     ("dp=2,ep=2,tp=2", None, true),
     ("dp=2,tp=2,ep=2", Some(1), false),
     ("dp=2,fsdp=2,ep=2", None, false),
@@ -47,6 +47,9 @@ const MORE: [Case; 14] = [
     ("dp=2,fsdp=2,ep=2,tp=2", None, true),
     ("dp=2,ep=2,cp=2,tp=2", Some(1), false),
     ("fsdp=2,ep=2,cp=2,tp=2", None, true),
+    ("pp=2,ep=2", None, false),
+    ("dp=2,pp=2,ep=2", Some(1), false),
+    ("pp=2,ep=2,tp=2", None, true),
 ];
 
 fn models() -> [(&'static str, Config); 2] {
@@ -113,7 +116,9 @@ fn experts_in_threes_and_fours() {
 fn gathered_gradients_are_those_of_one_chip() {
     for (name, config) in models() {
         let model = training(config, ROWS, 1).model;
-        let cases: Vec<Case> = [&ALONE[..], &PAIRS, &MORE].concat();
+        // This program computes the whole model on every chip, which a pipeline does not.
+        let mut cases: Vec<Case> = [&ALONE[..], &PAIRS, &MORE].concat();
+        cases.retain(|case| !case.0.contains("pp="));
         gradients_agree(name, &model, &cases);
     }
 }
@@ -190,7 +195,7 @@ fn what_is_dropped_is_counted_and_is_the_same_on_every_mesh() {
                     "{single:?}"
                 );
             }
-            for mesh in ["ep=4", "dp=2,ep=2,tp=2", "ep=2,cp=2"] {
+            for mesh in ["ep=4", "dp=2,ep=2,tp=2", "ep=2,cp=2", "pp=2,ep=2"] {
                 assert_eq!(
                     loads(&plain, mesh),
                     single,

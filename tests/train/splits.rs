@@ -262,6 +262,7 @@ fn a_checkpoint_goes_on_another_mesh() {
     part.options.resume = true;
     part.options.steps = 6;
     part.options.zero = Some(Zero::State);
+    part.model = plain.model.clone();
     let mesh = Mesh::parse("dp=2,cp=2").expect("a mesh");
     let reports = crate::tiny::reports(&part, &world(&mesh)).expect("a run that goes on");
     let rest = crate::tiny::step_losses(&reports);

@@ -116,7 +116,7 @@ unsafe fn stream_rows<S: Simd, T: Float, const R: usize, const U: usize>(
                 *v = s.fma(x, column, *v);
             }
         }
-        for (i, v) in acc.into_iter().enumerate() {
+        for (i, &v) in acc.iter().enumerate() {
             // SAFETY: as above.
             unsafe {
                 let y = y.data.add(i * y.row_stride + j);
@@ -255,8 +255,8 @@ unsafe fn stream_squares<S: Simd, T: Float, const R: usize>(
             }
         }
     }
-    for (g, acc) in acc.into_iter().enumerate() {
-        for (i, v) in acc.into_iter().enumerate() {
+    for (g, acc) in acc.iter().enumerate() {
+        for (i, &v) in acc.iter().enumerate() {
             let here = lanes.saturating_sub(g * S::LANES);
             // SAFETY: as above.
             unsafe {

@@ -1,0 +1,388 @@
+//! A step over the stages of a pipeline: one executor for every schedule, on one stage as on many.
+//!
+//! A stage holds the parts of the model that its chunks are, and an open [`Segment`] for every chunk and micro-batch that has
+//! run forward and not yet backward. Its list says what to compute, receive, start to send, and wait for; see
+//! [`crate::pipeline`]. What two stages share is settled behind the list: the loss is on the stage of the last part and told to
+//! the others; a tied embedding is on the first and the last stage, which add up their gradients in that order, both of them,
+//! and so stay equal bit for bit; the norm of all gradients is a sum over stages, in which the shared one counts once.
+
+use super::batch::{Half, Rows};
+use super::trainer::{Training, replicas};
+use crate::dtype::DType;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mesh::Mesh;
+use crate::model::{EMBEDDING, Transformer};
+use crate::pipeline::{Action, Message, Piece, Plan, Work, layers_of_parts};
+use crate::spmd::{Chip, FromIndex, Segment, Sending, Sharded};
+use crate::trace::Phase;
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// The mesh axis of stages.
+const AXIS: &str = "pp";
+
+/// The model cut into parts, and the lists by which stages run them.
+pub(super) struct Stages {
+    plan: Plan,
+    layers: Vec<Range<usize>>,
+    /// Sequences of a micro-batch over the whole mesh.
+    rows: usize,
+    /// True if the first and the last stage both hold the embedding.
+    shares_embedding: bool,
+}
+
+impl Stages {
+    /// The stages of a training on a mesh.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Mesh`] or [`ErrorKind::Input`]: the number that stands in the way, and the nearest that works.
+    pub(super) fn new(training: &Training, mesh: &Mesh) -> Result<Self> {
+        let (options, config) = (&training.options, training.model.config());
+        let stages = mesh.size_of(AXIS);
+        let chunks = options.virtual_stages.unwrap_or(options.schedule.chunks());
+        let rows = training.micro_batch(mesh) * replicas(mesh);
+        let plan = Plan::new(
+            options.schedule,
+            stages,
+            chunks,
+            training.batches.rows() / rows,
+        )?;
+        let slots = config.layers + 2;
+        if plan.parts() > slots && plan.parts() > 1 {
+            let each = match chunks {
+                1 => String::new(),
+                _ => format!(" with {chunks} virtual stages each"),
+            };
+            return Err(Error::new(
+                ErrorKind::Mesh,
+                format!(
+                    "mesh axis pp={stages}{each} cuts the model into {} parts; its {} layers, the embedding and the head are \
+                     only {slots}: {}",
+                    plan.parts(),
+                    config.layers,
+                    match slots / chunks {
+                        0 => format!("fewer than {slots} virtual stages would do"),
+                        most => format!("pp={most} would do"),
+                    }
+                ),
+            ));
+        }
+        Ok(Stages {
+            layers: layers_of_parts(config.layers, plan.parts())?,
+            rows,
+            shares_embedding: config.tied && plan.last_stage() != plan.place(0).0,
+            plan,
+        })
+    }
+
+    /// Runs the forwards and backwards of a step. Returns the mean loss of the batch, `[1]` on every chip.
+    pub(super) fn run(&self, training: &Training, chip: &Chip, number: u64) -> Sharded {
+        let at = At::Step(number - 1);
+        let loss = self.walk(training, chip, at, &self.plan, self.plan.actions());
+        self.told(chip, &[1], loss)
+    }
+
+    /// The sum of the losses of validation windows from `first` on, as many as a step has rows, `[1]` on every chip.
+    pub(super) fn validate(&self, training: &Training, chip: &Chip, first: usize) -> Sharded {
+        let (at, actions) = (At::Validation(first), self.plan.forward_actions());
+        let loss = self.walk(training, chip, at, &self.plan, actions);
+        self.told(chip, &[1], loss)
+    }
+
+    /// Logits of tokens that every chip has, on every chip, in f32.
+    pub(super) fn logits(&self, training: &Training, chip: &Chip, tokens: &Sharded) -> Sharded {
+        let p = &self.plan;
+        let plan = Plan::new(p.schedule(), p.stages(), p.chunks(), 1);
+        let plan = plan.expect("one micro-batch goes where several do");
+        let actions = plan.forward_actions();
+        let logits = self.walk(training, chip, At::Prompt(tokens), &plan, actions);
+        let shape = [tokens.shape(), &[training.model.padded_vocab(chip)]].concat();
+        self.told(chip, &shape, logits.map(|x| x.cast(DType::F32)))
+    }
+
+    fn walk(
+        &self,
+        training: &Training,
+        chip: &Chip,
+        at: At,
+        plan: &Plan,
+        mut actions: Vec<Vec<Action>>,
+    ) -> Option<Sharded> {
+        let here = chip.coordinate(AXIS);
+        let mut stage = Stage {
+            stages: self,
+            training,
+            chip,
+            at,
+            plan,
+            here,
+            values: HashMap::new(),
+            segments: HashMap::new(),
+            sending: HashMap::new(),
+            result: None,
+        };
+        for action in actions.swap_remove(here) {
+            match action {
+                Action::Receive(message) => stage.receive(&message),
+                Action::Run(piece) => stage.compute(&piece),
+                Action::Send(message) => stage.send(message),
+                Action::Wait(message) => {
+                    let sending = stage.sending.remove(&message);
+                    sending.expect("what is waited for was sent").wait();
+                }
+            }
+        }
+        stage.result.map(|x| x.gather())
+    }
+
+    /// What the last part's stage has, on every chip.
+    fn told(&self, chip: &Chip, shape: &[usize], result: Option<Sharded>) -> Sharded {
+        if self.plan.stages() == 1 {
+            return result.expect("the only stage has the last part");
+        }
+        let nothing = || chip.input("untold", shape, chip.replicated(), &FromIndex(|_| 0f32));
+        let result = result.unwrap_or_else(nothing);
+        chip.broadcast(&result, AXIS, self.plan.last_stage())
+    }
+
+    /// Adds up the gradients of the embedding that the first and the last stage share.
+    pub(super) fn add_shared(&self, chip: &Chip, gradients: &mut [(usize, Sharded)]) {
+        let last = self.plan.last_stage();
+        let here = chip.coordinate(AXIS);
+        if !self.shares_embedding || here != 0 && here != last {
+            return;
+        }
+        let shared = |(index, _): &&mut (usize, Sharded)| is_embedding(chip, *index);
+        let (_, own) = gradients
+            .iter_mut()
+            .find(shared)
+            .expect("the embedding and the head both give it a gradient");
+        let offset = match here {
+            0 => last as isize,
+            _ => -(last as isize),
+        };
+        let other = chip.scope(EMBEDDING, || {
+            let sending = chip.start_send(own, AXIS, offset, SHARED);
+            let ty = (own.shape(), own.dtype(), own.placements());
+            let other = chip.receive_tagged(ty, AXIS, offset, SHARED);
+            sending.wait();
+            other
+        });
+        *own = match here {
+            0 => own.add(&other),
+            _ => other.add(own),
+        };
+    }
+
+    /// True if another stage counts this parameter's gradient in the norm.
+    pub(super) fn counted_elsewhere(&self, chip: &Chip, index: usize) -> bool {
+        self.shares_embedding && is_embedding(chip, index) && chip.coordinate(AXIS) != 0
+    }
+
+    /// The sum of what each stage has of a value.
+    pub(super) fn summed(&self, chip: &Chip, value: Sharded) -> Sharded {
+        match self.plan.stages() {
+            1 => value,
+            _ => value.as_summand(AXIS).redistribute(chip.replicated()),
+        }
+    }
+}
+
+/// The tag of the shared embedding's gradient: beyond those of values and gradients.
+const SHARED: u64 = u64::MAX;
+
+fn is_embedding(chip: &Chip, index: usize) -> bool {
+    *chip.parameters()[index].name == *EMBEDDING
+}
+
+/// What goes through the stages.
+#[derive(Clone, Copy)]
+enum At<'a> {
+    /// The batch of this step, from 0, forward and backward.
+    Step(u64),
+    /// Windows of the validation split from this one on.
+    Validation(usize),
+    /// A text of which the logits are wanted.
+    Prompt(&'a Sharded),
+}
+
+/// One stage under way.
+struct Stage<'a> {
+    stages: &'a Stages,
+    training: &'a Training,
+    chip: &'a Chip,
+    at: At<'a>,
+    plan: &'a Plan,
+    here: usize,
+    /// Values and gradients that are there and not yet used, by whether they are gradients, the part that takes them, and
+    /// the micro-batch.
+    values: HashMap<(bool, usize, usize), Sharded>,
+    segments: HashMap<(usize, usize), Segment>,
+    sending: HashMap<Message, Sending>,
+    /// The loss, or the logits, of the last part.
+    result: Option<Sharded>,
+}
+
+impl Stage<'_> {
+    fn receive(&mut self, message: &Message) {
+        let model = &self.training.model;
+        let tokens = match self.at {
+            At::Prompt(tokens) => tokens.shape().to_vec(),
+            _ => vec![self.stages.rows, self.training.batches.context()],
+        };
+        let placed = match self.at {
+            At::Prompt(tokens) => tokens.placements().clone(),
+            _ => Transformer::batch_placement(self.chip),
+        };
+        let placed = model.residual_placement(self.chip, &placed);
+        let shape = [&tokens[..], &[model.config().hidden]].concat();
+        let offset = message.from as isize - self.here as isize;
+        let ty = (&shape[..], model.dtype(), &placed);
+        let x = self.chip.phase(phase_of(message), || {
+            self.chip
+                .receive_tagged(ty, AXIS, offset, self.tag(message))
+        });
+        self.values
+            .insert((message.gradient, message.part, message.micro), x);
+    }
+
+    fn send(&mut self, message: Message) {
+        let key = (message.gradient, message.part, message.micro);
+        let x = self.values.remove(&key).expect("a piece made it");
+        let offset = message.to as isize - self.here as isize;
+        let sending = self.chip.phase(phase_of(&message), || {
+            self.chip.start_send(&x, AXIS, offset, self.tag(&message))
+        });
+        self.sending.insert(message, sending);
+    }
+
+    fn tag(&self, message: &Message) -> u64 {
+        let part = message.gradient as usize * self.plan.parts() + message.part;
+        (part * self.plan.micros() + message.micro) as u64
+    }
+
+    fn compute(&mut self, piece: &Piece) {
+        let part = self.plan.part(self.here, piece.chunk);
+        let (chip, micro) = (self.chip, piece.micro);
+        let gradient = self.values.remove(&(true, part, micro));
+        let gradient = match piece.work {
+            Work::Forward => return self.forward(part, micro),
+            Work::Backward => {
+                let segment = self.segments.remove(&(part, micro));
+                segment.expect(OPEN).backward(chip, gradient)
+            }
+            Work::Inputs => {
+                let segment = self.segments.get_mut(&(part, micro));
+                segment.expect(OPEN).backward_inputs(chip, gradient)
+            }
+            Work::Weights => {
+                let segment = self.segments.remove(&(part, micro));
+                segment.expect(OPEN).backward_weights(chip);
+                None
+            }
+        };
+        if let Some(dx) = gradient {
+            self.values.insert((true, part - 1, micro), dx);
+        }
+    }
+
+    fn forward(&mut self, part: usize, micro: usize) {
+        let x = self.values.remove(&(false, part, micro));
+        let body = |x: Option<&Sharded>| self.run_part(part, micro, x);
+        let y = match self.at {
+            At::Step(_) => {
+                let (y, segment) = self.chip.segment(x, body);
+                self.segments.insert((part, micro), segment);
+                y
+            }
+            _ => {
+                self.chip.stop_recording();
+                body(x.as_ref())
+            }
+        };
+        if part + 1 < self.plan.parts() {
+            self.values.insert((false, part + 1, micro), y);
+            return;
+        }
+        self.result = Some(match self.result.take() {
+            Some(sum) => sum.add(&y),
+            None => y,
+        });
+    }
+
+    /// The embedding if the part has it, its layers, the head and the loss if it has them.
+    fn run_part(&self, part: usize, micro: usize, x: Option<&Sharded>) -> Sharded {
+        let (chip, batches) = (self.chip, &self.training.batches);
+        let model = match self.at {
+            At::Step(step) => {
+                let draw = step * self.plan.micros() as u64 + micro as u64;
+                let share = self.stages.rows as f32 / batches.rows() as f32;
+                self.training.model.training(draw).with_share(share)
+            }
+            At::Validation(_) => self.training.model.clone(),
+            At::Prompt(_) => self.training.model.clone().without_capacity(),
+        };
+        let is_last = part + 1 == self.plan.parts();
+        let tokens = (part == 0).then(|| self.half(micro, false));
+        let labels = is_last.then(|| self.half(micro, true)).flatten();
+        let scope = match self.at {
+            At::Step(_) => "forward",
+            At::Validation(_) => "evaluate",
+            At::Prompt(_) => "sample",
+        };
+        chip.scope(scope, || {
+            let x = match (x, tokens.flatten(), self.at) {
+                (Some(x), ..) => x.clone(),
+                (None, Some(tokens), _) => model.embed(chip, &tokens),
+                (None, None, At::Prompt(tokens)) => model.embed(chip, tokens),
+                (None, None, _) => unreachable!("the first part has tokens, the others values"),
+            };
+            let layers = self.stages.layers[part].clone();
+            let x = layers.fold(x, |x, layer| model.block(chip, layer, &x));
+            if !is_last {
+                return x;
+            }
+            let logits = model.head(chip, &x);
+            drop(x);
+            let Some(labels) = labels else { return logits };
+            let sum = model.losses_of(chip, logits, &labels).sum();
+            match self.at {
+                At::Step(_) => sum.scale(1.0 / (batches.rows() * batches.context()) as f32),
+                _ => sum,
+            }
+        })
+    }
+
+    /// Tokens or labels of a micro-batch, placed as a batch is; a prompt has none of its own.
+    fn half(&self, micro: usize, labels: bool) -> Option<Sharded> {
+        let (rows, batches) = (self.stages.rows, &self.training.batches);
+        let first = micro * rows;
+        let rows_of = match self.at {
+            At::Step(step) => Rows::Training { step, first },
+            At::Validation(window) => Rows::Validation {
+                first: window + first,
+            },
+            At::Prompt(_) => return None,
+        };
+        let contents = Half {
+            batches,
+            rows: rows_of,
+            labels,
+        };
+        let (name, shape) = (
+            if labels { "labels" } else { "tokens" },
+            [rows, batches.context()],
+        );
+        let placed = Transformer::batch_placement(self.chip);
+        Some(self.chip.input(name, shape, placed, &contents))
+    }
+}
+
+fn phase_of(message: &Message) -> Phase {
+    match message.gradient {
+        true => Phase::Backward,
+        false => Phase::Forward,
+    }
+}
+
+const OPEN: &str = "a part runs backward once, after its forward";
