@@ -53,7 +53,7 @@ fn gathered_gradients_are_those_of_one_chip() {
 fn parameters_are_counted() {
     for (name, config) in models() {
         let layout = training(config.clone(), 8, 1).layout(&World::ghost(&Mesh::single()));
-        let count = layout.expect("a layout").kept_bytes().0 / 4;
+        let count = layout.expect("a layout").kept_bytes(0).0 / 4;
         assert_eq!(count, config.parameters(), "{name}");
     }
 }
