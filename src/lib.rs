@@ -72,7 +72,7 @@
 //! | `m n k` | a matrix product: [m, k] by [k, n] is [m, n] |
 //! | `dp fsdp tp cp pp ep` | mesh axes: data, fully sharded data, tensor, context, pipeline, expert parallel |
 //!
-//! The training loop splits over `dp`, `fsdp`, `cp`, `tp` and `pp`; a program of one's own may name its axes as it likes.
+//! The training loop splits over `dp`, `fsdp`, `ep`, `cp`, `tp` and `pp`; a program of one's own may name its axes as it likes.
 //!
 //! # The order of sums
 //!

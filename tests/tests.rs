@@ -27,6 +27,7 @@ mod spmd {
     mod classes;
     mod counts;
     mod diagnosis;
+    mod experts;
     mod faults;
     mod ghost;
     mod grid;
@@ -42,7 +43,9 @@ mod train {
     mod context;
     mod generate;
     mod gradients;
+    mod latent;
     mod meshes;
+    mod mixtures;
     mod overlap;
     mod pipeline;
     mod resume;

@@ -2,6 +2,7 @@
 //!
 //! Standard output carries results (with `--json` one object a line), standard error everything else.
 
+mod architecture;
 mod bench;
 mod calibrate;
 mod devices;

@@ -1,5 +1,6 @@
 //! `supernode train`.
 
+use super::architecture::Architecture;
 use super::preset::{Preset, Recipe};
 use super::progress::Progress;
 use super::text::Source;
@@ -24,8 +25,8 @@ pub(super) struct Arguments {
     /// Model and recipe
     #[arg(long, value_enum, default_value = "nanogpt-cpu")]
     preset: Preset,
-    /// Chips along each axis: dp (data), fsdp (fully sharded data), cp (context), tp (tensor), pp (stages of a pipeline);
-    /// without it one chip
+    /// Chips along each axis: dp (data), fsdp (fully sharded data), ep (experts), cp (context), tp (tensor), pp (stages of a
+    /// pipeline); without it one chip
     #[arg(long, value_name = "dp=2,tp=2")]
     mesh: Option<String>,
     /// ZeRO's stage over fsdp, or over dp without one: 1 splits optimizer state, 2 also gradients, 3 also parameters; by
@@ -84,6 +85,9 @@ pub(super) struct Arguments {
     /// Probability of dropout
     #[arg(long, value_name = "P", help_heading = "Model")]
     dropout: Option<f32>,
+
+    #[command(flatten)]
+    architecture: Architecture,
 
     /// Sequences per step, over the whole mesh
     #[arg(long, value_name = "N", help_heading = "Recipe")]
@@ -280,7 +284,7 @@ impl Arguments {
             true => base.ffn,
             false => scaled(base.ffn, base.hidden, hidden),
         };
-        Ok(Config {
+        let config = Config {
             layers: self.layers.unwrap_or(base.layers),
             hidden,
             heads,
@@ -292,7 +296,8 @@ impl Arguments {
             context,
             dropout: self.dropout.unwrap_or(base.dropout),
             ..base.clone()
-        })
+        };
+        self.architecture.apply(config)
     }
 
     fn options(&self, recipe: &Recipe) -> Result<Options> {

@@ -8,7 +8,7 @@
 //! | `launch`, `watch` | running a kernel, a user's own too; how long it took |
 //! | `tiles`, `tune`, `kept` | how products are cut up, by kind of adapter; compiled pipelines on disk |
 //! | `limits` | what a device could do at best |
-//! | `rows`, `products`, `matrices`, `attention` | what ops call |
+//! | `rows`, `products`, `matrices`, `attention`, `mixture` | what ops call |
 //!
 //! Kernels use no atomic sums and no order that chance decides: two runs on one adapter give the same bits. Another
 //! adapter may round otherwise, and so does a processor.
@@ -22,6 +22,7 @@ mod launch;
 mod library;
 mod limits;
 mod matrices;
+mod mixture;
 mod products;
 mod rows;
 mod shader;
@@ -37,6 +38,7 @@ pub(crate) use attention::*;
 pub use chip::Chip;
 pub(crate) use chip::{Block, fail};
 pub use launch::{Launch, Number, Operand};
+pub(crate) use mixture::*;
 pub(crate) use products::*;
 pub(crate) use rows::*;
 pub use shader::Kernel;

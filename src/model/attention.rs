@@ -7,6 +7,9 @@ use crate::spmd::{Chip, Init, Sharded};
 
 impl Transformer {
     pub(super) fn attention(&self, chip: &Chip, name: &str, x: &Sharded) -> Sharded {
+        if let Some(latent) = &self.config.latent {
+            return self.latent_attention(chip, name, latent, x);
+        }
         let (c, h, g, d) = (
             self.config.hidden,
             self.config.heads,
@@ -40,7 +43,7 @@ impl Transformer {
     }
 
     /// Causal attention of queries, keys and values [b, t, h, d]; the result lies as the queries do.
-    fn attend(&self, chip: &Chip, name: &str, [q, k, v]: [Sharded; 3]) -> Sharded {
+    pub(super) fn attend(&self, chip: &Chip, name: &str, [q, k, v]: [Sharded; 3]) -> Sharded {
         if let Some(past) = &self.past {
             return self.attend_past(chip, name, [q, k, v], past);
         }

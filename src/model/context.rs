@@ -44,7 +44,7 @@ impl ContextMethod {
         let (tp, cp) = (mesh.size_of("tp"), mesh.size_of("cp"));
         let heads = [
             ("heads", config.heads / tp, config.heads),
-            ("kv-heads", config.kv_heads / tp, config.kv_heads),
+            ("kv-heads", config.key_heads() / tp, config.key_heads()),
         ];
         let refuse = |why: String| Err(Error::new(ErrorKind::Mesh, why));
         match self {

@@ -9,6 +9,7 @@
 //! | `sharded` | a tensor over the mesh and the ops on it |
 //! | `apply`, `resolve` | one op on placed operands: shapes, placements, event |
 //! | `gradient`, `recompute`, `segment` | backward: settling, adding, computing again, tapes apart |
+//! | `count` | statistics that a program keeps for the loop around its steps |
 //! | `zero`, `update` | what belongs to a parameter split over the batch's axis; changing parameters |
 //! | `redistribute` | moving between placements; collectives as events |
 //! | `grid` | matmul on a grid of chips: 1-D, SUMMA, 2.5-D |
@@ -25,6 +26,7 @@ mod apply;
 mod cache;
 mod chip;
 mod context;
+mod count;
 mod device;
 mod exchange;
 mod execute;

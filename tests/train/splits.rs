@@ -166,8 +166,12 @@ fn bf16_agrees_within_its_rounding() {
 
 /// Every case: its mesh, its name, and the training split so.
 pub(crate) fn all() -> impl Iterator<Item = Cut> {
-    let cases = ALONE.into_iter().chain(PAIRS).chain(MORE);
-    cases.map(|case| -> Cut {
+    cuts(ALONE.into_iter().chain(PAIRS).chain(MORE))
+}
+
+/// Cases as [`super::gradients::agree`] takes them.
+pub(crate) fn cuts(cases: impl IntoIterator<Item = Case>) -> impl Iterator<Item = Cut> {
+    cases.into_iter().map(|case| -> Cut {
         Box::new(move |plain| {
             let mesh = Mesh::parse(case.0).expect("a mesh");
             (mesh, format!("{case:?}"), split(plain, case))

@@ -115,7 +115,10 @@ fn kernels(chip: &Chip, run: impl FnOnce()) -> Vec<gpu::Timed> {
 
 /// The fewest seconds that a run could take.
 struct Limit<'a> {
-    #[cfg_attr(not(feature = "gpu"), expect(dead_code, reason = "only graphics processors are asked"))]
+    #[cfg_attr(
+        not(feature = "gpu"),
+        expect(dead_code, reason = "only graphics processors are asked")
+    )]
     chip: &'a Chip,
     demand: Demand,
     bound: Bound,

@@ -76,7 +76,7 @@ fn bindings(kernel: &Kernel) -> Vec<Vec<Bound>> {
 fn constants(kernel: &Kernel) -> Vec<Vec<u32>> {
     let face = interface(kernel);
     let range = |name: &String| match name.as_str() {
-        "ADD" | "MEAN" | "SQUARES" | "PAIRS" | "WIDE" | "B" | "LOOSE" => [0, 1],
+        "ADD" | "NORMALIZE" | "MEAN" | "SQUARES" | "PAIRS" | "WIDE" | "B" | "LOOSE" => [0, 1],
         "FUNCTION" => [0, 4],
         "A" => [0, 1],
         "ROWS" | "COLUMNS" | "VECTORS" | "A_BLOCKS" | "B_BLOCKS" => [1, 2],

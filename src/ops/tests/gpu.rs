@@ -1,7 +1,7 @@
 //! The same tables on a graphics processor: same cases, same bounds.
 
 use super::harness::{on_gpu, on_gpu_as};
-use super::{attention, elementwise, loss, matmul, norms, optimizer, shapes};
+use super::{attention, elementwise, loss, matmul, mixture, norms, optimizer, shapes};
 use crate::gpu::Class;
 
 /// Tests of the same name that run on the first graphics processor.
@@ -56,6 +56,16 @@ the_same! {
     matmul::either_side_transposed_and_batched,
     matmul::bias_and_each_activation_once,
     matmul::the_result_has_the_type_that_is_asked_for,
+    mixture::sigmoids,
+    mixture::routes,
+    mixture::slots_within_a_capacity,
+    mixture::slots_are_filled_in_the_order_of_the_text,
+    mixture::tokens_go_to_experts,
+    mixture::and_come_back,
+    mixture::uneven_loads_cost,
+    mixture::a_loss_joins_whatever_passes,
+    mixture::heads_join_what_they_share,
+    mixture::zeros_around,
     norms::layer_norm,
     norms::rms_norm_over_rows_and_heads,
     norms::softmax,

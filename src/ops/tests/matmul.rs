@@ -2,7 +2,7 @@
 
 use super::harness::{Array, Bounded, Case, FLOATS, U};
 use crate::dtype::DType;
-use crate::ops::{Activation, Matmul, Op};
+use crate::ops::{Activation, Axes, Linear, Matmul, Op};
 use crate::reference::{self, gamma, matmul, transposed};
 use crate::tensor::TensorType;
 
@@ -321,6 +321,32 @@ pub(super) fn the_result_has_the_type_that_is_asked_for() {
         [DType::Bf16, DType::Bf16, DType::F32],
         None,
     );
+}
+
+/// The rows of two leading axes belong to one b each: a mixture's experts.
+#[test]
+pub(super) fn some_leading_axes_are_rows() {
+    for (transpose_b, activation) in [(false, None), (true, None), (false, Some(Activation::Silu))]
+    {
+        let op = Matmul {
+            transpose_b,
+            activation,
+            ..Default::default()
+        };
+        let flat = |shape: &[usize]| Array::normal("a", shape, DType::F32);
+        let b_shape = if transpose_b { [3, 7, 6] } else { [3, 6, 7] };
+        let b = Array::normal("b", &b_shape, DType::F32);
+        let whole = Case::new(&op, vec![flat(&[3, 2, 5, 6]), b.clone()]);
+        let rows = Case::new(&op, vec![flat(&[3, 10, 6]), b]);
+        let (whole, rows) = (whole.run(), rows.run());
+        assert_eq!(whole[0].ty.shape, [3, 2, 5, 7]);
+        assert_eq!(whole[0].values, rows[0].values);
+    }
+    let letters = Matmul::default().axes(&[
+        TensorType::new([4, 2, 5, 6], DType::F32),
+        TensorType::new([4, 6, 7], DType::F32),
+    ]);
+    assert_eq!(letters, Axes::new("abmk,akn->abmn").linear(Linear::Each));
 }
 
 #[test]
