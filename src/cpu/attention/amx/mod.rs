@@ -22,7 +22,7 @@ pub(super) mod forward;
 use super::mask::SIDE;
 use super::tile::first_row;
 use super::{Geometry, Heads, Inputs};
-use crate::cpu::simd::{Avx512, Simd, TileUnit, Tiles, matrix_unit};
+use crate::cpu::simd::{Avx512, Simd, TileUnit, Tiles, tile_unit};
 use crate::dtype::Slice;
 use core::arch::x86_64::__m256i;
 use half::bf16;
