@@ -212,6 +212,7 @@ fn one_case(dtype: DType, shape: [usize; 6], change: fn(&mut Geometry<'static>),
         );
     };
     type Out = (Data, Vec<f32>, [Data; 3]);
+    #[allow(clippy::type_complexity)]
     let runs: fn(&(dyn Fn() -> Out + Sync), &dyn Fn(&Out) -> Vec<u32>) -> Out = match on_unit {
         false => |f, key| everywhere(f, key),
         true => |f, key| on_threads(f, key),

@@ -32,6 +32,9 @@ pub(in super::super) fn scratch(d: usize, queries: usize) -> usize {
 /// [`Forward`] on the unit.
 pub(in super::super) struct OnUnit<'a>(pub(in super::super) Forward<'a>);
 
+/// For each band the end of the keys that it sees, from the block's first.
+type Ends = [usize; BANDS];
+
 /// A tile of queries on its way through the keys.
 struct Query<'a> {
     tile: Tile,
@@ -132,23 +135,27 @@ impl OnTiles for OnUnit<'_> {
             let next = keys.end..(keys.end + SIDE).min(g.keys);
             // A tile's values follow the next tile's scores: the unit multiplies while exponentials are computed, and
             // nothing that was just stored is loaded.
-            let mut waiting: Option<&mut Query> = None;
+            let mut waiting: Option<(&mut Query, Ends)> = None;
             for (i, query) in queries.iter_mut().flatten().enumerate() {
                 ask(s, [k, v], any, share(&next, i, task.tiles.len()), d);
                 let sight = sees(query);
                 if sight == Sight::Nothing {
                     continue;
                 }
-                query.scores(t, g, &keys, block_side.k, scores);
-                if let Some(query) = waiting.take() {
-                    query.values(t, g, &keys, block_side.v, before);
+                let ends = query.tile.ends(g, &keys);
+                query.scores(t, d, &keys, &ends, block_side.k, scores);
+                if let Some((query, ends)) = waiting.take() {
+                    query.values(t, d, &keys, &ends, block_side.v, before);
                 }
-                query.exponentials(s, t, g, sight, &keys, scores, p);
+                if sight == Sight::Some {
+                    query.tile.hide(s, g, &keys, scores);
+                }
+                query.exponentials(s, t, log2_scale(g), &ends, scores, p);
                 std::mem::swap(&mut p, &mut before);
-                waiting = Some(query);
+                waiting = Some((query, ends));
             }
-            if let Some(query) = waiting {
-                query.values(t, g, &keys, block_side.v, before);
+            if let Some((query, ends)) = waiting {
+                query.values(t, d, &keys, &ends, block_side.v, before);
             }
         }
         let mut sink = task.sink;
@@ -161,8 +168,16 @@ impl OnTiles for OnUnit<'_> {
 impl Query<'_> {
     /// Scores [keys, rows] of a block.
     #[inline(always)]
-    fn scores(&self, t: Tiles, g: &Geometry, keys: &Range<usize>, k: &[f32], scores: &mut [f32]) {
-        let deep = tiles(g.head_dim, DEEP);
+    fn scores(
+        &self,
+        t: Tiles,
+        d: usize,
+        keys: &Range<usize>,
+        ends: &Ends,
+        k: &[f32],
+        scores: &mut [f32],
+    ) {
+        let deep = tiles(d, DEEP);
         Product {
             m: tiles(keys.len(), SIDE16),
             n: tiles(self.tile.rows, SIDE16),
@@ -174,16 +189,24 @@ impl Query<'_> {
             c: scores,
             c_pitch: SCORES,
             fresh: true,
-            part: Part::Scores(&self.tile.ends(g, keys)),
+            part: Part::Scores(ends),
         }
         .run(t);
     }
 
     /// Adds the values of a block.
     #[inline(always)]
-    fn values(&mut self, t: Tiles, g: &Geometry, keys: &Range<usize>, v: &[f32], p: &[f32]) {
+    fn values(
+        &mut self,
+        t: Tiles,
+        d: usize,
+        keys: &Range<usize>,
+        ends: &Ends,
+        v: &[f32],
+        p: &[f32],
+    ) {
         Product {
-            m: tiles(g.head_dim, SIDE16),
+            m: tiles(d, SIDE16),
             n: tiles(self.tile.rows, SIDE16),
             k: tiles(keys.len(), DEEP),
             a: v,
@@ -193,41 +216,30 @@ impl Query<'_> {
             c: self.o,
             c_pitch: SIDE,
             fresh: false,
-            part: Part::Keys(&self.tile.ends(g, keys)),
+            part: Part::Keys(ends),
         }
         .run(t);
     }
 
     /// From scores to exponentials, a right operand.
     #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
     fn exponentials(
         &mut self,
         s: Avx512,
         t: Tiles,
-        g: &Geometry,
-        sight: Sight,
-        keys: &Range<usize>,
-        scores: &mut [f32],
+        scale: f32,
+        ends: &Ends,
+        scores: &[f32],
         p: &mut [f32],
     ) {
-        if sight == Sight::Some {
-            self.tile.hide(s, g, keys, scores);
-        }
-        let ends = self.tile.ends(g, keys);
         let bands = tiles(self.tile.rows, SIDE16);
         // This tile's outputs and, after them in memory, the next tile's queries are wanted next: they have left the first cache.
         let soon = self.o.len() + self.qt.len();
-        for (band, end) in ends
-            .into_iter()
-            .enumerate()
-            .take(tiles(self.tile.rows, SIDE16))
-        {
+        for (band, &n) in ends.iter().enumerate().take(bands) {
             for at in share(&(0..soon), band, bands).step_by(SIDE16) {
                 s.prefetch(self.o.as_ptr().wrapping_add(at));
             }
-            let n = keys.len().min(end);
-            self.band(s, t, log2_scale(g), band, n, scores, p);
+            self.band(s, t, scale, band, n, scores, p);
         }
     }
 

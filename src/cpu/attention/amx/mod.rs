@@ -338,6 +338,7 @@ fn right<'a>(
 
 /// Columns [d, rows] times a factor each, as rows: calls `f` with each row and its number.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 fn rows_of_columns(
     s: Avx512,
     d: usize,
