@@ -3,7 +3,8 @@
 //! An element of C is one chain of fused multiply-adds over k in ascending order, so that the bits depend neither on
 //! tiles and blocks nor on threads, batch or instruction set. There is one exception: bf16 by bf16 on a machine with a matrix
 //! unit (AMX) is summed in that unit's order, which is as fixed, but another (`simd::amx` states it), because the unit is
-//! many times faster than any chain. `SUPERNODE_MATRIX_UNITS=off` gives the chain's bits there too. From outside in (after K. Goto and R. van de Geijn,
+//! many times faster than any chain; there `Accum::Add` equals one longer sum where it resumes at a multiple of 32 of k.
+//! `SUPERNODE_MATRIX_UNITS=off` gives the chain's bits there too. From outside in (after K. Goto and R. van de Geijn,
 //! Anatomy of High-Performance Matrix Multiplication, 2008):
 //!
 //! | file | what |
@@ -71,7 +72,7 @@ pub(crate) struct Epilogue<'a> {
 
 /// c\[b, i, j\] (+)= sum over p of a\[b, i, p\] b\[b, p, j\], then bias and activation.
 ///
-/// One chain of fused multiply-adds over ascending p, in f32, narrowed once; with [`Accum::Add`] the chain begins at the
+/// One chain of fused multiply-adds over ascending p, in f32 (bf16 on a matrix unit: in its order), narrowed once; with [`Accum::Add`] the chain begins at the
 /// old c, with [`Accum::Replace`] at 0 and c is not read. k = 0 leaves the beginning of the chain.
 ///
 /// # Panics
