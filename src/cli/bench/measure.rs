@@ -151,15 +151,16 @@ impl<'a> Limit<'a> {
     }
 
     fn one(&mut self) -> f64 {
-        let bytes = self.demand.reads + self.demand.writes;
+        let (chip, bytes) = (self.chip, self.demand.reads + self.demand.writes);
         #[cfg(feature = "gpu")]
-        if let Some(device) = self.chip.memory().gpu_chip() {
-            let told = |r: Result<f64>| r.unwrap_or_else(|e| self.chip.fail(e));
+        if let Some(device) = chip.memory().gpu_chip() {
+            let told = |r: Result<f64>| r.unwrap_or_else(|e| chip.fail(e));
             return match self.bound {
                 Bound::Compute => self.demand.flops / told(device.peak_flops()),
                 Bound::Memory => bytes as f64 / told(device.bytes_per_second(bytes)),
             };
         }
+        let _ = chip;
         match (self.bound, &mut self.stream) {
             (Bound::Memory, Some(stream)) => bytes as f64 / stream.bytes_per_second(),
             _ => self.demand.flops / peak_flops(self.demand.dtype),
