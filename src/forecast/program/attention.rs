@@ -27,7 +27,7 @@ impl Shape<'_> {
         let (q, kv, o) = self.widths();
         let mut tasks = vec![];
         if backward {
-            tasks.extend(self.into_pair());
+            tasks.extend(self.before_pair());
             tasks.extend(self.gradients(tokens, (c, o), vec![]));
             tasks.extend(self.core(true));
             tasks.extend(self.rotary());
@@ -40,7 +40,7 @@ impl Shape<'_> {
         match self.model.latent {
             Some(_) => tasks.extend(self.latent_forward()),
             None => {
-                tasks.extend(self.into_pair());
+                tasks.extend(self.before_pair());
                 tasks.extend(self.cast((tokens * c) as f64));
                 tasks.push(self.product(tokens, q + kv, c));
             }

@@ -24,7 +24,7 @@ impl Shape<'_> {
         match self.model.has_experts(block) {
             true => tasks.extend(self.experts()),
             false => {
-                tasks.extend(self.into_pair());
+                tasks.extend(self.before_pair());
                 tasks.extend(self.dense(self.model.ffn));
                 tasks.extend(self.out_of_pair());
             }
@@ -36,7 +36,7 @@ impl Shape<'_> {
     fn cached_projections(&self) -> Vec<Task> {
         let (tokens, c) = (self.tokens(), self.model.hidden);
         let Some(l) = self.model.latent else {
-            let mut tasks = self.into_pair();
+            let mut tasks = self.before_pair();
             let (q, kv, _) = self.model.widths();
             let kv = (kv as f64 * self.kv_share()).ceil() as usize;
             tasks.push(self.product(tokens, q.div_ceil(self.tp) + kv, c));

@@ -119,7 +119,7 @@ impl Shape<'_> {
         if m.shared_ffn == 0 {
             return vec![];
         }
-        let mut tasks = self.into_pair();
+        let mut tasks = self.before_pair();
         match backward {
             false => {
                 tasks.extend(self.dense(m.shared_ffn));

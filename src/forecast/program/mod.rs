@@ -168,7 +168,7 @@ impl Shape<'_> {
     }
 
     /// Into a pair of matrices: a gathering if tokens are split.
-    fn into_pair(&self) -> Vec<Task> {
+    fn before_pair(&self) -> Vec<Task> {
         match self.sequence_parallel {
             true => self.transfer(Kind::AllGather, Beside::Never),
             false => vec![],
@@ -184,7 +184,7 @@ impl Shape<'_> {
         self.transfer(kind, Beside::Never)
     }
 
-    /// The gradient's way back through [`Shape::into_pair`], beside the weights' product: with sequence parallelism the input is
+    /// The gradient's way back through [`Shape::before_pair`], beside the weights' product: with sequence parallelism the input is
     /// gathered once more and the gradient's sum scattered, otherwise the gradient is summed.
     fn back_into_pair(&self) -> Vec<Task> {
         match self.sequence_parallel {
@@ -240,7 +240,7 @@ impl Shape<'_> {
         match self.model.has_experts(block) {
             true => tasks.extend(self.experts()),
             false => {
-                tasks.extend(self.into_pair());
+                tasks.extend(self.before_pair());
                 tasks.extend(self.dense(self.model.ffn));
                 tasks.extend(self.out_of_pair());
             }
@@ -255,7 +255,7 @@ impl Shape<'_> {
         match self.model.has_experts(block) {
             true => tasks.extend(self.experts_backward()),
             false => {
-                tasks.extend(self.into_pair());
+                tasks.extend(self.before_pair());
                 tasks.extend(self.dense_backward(self.model.ffn, self.back_into_pair()));
             }
         }
@@ -272,7 +272,7 @@ impl Shape<'_> {
 
     fn predict_product(&self) -> Vec<Task> {
         let c = self.model.hidden;
-        let mut tasks = self.into_pair();
+        let mut tasks = self.before_pair();
         tasks.push(self.product(self.tokens(), c.div_ceil(self.tp), 2 * c));
         tasks
     }
@@ -351,7 +351,7 @@ impl Shape<'_> {
             return tasks;
         }
         let mut tasks = vec![stream(Rows::Norm, 4.0 * self.residual())];
-        tasks.extend(self.into_pair());
+        tasks.extend(self.before_pair());
         tasks.push(wide.product(self.tokens(), columns, rows));
         // To f32, the maximum, the exponentials and their sum.
         tasks.push(stream(Rows::Elementwise, 18.0 * logits));

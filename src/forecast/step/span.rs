@@ -86,11 +86,10 @@ impl<'a> Prices<'a> {
     }
 
     fn hides(&self, beside: Beside) -> bool {
-        match (beside, self.overlap) {
-            (Beside::Always, _) | (_, Some("all")) => true,
-            (Beside::Backward, Some("backward")) => true,
-            _ => false,
-        }
+        matches!(
+            (beside, self.overlap),
+            (Beside::Always, _) | (_, Some("all")) | (Beside::Backward, Some("backward"))
+        )
     }
 
     /// Tasks one after another. A transfer that may hide does so behind the one kernel that follows it; exchanges of tokens behind
