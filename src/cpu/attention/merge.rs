@@ -4,7 +4,7 @@
 //! The order in which parts are merged is the caller's, and with it the bits.
 
 use crate::cpu::memory::with_scratch_f32;
-use crate::cpu::polynomial::{exp2, ln};
+use crate::cpu::polynomial::{exp2_normal, ln};
 use crate::cpu::rows::lanes::{transform, update};
 use crate::cpu::rows::parallel::{Out, for_rows};
 use crate::cpu::simd::{Isa, Kernel, Simd, dispatch, isa};
@@ -126,7 +126,7 @@ impl Kernel for Weigh<'_> {
                     let power = s.splat(LOG2_E);
                     let [a, b] = [old, new].map(
                         #[inline(always)]
-                        |x| exp2(s, s.mul(s.sub(x, base), power)),
+                        |x| exp2_normal(s, s.mul(s.sub(x, base), power)),
                     );
                     let sum = s.add(a, b);
                     let nothing = s.eq(sum, s.zero());
