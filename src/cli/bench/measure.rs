@@ -115,10 +115,8 @@ fn kernels(chip: &Chip, run: impl FnOnce()) -> Vec<gpu::Timed> {
 
 /// The fewest seconds that a run could take.
 struct Limit<'a> {
-    #[cfg_attr(
-        not(feature = "gpu"),
-        expect(dead_code, reason = "only graphics processors are asked")
-    )]
+    // Only graphics processors are asked.
+    #[cfg_attr(not(feature = "gpu"), allow(dead_code))]
     chip: &'a Chip,
     demand: Demand,
     bound: Bound,
