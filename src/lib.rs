@@ -121,7 +121,8 @@ pub use dtype::DType;
 pub use error::{Error, ErrorKind, Result};
 pub use half::{bf16, f16};
 pub use kernels::{
-    Mask, attention, gelu, gelu_tanh, layer_norm, matmul, matmul_batched, rms_norm, silu, softmax,
+    Mask, attention, attention_at, gelu, gelu_tanh, layer_norm, matmul, matmul_batched, rms_norm,
+    silu, softmax,
 };
 pub use mesh::Mesh;
 pub use placement::Placement;
