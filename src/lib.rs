@@ -60,6 +60,7 @@
 //!
 //!   the floor, values and tables, used by all: mesh, placement, collective, pipeline, trace, random, dtype, error
 //!   cluster        machines as data: chips, systems, stacks
+//!   report         pages: timelines, bars and curves as HTML
 //!   reference      the textbook in f64: the oracle of tests, to be read
 //! ```
 //!
@@ -71,7 +72,7 @@
 //! | `m n k` | a matrix product: [m, k] by [k, n] is [m, n] |
 //! | `dp fsdp tp cp pp ep` | mesh axes: data, fully sharded data, tensor, context, pipeline, expert parallel |
 //!
-//! The training loop splits over `dp`, `fsdp`, `cp` and `tp`; a program of one's own may name its axes as it likes.
+//! The training loop splits over `dp`, `fsdp`, `ep`, `cp`, `tp` and `pp`; a program of one's own may name its axes as it likes.
 //!
 //! # The order of sums
 //!
@@ -114,6 +115,7 @@ pub mod pipeline;
 pub mod placement;
 pub mod random;
 pub mod reference;
+pub mod report;
 pub mod spmd;
 pub mod tape;
 pub mod tensor;
@@ -124,7 +126,8 @@ pub use dtype::DType;
 pub use error::{Error, ErrorKind, Result};
 pub use half::{bf16, f16};
 pub use kernels::{
-    Mask, attention, gelu, gelu_tanh, layer_norm, matmul, matmul_batched, rms_norm, silu, softmax,
+    Mask, attention, attention_at, gelu, gelu_tanh, layer_norm, matmul, matmul_batched, rms_norm,
+    silu, softmax,
 };
 pub use mesh::Mesh;
 pub use placement::Placement;
