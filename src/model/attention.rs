@@ -80,6 +80,11 @@ impl Transformer {
         } else {
             x
         };
+        self.turned(chip, x)
+    }
+
+    /// Heads [b, t, h, d] turned by their position, if the model does so.
+    pub(super) fn turned(&self, chip: &Chip, x: Sharded) -> Sharded {
         match &self.rotary {
             Some(rotary) => {
                 let rotary = ops::Rotary {

@@ -8,6 +8,7 @@ use crate::placement::Placement::Shard;
 use crate::placement::TokenOrder;
 use crate::spmd::{Chip, Contents, InOrder, Ring, Sharded};
 use std::fmt;
+use std::sync::Arc;
 
 /// How the chips along cp compute attention over all tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,6 +149,20 @@ impl Transformer {
             true => self.token_order(chip.mesh(), x.shape()[1]),
             false => TokenOrder::Ascending,
         }
+    }
+
+    /// Where x [b, t, ..] keeps the token of each position of the text; none if it keeps them in that order.
+    pub(super) fn places(&self, chip: &Chip, x: &Sharded) -> Option<Arc<[u32]>> {
+        let order = self.order_of(chip, x);
+        if order == TokenOrder::Ascending {
+            return None;
+        }
+        let positions = order.positions(0..x.shape()[1]);
+        let mut places = vec![0; positions.len()];
+        for (kept, position) in positions.into_iter().enumerate() {
+            places[position] = kept as u32;
+        }
+        Some(places.into())
     }
 
     fn splits_tokens(&self, chip: &Chip, x: &Sharded) -> bool {

@@ -98,10 +98,18 @@ impl Transformer {
         [q, k, v]: [Sharded; 3],
         past: &Past,
     ) -> Sharded {
-        let keep = |which: &str, x: &Sharded| {
-            chip.cached(&format!("{name}.{which}"), x, &past.starts, past.capacity)
-        };
-        let (k, v) = (keep("k", &k), keep("v", &v));
+        let k = self.kept(chip, &format!("{name}.k"), &k, past);
+        let v = self.kept(chip, &format!("{name}.v"), &v, past);
+        self.attend_kept(chip, [q, k, v], past)
+    }
+
+    /// What is kept under `name` of all tokens so far, [b, capacity, ..], x of the new ones included.
+    pub(super) fn kept(&self, chip: &Chip, name: &str, x: &Sharded, past: &Past) -> Sharded {
+        chip.cached(name, x, &past.starts, past.capacity)
+    }
+
+    /// Attention of new queries over keys and values of all tokens so far, [b, capacity, g, d].
+    pub(super) fn attend_kept(&self, chip: &Chip, [q, k, v]: [Sharded; 3], past: &Past) -> Sharded {
         let op = ops::Attention {
             causal: true,
             offsets: Some(past.starts.clone()),

@@ -55,7 +55,7 @@ impl Transformer {
         let slots = ops::Slots {
             experts: m.experts,
             capacity: m.capacity(tokens.shape()[1]),
-            order: None,
+            order: self.places(chip, &shared),
         };
         let [slots, origin, load] = three(chip.apply(slots, &[&experts]));
         drop(experts);

@@ -119,6 +119,13 @@ impl Transformer {
         let q = self.latent_queries(chip, name, l, &x);
         let kept = self.key_latent(chip, name, l, &x);
         drop(x);
+        let kept = match &self.past {
+            Some(past) => KeyLatent {
+                latent: self.kept(chip, &format!("{name}.latent"), &kept.latent, past),
+                rope: self.kept(chip, &format!("{name}.rope"), &kept.rope, past),
+            },
+            None => kept,
+        };
         let (k, v) = self.keys_and_values(chip, name, l, &kept);
         drop(kept);
         let missing = l.head_dim() - l.v_dim;
@@ -133,7 +140,10 @@ impl Transformer {
                 chip.apply_one(pad, &[&v])
             }
         };
-        let o = self.attend(chip, name, [q, k, v]);
+        let o = match &self.past {
+            Some(past) => self.attend_kept(chip, [q, k, v], past),
+            None => self.attend(chip, name, [q, k, v]),
+        };
         let o = if missing == 0 {
             o
         } else {
@@ -226,14 +236,6 @@ impl Transformer {
             weight: true,
         };
         chip.apply_one(op, &[x, &weight])
-    }
-
-    /// Heads turned by their position.
-    fn turned(&self, chip: &Chip, x: Sharded) -> Sharded {
-        match &self.rotary {
-            Some(rotary) => chip.apply_one(rotary.clone(), &[&x]),
-            None => x,
-        }
     }
 }
 

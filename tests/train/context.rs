@@ -3,7 +3,8 @@
 
 use super::splits::{Case, ROWS, STEPS, agree, split};
 use crate::tiny::{
-    Cut, assert_close, gpt2, llama, losses, models_of_three, step_losses, text, training, world,
+    Cut, assert_close, gpt2, latent, llama, losses, mixture, models_of_three, step_losses, text,
+    training, world,
 };
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -185,6 +186,20 @@ fn dropout_recomputation_and_bf16_go_with_the_ring() {
     let mut narrow = with(training(llama(), ROWS, STEPS), USP);
     narrow.model = narrow.model.with_dtype(DType::Bf16);
     agree("bf16", &narrow, &[("cp=4", None, false)], 0.02);
+}
+
+#[test]
+fn mixtures_and_latents_go_with_the_ring() {
+    // Slots of experts are filled in the order of the text, whatever order the ring keeps.
+    for (name, config) in [("mixture", mixture()), ("latent", latent())] {
+        let plain = with(training(config, ROWS, STEPS), RING);
+        let cases = [
+            ("cp=2", None, false),
+            ("cp=4", None, false),
+            ("cp=2,tp=2", None, true),
+        ];
+        agree(name, &plain, &cases, 1e-5);
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Decoding over a cache gives the logits and the texts of the whole forward, on one chip and on meshes; texts do not depend
 //! on the mesh, on each other, or on the one that wrote the checkpoint.
 
-use crate::tiny::{self, CONTEXT, gpt2, llama, training, world};
+use crate::tiny::{self, CONTEXT, gpt2, latent, llama, training, world};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use supernode::mesh::Mesh;
@@ -84,7 +84,7 @@ fn logits(model: &Transformer, chip: &Chip, cached: bool) -> Vec<Vec<Vec<f32>>> 
 
 #[test]
 fn decoding_gives_the_logits_of_the_whole_forward() {
-    for (name, config) in [("gpt2", gpt2()), ("llama", llama())] {
+    for (name, config) in [("gpt2", gpt2()), ("llama", llama()), ("latent", latent())] {
         let model = tiny::transformer(config);
         let mut single = None;
         for at in ["single", "tp=2", "tp=4", "dp=2", "dp=2,tp=2"] {
@@ -216,6 +216,27 @@ fn a_cache_is_split_as_its_heads_and_sequences_are() {
     assert_eq!(bytes("single"), whole);
     for (at, parts) in [("tp=2", 2), ("dp=2", 2), ("dp=2,tp=2", 4), ("tp=8", 8)] {
         assert_eq!(bytes(at), whole / parts, "{at}");
+    }
+}
+
+#[test]
+fn latent_attention_keeps_its_latents_alone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    trained(dir.path(), "single", &training(latent(), 8, 1));
+    let model = Trained::open(dir.path()).expect("a checkpoint");
+    let how = Generate {
+        tokens: 3,
+        sampler: Sampler::new(1, 0.0, None).expect("a temperature"),
+    };
+    let sizes = latent().latent.expect("it has one");
+    let layers = latent().layers as u64;
+    for at in ["single", "tp=2"] {
+        let run = model
+            .generate(&world(&mesh(at)), &texts(), &how)
+            .expect("texts");
+        // 4 sequences of at most 12 tokens, in f32, the same on every chip of tp.
+        let one = 4 * 12 * (sizes.kv_rank + sizes.rope_dim) as u64 * 4;
+        assert_eq!(run.outputs()[0].cached_bytes, layers * one, "{at}");
     }
 }
 
