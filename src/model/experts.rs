@@ -23,7 +23,9 @@ use super::{Balance, FeedForward, Mixture, Score, Transformer};
 use crate::dtype::DType;
 use crate::ops;
 use crate::placement::Placement::{Partial, Replicate, Shard};
+use crate::placement::TokenOrder;
 use crate::spmd::{Chip, Init, Sharded};
+use std::sync::Arc;
 
 /// The name under which the loads of a block's experts are counted while a model trains: see [`Chip::count`].
 pub(crate) fn load_name(layer: usize) -> String {
@@ -55,7 +57,7 @@ impl Transformer {
         let slots = ops::Slots {
             experts: m.experts,
             capacity: m.capacity(tokens.shape()[1]),
-            order: None,
+            order: self.text_order(chip, &shared),
         };
         let [slots, origin, load] = three(chip.apply(slots, &[&experts]));
         drop(experts);
@@ -96,6 +98,20 @@ impl Transformer {
         };
         drop(shared);
         self.settled(y)
+    }
+
+    /// Where the gathered tokens of x [b, t, c] keep the token of each position of the text; none if in its order.
+    fn text_order(&self, chip: &Chip, x: &Sharded) -> Option<Arc<[u32]>> {
+        let order = self.order_of(chip, x);
+        if order == TokenOrder::Ascending {
+            return None;
+        }
+        let mut places = vec![0; x.shape()[1]];
+        let positions = order.positions(0..places.len());
+        for (kept, position) in positions.into_iter().enumerate() {
+            places[position] = kept as u32;
+        }
+        Some(places.into())
     }
 
     /// Weights in f32 and numbers in u32 of each token's experts, [b, t, k].

@@ -231,7 +231,13 @@ impl Transformer {
     /// Heads turned by their position.
     fn turned(&self, chip: &Chip, x: Sharded) -> Sharded {
         match &self.rotary {
-            Some(rotary) => chip.apply_one(rotary.clone(), &[&x]),
+            Some(rotary) => {
+                let rotary = ops::Rotary {
+                    positions: self.rotary_positions(chip, &x),
+                    ..rotary.clone()
+                };
+                chip.apply_one(rotary, &[&x])
+            }
             None => x,
         }
     }
