@@ -124,7 +124,8 @@ impl Trained {
                 ),
             ));
         }
-        Ok(Transformer::new(self.config.clone(), mesh)?.with_dtype(self.dtype))
+        let model = Transformer::new(self.config.clone(), mesh)?;
+        Ok(model.with_dtype(self.dtype).without_capacity())
     }
 
     /// Continues texts of token numbers on the chips of a world. Every chip draws the same tokens.
@@ -315,7 +316,8 @@ impl Training {
         if chip.size_of("pp") > 1 || is_on_gpu(chip) {
             return self.sample_again(chip, stages, &sampler, text);
         }
-        let mut texts = Texts::new(&self.model, chip, vec![text], self.options.sample);
+        let model = self.model.clone().without_capacity();
+        let mut texts = Texts::new(&model, chip, vec![text], self.options.sample);
         for number in 0..self.options.sample {
             texts.add(&sampler, number);
         }

@@ -8,10 +8,10 @@
 use super::gradients;
 use super::splits::{Case, agree, cuts, split};
 use crate::tiny::{
-    assert_close, bits, deepseek, losses, mixture, reports, step_losses, training, world,
+    assert_close, batches, bits, deepseek, losses, mixture, reports, step_losses, training, world,
 };
 use supernode::mesh::Mesh;
-use supernode::model::{Balance, Config, Mixture};
+use supernode::model::{Balance, Config, ContextMethod, Mixture};
 use supernode::train::{ExpertLoads, Report, Training};
 use supernode::{DType, World};
 
@@ -77,10 +77,24 @@ fn with(config: &Config, change: impl FnOnce(&mut Mixture)) -> Config {
 
 #[test]
 fn no_choice_is_close() {
-    for (name, config) in models() {
-        let loads = loads(&training(config, ROWS, STEPS), "single");
-        let close: u64 = loads.iter().map(|l| l.close).sum();
-        assert_eq!(close, 0, "{name}: choose another seed");
+    let close = |seed: u64| {
+        let of = |config: Config| {
+            let training = Training {
+                batches: batches(ROWS, seed),
+                ..training(config, ROWS, STEPS)
+            };
+            let loads = loads(&training, "single");
+            loads.iter().map(|l| l.close).sum::<u64>()
+        };
+        models().map(|(_, config)| of(config))
+    };
+    let here = close(7);
+    if here != [0, 0] {
+        let others = (8..40).map(|seed| (seed, close(seed)));
+        panic!(
+            "{here:?} choices are close; by seed: {:?}",
+            others.collect::<Vec<_>>()
+        );
     }
 }
 
@@ -195,6 +209,19 @@ fn what_is_dropped_is_counted_and_is_the_same_on_every_mesh() {
                 );
             }
         }
+    }
+}
+
+/// Chips of a ring keep an early and a late part of the sequence; slots are filled in the order of the text all the same.
+#[test]
+fn a_ring_drops_what_one_chip_drops() {
+    for (name, config) in models() {
+        let mut plain = training(config, ROWS, STEPS);
+        let single = loads(&plain, "single");
+        plain.model = plain.model.with_context_method(Some(ContextMethod::Ring));
+        let cases = [("cp=2", None, false), ("ep=2,cp=2,tp=2", None, true)];
+        agree(name, &plain, &cases, 1e-5);
+        assert_eq!(loads(&plain, "ep=2,cp=4"), single, "{name}");
     }
 }
 
