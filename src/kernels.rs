@@ -1,7 +1,8 @@
 //! Kernels straight on ndarray, without chips, meshes or tapes: arrays in, arrays out.
 //!
 //! All take f32, bf16 or f16, compute in f32 and round once. They run on the caller's current rayon pool, and their results
-//! depend neither on the number of its threads nor on the instruction set. A view is read where it lies if its elements
+//! depend neither on the number of its threads nor on the instruction set (but see [the order of sums](crate#the-order-of-sums)
+//! for bf16 on a matrix unit). A view is read where it lies if its elements
 //! fill a stretch of memory in any order of axes (so a transposed matrix is not copied); otherwise it is copied first,
 //! because what lies between its elements may belong to somebody else.
 //!

@@ -166,6 +166,14 @@ fn meshes_and_threads_agree_and_runs_repeat() {
             }
         }
     }
+    for how in ["gpipe", "1f1b", "zb-h1", "zb-v"] {
+        let run = ["--steps", "8", "--mesh", "pp=2", "--schedule", how];
+        let got = losses(&bench.json(&run));
+        assert_eq!(got.len(), one.len());
+        for (a, b) in one.iter().zip(&got) {
+            assert!((a - b).abs() <= 1e-5, "pp=2 by {how}: {a} against {b}");
+        }
+    }
 }
 
 #[test]
@@ -213,6 +221,18 @@ fn meshes_that_do_not_divide_are_refused_with_the_nearest_that_does() {
     bench.fails(&[&text[..], &["--device", "gpu:77"]].concat(), &["gpu:77"]);
     bench.fails(&[&text[..], &["--dtype", "u32"]].concat(), &["u32"]);
     bench.fails(&[&text[..], &["--threads", "0"]].concat(), &["thread"]);
+    bench.fails(
+        &[&text[..], &["--mesh", "pp=6"]].concat(),
+        &["pp=6", "2 layers", "pp=4"],
+    );
+    bench.fails(
+        &[&text[..], &["--schedule", "gpipe", "--virtual-stages", "2"]].concat(),
+        &["gpipe", "one chunk"],
+    );
+    bench.fails(
+        &[&text[..], &["--sequence-parallel"]].concat(),
+        &["sequence parallelism", "tp=2"],
+    );
 }
 
 #[test]
@@ -350,6 +370,7 @@ fn a_ghost_says_what_a_run_would_need() {
         vec!["--mesh", "dp=2,tp=2"],
         vec!["--mesh", "dp=4", "--collectives", "ring"],
         vec!["--mesh", "tp=2", "--dtype", "bf16", "--recompute"],
+        vec!["--mesh", "pp=2,fsdp=2", "--virtual-stages", "2"],
         vec![],
     ] {
         let mesh = [&more[..], &["--steps", "1"]].concat();
@@ -415,6 +436,67 @@ fn tokenised_text_trains_and_samples() {
         Some(6),
         "{sample}"
     );
+}
+
+#[test]
+fn a_mixture_with_latent_attention_trains_on_a_mesh_of_experts() {
+    let bench = Bench::new();
+    let model = [
+        "--preset",
+        "llama-tiny",
+        "--kv-heads",
+        "2",
+        "--experts",
+        "4",
+        "--expert-ffn",
+        "16",
+        "--shared-experts",
+        "1",
+        "--dense-layers",
+        "1",
+        "--router-score",
+        "sigmoid",
+        "--balance",
+        "bias",
+        "--attention",
+        "mla",
+        "--kv-lora-rank",
+        "8",
+        "--steps",
+        "3",
+    ];
+    let lines = bench.json(&[&model[..], &["--mesh", "ep=2,tp=2"]].concat());
+    for line in &lines[..3] {
+        for key in ["dropped", "busiest_expert", "close_choices"] {
+            assert!(line[key].is_number(), "no {key} in {line}");
+        }
+    }
+    let ghost = bench.json(
+        &[
+            &model[..],
+            &["--mesh", "dp=2,ep=4", "--batch", "8", "--ghost"],
+        ]
+        .concat(),
+    );
+    let calls = ghost[0]["collectives"].as_array().expect("a list");
+    assert!(
+        calls
+            .iter()
+            .any(|c| c["op"] == "all-to-all" && c["axis"] == "ep"),
+        "{calls:?}"
+    );
+    for (wrong, says) in [
+        (&["--mesh", "ep=3"][..], "ep=3 does not divide 4 experts"),
+        (&["--experts-per-token", "9"], "9 experts per token of 4"),
+        (
+            &["--attention", "grouped"],
+            "--kv-lora-rank belongs to latent attention",
+        ),
+    ] {
+        bench.fails(&[&["--text", "text"], &model[..], wrong].concat(), &[says]);
+    }
+    let stray = ["--text", "text", "--shared-experts", "1"];
+    bench.fails(&stray, &["--shared-experts", "give --experts too"]);
 }
 
 #[test]

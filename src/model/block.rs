@@ -2,18 +2,43 @@
 
 use super::{Norm, Transformer};
 use crate::ops;
-use crate::spmd::{Chip, Init, Sharded};
+use crate::spmd::{Block, Chip, Init, Sharded};
+use std::ops::Range;
 
 impl Transformer {
+    /// Blocks `layers` (from 0), one behind the other, on the residual stream [b, t, c]: each fetches the parameters of the
+    /// next where they are split.
+    #[track_caller]
+    pub fn blocks(&self, chip: &Chip, layers: Range<usize>, x: Sharded) -> Sharded {
+        let name = |layer: usize| format!("layers.{layer}.");
+        let x = layers.clone().fold(x, |x, layer| {
+            let place = Block {
+                name: name(layer),
+                before: (layer > layers.start).then(|| name(layer - 1)),
+                behind: (layer + 1 < layers.end).then(|| name(layer + 1)),
+            };
+            self.block_among(chip, layer, place, x)
+        });
+        chip.drop_gathers();
+        x
+    }
+
     /// Block `layer` (from 0) on the residual stream [b, t, c]; computed again in the backward if the model recomputes.
     #[track_caller]
     pub fn block(&self, chip: &Chip, layer: usize, x: &Sharded) -> Sharded {
+        self.blocks(chip, layer..layer + 1, x.clone())
+    }
+
+    fn block_among(&self, chip: &Chip, layer: usize, place: Block, x: Sharded) -> Sharded {
+        let x = chip.border(&x, &[&place.name]);
         if !self.recompute {
-            return self.one_block(chip, layer, x);
+            return chip.within(&place, || self.one_block(chip, layer, &x));
         }
         let model = self.clone();
-        let block = move |chip: &Chip, x: &[Sharded]| vec![model.one_block(chip, layer, &x[0])];
-        chip.recompute(&[x], block).swap_remove(0)
+        let block = move |chip: &Chip, x: &[Sharded]| {
+            vec![chip.within(&place, || model.one_block(chip, layer, &x[0]))]
+        };
+        chip.recompute(&[&x], block).swap_remove(0)
     }
 
     fn one_block(&self, chip: &Chip, layer: usize, x: &Sharded) -> Sharded {
@@ -27,8 +52,9 @@ impl Transformer {
             let x = x.add(&self.dropout(chip, &format!("{name}.attention.dropout"), &y));
             drop(y);
             let n = self.norm(chip, &format!("{name}.norm2"), &x);
-            let y = chip.scope("mlp", || {
-                self.feed_forward(chip, &format!("{name}.mlp"), &n)
+            let y = chip.scope("mlp", || match self.mixture_of(layer) {
+                Some(mixture) => self.mixture(chip, layer, mixture, &n),
+                None => self.feed_forward(chip, &format!("{name}.mlp"), &n),
             });
             drop(n);
             x.add(&self.dropout(chip, &format!("{name}.mlp.dropout"), &y))
@@ -78,6 +104,7 @@ impl Transformer {
                 ops::Dropout {
                     p,
                     name: format!("{name}@{draw}"),
+                    order: self.order_of(chip, x),
                 },
                 &[x],
             ),

@@ -10,6 +10,7 @@ impl Transformer {
     #[track_caller]
     pub fn head(&self, chip: &Chip, x: &Sharded) -> Sharded {
         chip.scope("head", || {
+            let x = &chip.border(x, &["norm.", "head"]);
             let x = self.whole_over_tp(chip, &self.norm(chip, "norm", x));
             if self.config.tied {
                 x.matmul_transposed(&self.embedding_table(chip, self.dtype))

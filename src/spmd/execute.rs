@@ -3,7 +3,7 @@
 //! Sums are made of all contributions at once, in the fixed binary tree over ranks, in f32, and rounded once.
 
 use super::exchange::{Channel, Header, Lane, Payload, Sent, Stopped};
-use crate::collective::{Buffer as Room, Place, Reduce, Schedule, Step, tree_sum};
+use crate::collective::{Buffer as Room, Place, Reduce, Schedule, Step, tree};
 use crate::cpu::memory::{Buffer, Pool};
 use crate::dtype::{DType, Float, Slice, SliceMut};
 use crate::mesh::Group;
@@ -151,25 +151,39 @@ impl Rooms<'_> {
     }
 
     fn combine(&mut self, sources: &[Place], into: &Place, reduce: Reduce) {
-        let op: fn(f32, f32) -> f32 = match reduce {
-            Reduce::Sum => |a, b| a + b,
-            // NaN wins over any number, on either side.
-            Reduce::Max => |a, b| if a > b || a.is_nan() { a } else { b },
-        };
         match self.dtype {
-            DType::F32 => self.combine_as::<f32>(sources, into, op),
-            DType::Bf16 => self.combine_as::<bf16>(sources, into, op),
-            DType::F16 => self.combine_as::<f16>(sources, into, op),
+            DType::F32 => self.combine_as::<f32>(sources, into, reduce),
+            DType::Bf16 => self.combine_as::<bf16>(sources, into, reduce),
+            DType::F16 => self.combine_as::<f16>(sources, into, reduce),
             DType::U32 => unreachable!("a collective over indices was refused before it began"),
         }
     }
 
-    fn combine_as<T: Float>(
+    fn combine_as<T: Float>(&mut self, sources: &[Place], into: &Place, reduce: Reduce) {
+        match reduce {
+            Reduce::Sum => self.combine_by::<T>(sources, into, |a, b| a + b),
+            // NaN wins over any number, on either side.
+            Reduce::Max => {
+                self.combine_by::<T>(
+                    sources,
+                    into,
+                    |a, b| if a > b || a.is_nan() { a } else { b },
+                )
+            }
+        }
+    }
+
+    // A closure for each reduction: a pointer to a function would be called for every element.
+    fn combine_by<T: Float>(
         &mut self,
         sources: &[Place],
         into: &Place,
         op: impl Fn(f32, f32) -> f32,
     ) {
+        if sources.is_empty() {
+            return;
+        }
+        let mut blocks = vec![0f32; sources.len() * BLOCK];
         for begin in (0..into.len).step_by(BLOCK) {
             let len = BLOCK.min(into.len - begin);
             let part = |p: &Place| Place {
@@ -177,27 +191,20 @@ impl Rooms<'_> {
                 len,
                 buffer: p.buffer,
             };
-            let blocks: Vec<[f32; BLOCK]> = sources
-                .iter()
-                .map(|source| {
-                    let mut block = [0.0; BLOCK];
-                    let from = Slice::of_bytes(self.bytes(&part(source)), T::DTYPE).typed::<T>();
-                    block
-                        .iter_mut()
-                        .zip(from)
-                        .for_each(|(x, y)| *x = y.to_f32());
-                    block
-                })
-                .collect();
-            let total = tree_sum(blocks, |mut a, b| {
-                a.iter_mut().zip(&b).for_each(|(x, y)| *x = op(*x, *y));
-                a
-            });
-            let Some(total) = total else { continue };
+            for (source, block) in sources.iter().zip(blocks.chunks_exact_mut(BLOCK)) {
+                let from = Slice::of_bytes(self.bytes(&part(source)), T::DTYPE).typed::<T>();
+                let pairs = block.iter_mut().zip(from);
+                pairs.for_each(|(x, y)| *x = y.to_f32());
+            }
+            for (left, right) in tree(sources.len()) {
+                let (before, behind) = blocks.split_at_mut(right * BLOCK);
+                let sum = &mut before[left * BLOCK..][..len];
+                let pairs = sum.iter_mut().zip(&behind[..len]);
+                pairs.for_each(|(x, y)| *x = op(*x, *y));
+            }
             let to = SliceMut::of_bytes(self.bytes_mut(&part(into)), T::DTYPE).typed::<T>();
-            to.iter_mut()
-                .zip(&total)
-                .for_each(|(x, y)| *x = T::from_f32(*y));
+            let pairs = to.iter_mut().zip(&blocks[..len]);
+            pairs.for_each(|(x, y)| *x = T::from_f32(*y));
         }
     }
 }

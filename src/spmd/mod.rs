@@ -9,17 +9,24 @@
 //! | `sharded` | a tensor over the mesh and the ops on it |
 //! | `apply`, `resolve` | one op on placed operands: shapes, placements, event |
 //! | `gradient`, `recompute`, `segment` | backward: settling, adding, computing again, tapes apart |
+//! | `count` | statistics that a program keeps for the loop around its steps |
 //! | `zero`, `update` | what belongs to a parameter split over the batch's axis; changing parameters |
 //! | `redistribute` | moving between placements; collectives as events |
 //! | `grid` | matmul on a grid of chips: 1-D, SUMMA, 2.5-D |
+//! | `cache` | what a chip keeps between forwards of a text that grows |
+//! | `context` | attention over a sequence that chips share: ring, USP |
 //! | `started`, `message` | transfers beside the program; messages to one peer |
+//! | `overlap` | parameters gathered a block ahead, gradients reduced a block behind |
 //! | `execute` | walks a collective's list of steps over a wire |
 //! | `exchange` | the wire between threads: messages, waits, diagnosis |
 //! | `device` | what a chip computes on |
 //! | `threads`, `ghost` | the worlds |
 
 mod apply;
+mod cache;
 mod chip;
+mod context;
+mod count;
 mod device;
 mod exchange;
 mod execute;
@@ -27,6 +34,8 @@ mod ghost;
 mod gradient;
 mod grid;
 mod message;
+mod mixed;
+mod overlap;
 mod parameter;
 mod recompute;
 mod redistribute;
@@ -40,10 +49,12 @@ mod update;
 mod zero;
 
 pub use chip::{Chip, Contents, FromIndex};
+pub use context::{InOrder, Ring};
 pub use device::Device;
 pub use ghost::Ghost;
 pub use grid::{Cut, Grid};
 pub use message::Sending;
+pub use overlap::Block;
 pub use parameter::{Init, Parameter};
 pub use segment::Segment;
 pub use sharded::Sharded;

@@ -135,15 +135,52 @@ impl Chip {
         );
         let site = Location::caller();
         let (placements, kept) = self.zero_placements(&padded, &used);
-        let known = self.parameters().iter().position(|p| *p.name == *name);
-        let at = known.unwrap_or_else(|| {
-            let value = self.first_value(name, &shape, &padded, &placements, init, site);
+        let at = self.known(
+            name,
+            &(shape.clone(), padded.clone(), used.clone()),
+            init,
+            site,
+        );
+        let all = self.parameters();
+        let p = &all[at];
+        assert!(
+            p.shape == shape && p.placements == placements && p.padded == padded,
+            "parameter '{name}' is {:?} {} and was asked for as {shape:?} {placements} at {site}",
+            p.shape,
+            p.placements
+        );
+        let (leaf, name) = (Sharded::leaf(self, p), p.name.clone());
+        drop(all);
+        let tracked = leaf.tracked;
+        let whole = self.as_used((&name, tracked), leaf.cast(dtype), &used, &kept, site);
+        if whole.gathered.is_some()
+            && let Some(next) = self.next_in_line(&name)
+        {
+            let from = (shape, padded, used.clone());
+            self.known(&next, &from, init, site);
+            self.gather_ahead(&next, dtype, &used, site);
+        }
+        whole
+    }
+
+    /// Index of the parameter, which is made if this is its first use: of (shape, padded shape, placement in use).
+    fn known(
+        &self,
+        name: &str,
+        (shape, padded, used): &(Vec<usize>, Vec<usize>, Placements),
+        init: Init,
+        site: &'static Location<'static>,
+    ) -> usize {
+        let found = self.parameters().iter().position(|p| *p.name == *name);
+        found.unwrap_or_else(|| {
+            let (placements, kept) = self.zero_placements(padded, used);
+            let value = self.first_value(name, shape, padded, &placements, init, site);
             let mut parameter = Parameter {
                 name: name.into(),
                 shape: shape.clone(),
                 padded: padded.clone(),
-                placements: placements.clone(),
-                kept: kept.clone(),
+                placements,
+                kept,
                 value,
                 state: Vec::new(),
                 gradient: Vec::new(),
@@ -153,18 +190,7 @@ impl Chip {
             let mut all = self.parameters_mut();
             all.push(parameter);
             all.len() - 1
-        });
-        let all = self.parameters();
-        let p = &all[at];
-        assert!(
-            p.shape == shape && p.placements == placements && p.padded == padded,
-            "parameter '{name}' is {:?} {} and was asked for as {shape:?} {placements} at {site}",
-            p.shape,
-            p.placements
-        );
-        let leaf = Sharded::leaf(self, p);
-        drop(all);
-        self.as_used(leaf.cast(dtype), &used, &kept, site)
+        })
     }
 
     fn first_value(

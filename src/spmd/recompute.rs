@@ -28,6 +28,7 @@ impl Chip {
     pub(super) fn backward(&self, loss: &Sharded) {
         let (mut tape, mut gradients) = self.begin_backward(loss, Location::caller());
         tape.backward(self, &mut gradients);
+        self.end_of_backward();
         *self.inner().gradients.borrow_mut() = gradients;
     }
 
@@ -36,6 +37,7 @@ impl Chip {
     pub fn backward_inputs(&self, loss: &Sharded) {
         let (mut tape, mut gradients) = self.begin_backward(loss, Location::caller());
         tape.backward_inputs(self, &mut gradients);
+        self.end_of_backward();
         *self.inner().gradients.borrow_mut() = gradients;
         *self.inner().tape.borrow_mut() = Some(tape);
     }
@@ -47,6 +49,7 @@ impl Chip {
         };
         let mut gradients = self.inner().gradients.take();
         tape.backward_weights(self, &mut gradients);
+        self.end_of_backward();
         *self.inner().gradients.borrow_mut() = gradients;
     }
 

@@ -72,6 +72,7 @@ impl Segment {
     pub fn backward(mut self, chip: &Chip, dy: Option<Sharded>) -> Option<Sharded> {
         self.begin(chip, dy);
         self.tape.backward(chip, &mut self.gradients);
+        chip.end_of_backward();
         self.gradient_of_input(chip)
     }
 
@@ -82,12 +83,14 @@ impl Segment {
     pub fn backward_inputs(&mut self, chip: &Chip, dy: Option<Sharded>) -> Option<Sharded> {
         self.begin(chip, dy);
         self.tape.backward_inputs(chip, &mut self.gradients);
+        chip.end_of_backward();
         self.gradient_of_input(chip)
     }
 
     /// Runs what [`Segment::backward_inputs`] left.
     pub fn backward_weights(mut self, chip: &Chip) {
         self.tape.backward_weights(chip, &mut self.gradients);
+        chip.end_of_backward();
     }
 
     fn begin(&mut self, chip: &Chip, dy: Option<Sharded>) {

@@ -3,7 +3,7 @@
 use super::apply::Told;
 use super::exchange::{Header, Stopped};
 use super::execute::Call;
-use super::redistribute::Request;
+use super::redistribute::{Request, Site};
 use super::{Chip, Sharded};
 use crate::ops::Cost;
 use crate::placement::{Placements, Transition, plan};
@@ -27,9 +27,25 @@ pub(super) struct Beside {
 #[must_use = "a started transfer has to be waited for"]
 pub struct Pending {
     value: Sharded,
+    moving: Moving,
+}
+
+/// A tensor on its way to another placement.
+pub(super) struct Moving {
     request: Request,
     ticket: u64,
     transition: Transition,
+    global: Vec<usize>,
+    input: Tensor,
+    running: Running,
+}
+
+/// A collective of a share by itself, under way: no placement changes and no tape knows of it.
+#[must_use = "a started transfer has to be waited for"]
+pub(super) struct Passing {
+    ticket: u64,
+    after: Placements,
+    site: Site,
     input: Tensor,
     running: Running,
 }
@@ -58,37 +74,141 @@ impl Chip {
             transition.communicates(),
             "{transition} of {x:?} sends nothing; use redistribute (called at {site})"
         );
-        let (input, request) = self.prepare(
-            &x.tensor,
-            &x.global,
-            axis,
+        Pending {
+            value: x.clone(),
+            moving: self.start_transition(
+                &x.tensor,
+                &x.global,
+                axis,
+                transition,
+                (&x.placements, &to),
+                site,
+            ),
+        }
+    }
+
+    /// Starts to move a tensor outside of the tape; none if it takes several transitions, or sends nothing.
+    pub(super) fn start_move(
+        &self,
+        tensor: &Tensor,
+        global: &[usize],
+        from: &Placements,
+        to: &Placements,
+        site: Site,
+    ) -> Option<Moving> {
+        let steps = plan(from, to, global, self.mesh()).ok()?;
+        match steps[..] {
+            [(axis, transition)] if transition.communicates() => {
+                self.arrive("start", site);
+                Some(self.start_transition(tensor, global, axis, transition, (from, to), site))
+            }
+            _ => None,
+        }
+    }
+
+    fn start_transition(
+        &self,
+        tensor: &Tensor,
+        global: &[usize],
+        axis: usize,
+        transition: Transition,
+        (from, to): (&Placements, &Placements),
+        site: Site,
+    ) -> Moving {
+        let (input, request) = self.prepare(tensor, global, axis, transition, from, to, site);
+        let (ticket, running) = self.launch(&input, &request);
+        Moving {
+            request,
+            ticket,
             transition,
-            &x.placements,
-            &to,
-            site,
-        );
+            global: global.to_vec(),
+            input,
+            running,
+        }
+    }
+
+    /// Starts a collective of a share by itself.
+    pub(super) fn start_collective(&self, input: Tensor, request: Request) -> Passing {
+        let (ticket, running) = self.launch(&input, &request);
+        Passing {
+            ticket,
+            after: request.after,
+            site: request.site,
+            input,
+            running,
+        }
+    }
+
+    /// Starts a collective and writes its event.
+    fn launch(&self, input: &Tensor, request: &Request) -> (u64, Running) {
         let output = self.allocate(&request.result);
         let ticket = self.open_ticket();
-        let running = match self.call(&input, &request) {
+        let running = match self.call(input, request) {
             Some(call) => self.start(call, input.clone(), output),
             // A ghost's result is allocated and waits for nothing.
             None => Running::finished(output),
         };
-        self.tell_collective(
-            &input,
-            &request,
-            Stream::Communication,
-            Some(ticket),
-            self.now(),
-        );
-        Pending {
-            value: x.clone(),
-            request,
-            ticket,
-            transition,
-            input,
-            running,
+        let (stream, began) = (Stream::Communication, self.now());
+        self.tell_collective(input, request, stream, Some(ticket), began);
+        (ticket, running)
+    }
+
+    /// Waits for a started transfer.
+    fn take(&self, ticket: u64, running: Running) -> Tensor {
+        if let Some(lane) = &self.inner().lane {
+            lane.wait_done(&running.done, &running.header)
+                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
         }
+        let delivered = running
+            .slot
+            .lock()
+            .unwrap_or_else(|broken| broken.into_inner())
+            .take();
+        let (result, time) = delivered.expect("a transfer that is done has delivered");
+        self.close_ticket(ticket);
+        if !self.is_ghost() {
+            self.recorder().complete(ticket, time);
+        }
+        result
+    }
+
+    /// Writes the event of a wait that began at `began` and brought `value`.
+    fn tell_wait(&self, ticket: u64, value: Value, site: Site, began: Option<u64>) {
+        self.tell(Told {
+            kind: EventKind::Wait,
+            op: "wait".into(),
+            site,
+            inputs: vec![],
+            outputs: vec![value],
+            cost: Cost::default(),
+            traffic: None,
+            stream: Stream::Compute,
+            ticket: Some(ticket),
+            began,
+        });
+    }
+
+    /// Waits for a tensor that is on its way.
+    pub(super) fn finish_move(&self, moving: Moving, site: Site) -> Tensor {
+        self.arrive("wait", site);
+        let began = self.now();
+        let result = self.take(moving.ticket, moving.running);
+        drop(moving.input);
+        let (axis, after) = (moving.request.axis, moving.request.after);
+        let tensor = self.unpack(
+            result,
+            &moving.global,
+            axis,
+            moving.transition,
+            &after,
+            site,
+        );
+        let value = Value {
+            ty: tensor.ty().clone(),
+            placement: after,
+        };
+        self.tell_wait(moving.ticket, value, site, began);
+        tensor
     }
 
     fn start(&self, call: Call, input: Tensor, output: Tensor) -> Running {
@@ -167,55 +287,30 @@ impl Running {
     }
 }
 
+impl Passing {
+    /// Waits for the transfer and returns what arrived.
+    pub(super) fn wait(self, chip: &Chip) -> Tensor {
+        chip.arrive("wait", self.site);
+        let began = chip.now();
+        let result = chip.take(self.ticket, self.running);
+        drop(self.input);
+        let value = Value {
+            ty: result.ty().clone(),
+            placement: self.after,
+        };
+        chip.tell_wait(self.ticket, value, self.site, began);
+        result
+    }
+}
+
 impl Pending {
     /// Waits for the transfer and returns the moved tensor.
     #[track_caller]
     pub fn wait(self) -> Sharded {
         let site = Location::caller();
         let chip = self.value.chip.clone();
-        chip.arrive("wait", site);
-        let began = chip.now();
-        let running = self.running;
-        if let Some(lane) = &chip.inner().lane {
-            lane.wait_done(&running.done, &running.header)
-                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
-        }
-        let delivered = running
-            .slot
-            .lock()
-            .unwrap_or_else(|broken| broken.into_inner())
-            .take();
-        let (result, time) = delivered.expect("a transfer that is done has delivered");
-        chip.close_ticket(self.ticket);
-        if !chip.is_ghost() {
-            chip.recorder().complete(self.ticket, time);
-        }
-        drop(self.input);
-        let (axis, after) = (self.request.axis, self.request.after);
-        let tensor = chip.unpack(
-            result,
-            &self.value.global,
-            axis,
-            self.transition,
-            &after,
-            site,
-        );
-        let value = Value {
-            ty: tensor.ty().clone(),
-            placement: after.clone(),
-        };
-        chip.tell(Told {
-            kind: EventKind::Wait,
-            op: "wait".into(),
-            site,
-            inputs: vec![],
-            outputs: vec![value],
-            cost: Cost::default(),
-            traffic: None,
-            stream: Stream::Compute,
-            ticket: Some(self.ticket),
-            began,
-        });
+        let after = self.moving.request.after.clone();
+        let tensor = chip.finish_move(self.moving, site);
         let mut moved = Sharded::unrecorded(&chip, tensor, self.value.global.clone(), after);
         chip.record_passage(&self.value, &mut moved, |p, t| (p, t), site);
         moved

@@ -64,6 +64,9 @@ impl Zero {
 /// A parameter that was gathered to be used, and the share to gather it from again.
 #[derive(Debug)]
 pub(super) struct Gathered {
+    name: Rc<str>,
+    /// The same parameter of the block whose backward comes next.
+    next: Option<String>,
     shard: Tensor,
     global: Vec<usize>,
     from: Placements,
@@ -75,15 +78,17 @@ pub(super) struct Gathered {
 
 impl Gathered {
     pub(super) fn again(&self, chip: &Chip) -> Tensor {
-        let shard = self.shard.clone();
-        chip.move_tensor(
-            shard,
-            &self.global,
-            &self.from,
-            &self.to,
-            "gather",
-            self.site,
-        )
+        let whole = chip
+            .gathered_ahead(&self.name, self.site)
+            .unwrap_or_else(|| {
+                let shard = self.shard.clone();
+                let (from, to) = (&self.from, &self.to);
+                chip.move_tensor(shard, &self.global, from, to, "gather", self.site)
+            });
+        if let Some(next) = &self.next {
+            chip.gather_ahead(next, self.shard.dtype(), &self.to, self.site);
+        }
+        whole
     }
 }
 
@@ -144,8 +149,11 @@ impl Chip {
 
     /// A parameter, or its cast, as the program uses it: gathered if it is split, with gradients that are reduced on
     /// their way back if those are.
+    ///
+    /// `x` is `leaf` in the type in which it is used. Gradients of both are in f32, so those of `x` go to the leaf at once.
     pub(super) fn as_used(
         &self,
+        (name, leaf): (&Rc<str>, Tracked),
         x: Sharded,
         used: &Placements,
         kept: &Placements,
@@ -159,7 +167,7 @@ impl Chip {
         }
         if stage == Zero::Gradients {
             let mut whole = x.detach();
-            self.reduce_on_the_way_back(&x, &mut whole, (axis, kept), site);
+            self.reduce_on_the_way_back(leaf, &x, &mut whole, (axis, kept), site);
             // Outside of a tape the parameter itself can still be used on one, reduced at the end.
             return if whole.tracked.value.is_some() {
                 whole
@@ -168,10 +176,14 @@ impl Chip {
             };
         }
         let what = "gather of a parameter";
-        let tensor = self.move_tensor(x.tensor.clone(), &x.global, &x.placements, used, what, site);
+        let tensor = self.gathered_ahead(name, site).unwrap_or_else(|| {
+            self.move_tensor(x.tensor.clone(), &x.global, &x.placements, used, what, site)
+        });
         let mut whole = Sharded::unrecorded(self, tensor, x.global.clone(), used.clone());
-        self.reduce_on_the_way_back(&x, &mut whole, (axis, kept), site);
+        self.reduce_on_the_way_back(leaf, &x, &mut whole, (axis, kept), site);
         whole.gathered = Some(Rc::new(Gathered {
+            name: name.clone(),
+            next: self.next_backward(name),
             recorded: whole.tracked.value.is_some(),
             shard: x.tensor,
             global: x.global,
@@ -186,6 +198,7 @@ impl Chip {
     /// pieces to `from`. Sums over other axes stay owed until the end of the step.
     fn reduce_on_the_way_back(
         &self,
+        leaf: Tracked,
         from: &Sharded,
         to: &mut Sharded,
         (axis, kept): (usize, &Placements),
@@ -206,9 +219,7 @@ impl Chip {
         let reduce = move |chip: &Chip, gradients: &mut Gradients| {
             for (placements, tensor) in gradients.take(value) {
                 let target = placements.with(axis, piece);
-                let tensor =
-                    chip.move_tensor(tensor, &global, &placements, &target, "gradient", site);
-                chip.contribute(gradients, &tracked, target, tensor, site);
+                chip.reduce_beside(tensor, &global, (placements, target), leaf, site);
             }
         };
         self.push_node(Node {
@@ -240,13 +251,38 @@ impl Chip {
             let p = &self.parameters()[index];
             (p.padded.clone(), p.placements.clone(), p.kept.clone())
         };
+        let decides = self.decides(&kept);
+        let change = |value: &mut Tensor, state: &mut [Tensor]| {
+            if decides != Some(false) {
+                change(value, state);
+            }
+        };
+        // Chips of several kinds that hold the same take it from the one that decides.
+        let agreed = |x: &mut Tensor| {
+            if decides.is_some() {
+                *x = self.from_the_decider(x, &kept, site);
+            }
+        };
+        let agree_on_state = || {
+            let mut state = std::mem::take(&mut self.parameters_mut()[index].state);
+            state.iter_mut().for_each(agreed);
+            self.parameters_mut()[index].state = state;
+        };
         if used == kept {
-            let p = &mut self.parameters_mut()[index];
-            return change(&mut p.value, &mut p.state);
+            {
+                let p = &mut self.parameters_mut()[index];
+                change(&mut p.value, &mut p.state);
+            }
+            let mut value = self.parameters()[index].value.clone();
+            agreed(&mut value);
+            self.parameters_mut()[index].value = value;
+            return agree_on_state();
         }
         let whole = self.parameters()[index].value.clone();
         let mut piece = self.move_tensor(whole, &global, &used, &kept, "slice", site);
         change(&mut piece, &mut self.parameters_mut()[index].state);
+        agreed(&mut piece);
+        agree_on_state();
         // The old value goes before the new one comes: a step takes room for one.
         self.parameters_mut()[index].value = piece.clone();
         let whole = self.move_tensor(piece, &global, &kept, &used, "gather of a parameter", site);

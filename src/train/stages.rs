@@ -179,11 +179,11 @@ impl Stages {
         self.shares_embedding && is_embedding(chip, index) && chip.coordinate(AXIS) != 0
     }
 
-    /// The sum of what each stage has of a scalar.
-    pub(super) fn summed(&self, chip: &Chip, scalar: Sharded) -> Sharded {
+    /// The sum of what each stage has of a value.
+    pub(super) fn summed(&self, chip: &Chip, value: Sharded) -> Sharded {
         match self.plan.stages() {
-            1 => scalar,
-            _ => scalar.as_summand(AXIS).redistribute(chip.replicated()),
+            1 => value,
+            _ => value.as_summand(AXIS).redistribute(chip.replicated()),
         }
     }
 }
@@ -265,11 +265,14 @@ impl Stage<'_> {
         let part = self.plan.part(self.here, piece.chunk);
         let (chip, micro) = (self.chip, piece.micro);
         let gradient = self.values.remove(&(true, part, micro));
+        // Micro-batches run backward in order: behind the last nothing is added to the gradients of the part's blocks.
+        let last = micro + 1 == self.plan.micros();
         let gradient = match piece.work {
             Work::Forward => return self.forward(part, micro),
             Work::Backward => {
                 let segment = self.segments.remove(&(part, micro));
-                segment.expect(OPEN).backward(chip, gradient)
+                let segment = segment.expect(OPEN);
+                chip.last_backward(last, || segment.backward(chip, gradient))
             }
             Work::Inputs => {
                 let segment = self.segments.get_mut(&(part, micro));
@@ -277,7 +280,8 @@ impl Stage<'_> {
             }
             Work::Weights => {
                 let segment = self.segments.remove(&(part, micro));
-                segment.expect(OPEN).backward_weights(chip);
+                let segment = segment.expect(OPEN);
+                chip.last_backward(last, || segment.backward_weights(chip));
                 None
             }
         };
@@ -316,9 +320,11 @@ impl Stage<'_> {
         let model = match self.at {
             At::Step(step) => {
                 let draw = step * self.plan.micros() as u64 + micro as u64;
-                self.training.model.training(draw)
+                let share = self.stages.rows as f32 / batches.rows() as f32;
+                self.training.model.training(draw).with_share(share)
             }
-            _ => self.training.model.clone(),
+            At::Validation(_) => self.training.model.clone(),
+            At::Prompt(_) => self.training.model.clone().without_capacity(),
         };
         let is_last = part + 1 == self.plan.parts();
         let tokens = (part == 0).then(|| self.half(micro, false));
@@ -335,8 +341,7 @@ impl Stage<'_> {
                 (None, None, At::Prompt(tokens)) => model.embed(chip, tokens),
                 (None, None, _) => unreachable!("the first part has tokens, the others values"),
             };
-            let layers = self.stages.layers[part].clone();
-            let x = layers.fold(x, |x, layer| model.block(chip, layer, &x));
+            let x = model.blocks(chip, self.stages.layers[part].clone(), x);
             if !is_last {
                 return x;
             }
@@ -371,8 +376,8 @@ impl Stage<'_> {
             if labels { "labels" } else { "tokens" },
             [rows, batches.context()],
         );
-        let placed = Transformer::batch_placement(self.chip);
-        Some(self.chip.input(name, shape, placed, &contents))
+        let model = &self.training.model;
+        Some(model.batch(self.chip, name, shape, &contents))
     }
 }
 

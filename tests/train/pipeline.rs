@@ -2,7 +2,7 @@
 //! send what the formula says, in the order of the list; checkpoints know no stages.
 
 use crate::tiny::{
-    assert_close, bits, gpt2, llama, losses, reports, step_losses, training, weights, world,
+    Cut, assert_close, bits, gpt2, llama, losses, reports, step_losses, training, weights, world,
 };
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
@@ -106,6 +106,14 @@ fn agree(name: &str, plain: &Training, cases: &[Case]) {
         assert_close(&got, &single, 1e-5, &what);
         traced(&training, &mesh(*case), &what);
     }
+}
+
+/// Every case: its mesh, its name, and the training split so.
+pub(crate) fn all() -> impl Iterator<Item = Cut> {
+    let cases = ALONE.into_iter().chain(PAIRS).chain(MORE);
+    cases.map(|case| -> Cut {
+        Box::new(move |plain| (mesh(case), format!("{case:?}"), split(plain, case)))
+    })
 }
 
 fn tied_and_not() -> [(&'static str, Config); 2] {

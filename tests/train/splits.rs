@@ -1,20 +1,19 @@
 //! Every way to split gives the single chip's losses and gradients, and the ghost's trace: fsdp and ZeRO, context and
 //! sequence parallelism, alone and together with dp and tp.
 
-use crate::tiny::{assert_close, bits, gpt2, llama, losses, models_of_three, training, world};
-use std::collections::BTreeMap;
+use crate::tiny::{Cut, assert_close, bits, gpt2, llama, losses, models_of_three, training, world};
 use std::sync::atomic::AtomicBool;
 use supernode::mesh::Mesh;
-use supernode::model::{Config, Transformer};
-use supernode::spmd::{Chip, FromIndex, Zero};
+use supernode::model::{Config, ContextMethod};
+use supernode::spmd::Zero;
 use supernode::train::Training;
 use supernode::{DType, World};
 
-const STEPS: u64 = 10;
-const ROWS: usize = 8;
+pub(crate) const STEPS: u64 = 10;
+pub(crate) const ROWS: usize = 8;
 
 /// A mesh, ZeRO's stage if it is given, and whether tp splits tokens between its pairs.
-type Case = (&'static str, Option<usize>, bool);
+pub(crate) type Case = (&'static str, Option<usize>, bool);
 
 /// Each way by itself, on two and four chips.
 const ALONE: [Case; 12] = [
@@ -65,7 +64,7 @@ const MORE: [Case; 13] = [
     ("dp=2,fsdp=2,tp=2,cp=2", None, false),
 ];
 
-fn split(training: &Training, (_, zero, sequence): Case) -> Training {
+pub(crate) fn split(training: &Training, (_, zero, sequence): Case) -> Training {
     let mut training = training.clone();
     training.options.zero = zero.map(|n| Zero::stage(n).expect("a stage"));
     training.model = training.model.with_sequence_parallel(sequence);
@@ -73,7 +72,7 @@ fn split(training: &Training, (_, zero, sequence): Case) -> Training {
 }
 
 /// Losses within `bound` of one chip's, and events, bytes and memory as the ghost has them.
-fn agree(name: &str, plain: &Training, cases: &[Case], bound: f64) {
+pub(crate) fn agree(name: &str, plain: &Training, cases: &[Case], bound: f64) {
     let single = losses(plain, &world(&Mesh::single()));
     let learnt = single[0] - single[single.len() - 1];
     assert!(learnt > 0.05, "{name} learns: {single:?}");
@@ -165,71 +164,19 @@ fn bf16_agrees_within_its_rounding() {
     agree("bf16", &plain, &cases, 0.02);
 }
 
-/// Every parameter's gradient, whole, after one backward.
-fn gradients(model: &Transformer, case: Case) -> BTreeMap<String, Vec<f32>> {
-    let mesh = Mesh::parse(case.0).expect("a mesh");
-    let model = model.clone().with_sequence_parallel(case.2);
-    let program = |chip: &Chip| {
-        let axis = if mesh.has("fsdp") { "fsdp" } else { "dp" };
-        chip.split_parameters(Zero::stage(case.1.unwrap_or(3)).expect("a stage"), axis);
-        let batch = |name: &str, step: u64| {
-            let contents = FromIndex(move |i| ((i * i + step * i) % 29) as u32);
-            let placed = Transformer::batch_placement(chip);
-            chip.input(name, [ROWS, model.config().context], placed, &contents)
-        };
-        let (tokens, labels) = (batch("tokens", 3), batch("labels", 5));
-        chip.record(|| {
-            model
-                .losses(chip, &tokens, &labels)
-                .sum()
-                .scale(1.0 / 128.0)
-        })
-        .backward();
-        let taken = chip.take_gradients();
-        let named = taken.into_iter().map(|(index, gradient)| {
-            let name = chip.parameters()[index].name.to_string();
-            (
-                name,
-                gradient
-                    .gather()
-                    .read()
-                    .expect("contents")
-                    .iter()
-                    .copied()
-                    .collect(),
-            )
-        });
-        named.collect::<BTreeMap<String, Vec<f32>>>()
-    };
-    let run = world(&mesh)
-        .run(program)
-        .unwrap_or_else(|e| panic!("on {case:?}: {e}"));
-    run.outputs()[0].clone()
+/// Every case: its mesh, its name, and the training split so.
+pub(crate) fn all() -> impl Iterator<Item = Cut> {
+    cuts(ALONE.into_iter().chain(PAIRS).chain(MORE))
 }
 
-#[test]
-fn gathered_gradients_are_those_of_one_chip() {
-    for (name, config) in [("gpt2", gpt2()), ("llama", llama())] {
-        let model = training(config, ROWS, 1).model;
-        let single = gradients(&model, ("single", None, false));
-        for case in ALONE.iter().chain(&PAIRS).chain(&MORE) {
-            let got = gradients(&model, *case);
-            assert_eq!(got.len(), single.len());
-            for (parameter, want) in &single {
-                let size = want.iter().fold(0f32, |m, x| m.max(x.abs()));
-                let got = &got[parameter];
-                // Padding of a vocabulary that tp splits comes behind and has no gradient.
-                let pairs = got.iter().zip(want).filter(|_| got.len() == want.len());
-                for (a, b) in pairs {
-                    let error = (a - b).abs();
-                    assert!(
-                        error <= 1e-5 * size + 1e-7,
-                        "{name} {parameter} on {case:?}: {a}, {b}"
-                    );
-                }
-            }
-        }
-    }
+/// Cases as [`super::gradients::agree`] takes them.
+pub(crate) fn cuts(cases: impl IntoIterator<Item = Case>) -> impl Iterator<Item = Cut> {
+    cases.into_iter().map(|case| -> Cut {
+        Box::new(move |plain| {
+            let mesh = Mesh::parse(case.0).expect("a mesh");
+            (mesh, format!("{case:?}"), split(plain, case))
+        })
+    })
 }
 
 #[test]
@@ -283,8 +230,10 @@ fn samples_do_not_depend_on_the_mesh() {
 #[test]
 fn impossible_splits_say_what_stands_in_the_way() {
     let refused = |mesh: &'static str, zero| {
-        let training = split(&training(llama(), ROWS, 1), (mesh, zero, false));
+        let mut training = split(&training(llama(), ROWS, 1), (mesh, zero, false));
         let mesh = Mesh::parse(mesh).expect("a mesh");
+        let ulysses = mesh.has("cp").then_some(ContextMethod::Ulysses);
+        training.model = training.model.with_context_method(ulysses);
         training.check(&mesh).expect_err("refused").to_string()
     };
     let cases: [(&'static str, Option<usize>, &[&str]); 5] = [

@@ -122,7 +122,7 @@ impl Heads {
         match self.pass {
             Pass::Forward => {
                 drop(textbook);
-                measure(&demand, || call.forward())
+                measure(chip, &demand, || call.forward())
             }
             Pass::Backward => {
                 let dout = normal(chip, "dout", &[b, t, h, d], dtype);
@@ -133,7 +133,7 @@ impl Heads {
                 // q, k, v, o, its gradient and the log-sum-exp are read; the gradients of q, k and v are written.
                 demand.writes = reads;
                 demand.reads = reads + writes + q.ty().bytes();
-                measure(&demand, || backward.run(&call))
+                measure(chip, &demand, || backward.run(&call))
             }
         }
     }
@@ -171,6 +171,10 @@ impl BackwardCall {
             gradients: &self.gradients,
             wanted: &mut self.wanted,
         };
+        #[cfg(feature = "gpu")]
+        if call.outputs[0].is_on_gpu() {
+            return call.op.backward_gpu(&call.site(), &mut backward);
+        }
         call.op.backward(&call.site(), &mut backward);
     }
 

@@ -16,10 +16,13 @@ mod backward;
 mod forward;
 mod heads;
 mod mask;
+mod merge;
 mod split;
 #[cfg(test)]
 mod tests;
 mod tile;
+
+pub(crate) use merge::{Merge, attention_merge};
 
 use crate::cpu::memory::with_scratch_f32;
 use crate::cpu::simd::isa;

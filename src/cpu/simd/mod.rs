@@ -11,6 +11,8 @@
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -285,6 +287,17 @@ pub(crate) fn isa() -> Isa {
     }
     static BEST: OnceLock<Isa> = OnceLock::new();
     *BEST.get_or_init(|| Isa::available()[0])
+}
+
+/// The unit that multiplies tiles of bf16, where this machine has one and it is not turned off. A test's choice of an
+/// instruction set ([`with_isa`]) is one without it.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn matrix_unit() -> Option<amx::Amx> {
+    #[cfg(test)]
+    if CHOSEN.get().is_some() {
+        return None;
+    }
+    amx::Amx::new()
 }
 
 /// The unit that multiplies tiles of bf16, if it is to be used: where the machine has one, unless the environment variable

@@ -213,7 +213,7 @@ fn ops() -> Vec<Attention> {
 }
 
 #[test]
-pub(super) fn every_mask_in_every_type() {
+fn every_mask_in_every_type() {
     for op in ops() {
         for dtype in FLOATS {
             check(
@@ -232,14 +232,51 @@ pub(super) fn every_mask_in_every_type() {
     }
 }
 
+/// Each type under one mask.
 #[test]
-pub(super) fn sizes_at_the_edges() {
+pub(super) fn every_type_once() {
+    let op = Attention {
+        causal: true,
+        ..Default::default()
+    };
+    for dtype in FLOATS {
+        let sizes = Sizes {
+            b: 2,
+            t: 13,
+            s: 13,
+            h: 4,
+            g: 2,
+            d: 8,
+        };
+        check(&op, sizes, dtype);
+    }
+}
+
+/// Every mask in one type.
+#[test]
+pub(super) fn every_mask_once() {
+    for op in ops() {
+        let sizes = Sizes {
+            b: 2,
+            t: 9,
+            s: 9,
+            h: 2,
+            g: 1,
+            d: 4,
+        };
+        check(&op, sizes, DType::F32);
+    }
+}
+
+#[test]
+fn sizes_at_the_edges() {
     for op in ops() {
         for (t, s, h, g, d) in [
             (1, 1, 1, 1, 1),
             (1, 67, 2, 1, 16),
             (65, 70, 1, 1, 5),
             (5, 2, 4, 1, 64),
+            (37, 41, 4, 2, 36),
         ] {
             check(
                 &op,
@@ -257,8 +294,28 @@ pub(super) fn sizes_at_the_edges() {
     }
 }
 
+/// The same for one mask: what a device has to compile for each head size is seconds there.
 #[test]
-fn the_largest_head() {
+pub(super) fn causal_sizes_at_the_edges() {
+    let op = Attention {
+        causal: true,
+        ..Default::default()
+    };
+    for (t, s, h, g, d) in [(1, 67, 2, 1, 16), (65, 70, 1, 1, 5), (37, 41, 4, 2, 36)] {
+        let sizes = Sizes {
+            b: 1,
+            t,
+            s,
+            h,
+            g,
+            d,
+        };
+        check(&op, sizes, DType::F32);
+    }
+}
+
+#[test]
+pub(super) fn the_largest_head() {
     let causal = Attention {
         causal: true,
         ..Default::default()

@@ -1,0 +1,113 @@
+//! What travels beside computation: the next block's parameters and the gradients of the block before, by bytes, and with
+//! products between start and wait.
+
+use crate::tiny::{llama, training};
+use std::collections::BTreeMap;
+use supernode::World;
+use supernode::mesh::Mesh;
+use supernode::model::Config;
+use supernode::spmd::Zero;
+use supernode::trace::{ChipTrace, EventKind, Stream, Trace};
+
+const LAYERS: usize = 3;
+
+fn config() -> Config {
+    Config {
+        layers: LAYERS,
+        ..llama()
+    }
+}
+
+fn traced(mesh: &str, zero: Option<usize>, recompute: bool) -> Trace {
+    let mut training = training(config(), 4, 1);
+    training.options.zero = zero.map(|n| Zero::stage(n).expect("a stage"));
+    training.model = training.model.with_recompute(recompute);
+    let ghost = World::ghost(&Mesh::parse(mesh).expect("a mesh"));
+    training.trace(&ghost).expect("a trace")
+}
+
+/// Bytes sent in all, and beside computation.
+fn sent(trace: &Trace, op: &str) -> (u64, u64) {
+    let found = trace.collectives().iter().find(|c| *c.op == *op);
+    found.map_or((0, 0), |c| (c.bytes, c.overlapped_bytes))
+}
+
+/// Bytes of one block's parameters, and of all parameters, in f32.
+fn bytes() -> (u64, u64) {
+    let none = Config {
+        layers: 0,
+        ..config()
+    };
+    let all = config().parameters();
+    (4 * (all - none.parameters()) / LAYERS as u64, 4 * all)
+}
+
+#[test]
+fn parameters_are_gathered_a_block_ahead_and_gradients_reduced_a_block_behind() {
+    let (block, all) = bytes();
+    for recompute in [false, true] {
+        let trace = traced("fsdp=2", None, recompute);
+        let what = format!("recompute {recompute}");
+        // The first block to run, forward and backward, has nobody to gather for it.
+        let (_, beside) = sent(&trace, "all-gather");
+        assert_eq!(beside, 2 * (LAYERS as u64 - 1) * block / 2, "{what}");
+        let (scattered, beside) = sent(&trace, "reduce-scatter");
+        assert_eq!((scattered, beside), (all / 2, all / 2), "{what}");
+    }
+}
+
+#[test]
+fn gradients_of_a_replicated_model_are_reduced_as_their_blocks_end() {
+    let (block, all) = bytes();
+    let table = 4 * (config().vocab * config().hidden) as u64;
+    // The head, its norm and the blocks; the embedding ends with the step.
+    let early = all - table;
+    assert!(early > LAYERS as u64 * block);
+    let (_, beside) = sent(&traced("dp=2", None, false), "all-reduce");
+    assert_eq!(beside, early);
+    let (_, beside) = sent(&traced("dp=2", Some(1), false), "reduce-scatter");
+    assert_eq!(beside, early / 2);
+}
+
+#[test]
+fn only_the_last_micro_batch_reduces() {
+    let mut training = training(config(), 4, 1);
+    training.options.micro_batch = Some(1);
+    let ghost = World::ghost(&Mesh::parse("dp=2").expect("a mesh"));
+    let several = training.trace(&ghost).expect("a trace");
+    assert_eq!(
+        sent(&several, "all-reduce"),
+        sent(&traced("dp=2", None, false), "all-reduce")
+    );
+}
+
+/// Floating-point operations between the start and the wait of each started transfer, by ticket.
+fn flops_beside(chip: &ChipTrace) -> BTreeMap<u64, u64> {
+    let (mut done, mut began, mut beside) = (0, BTreeMap::new(), BTreeMap::new());
+    for event in chip.events() {
+        match (event.kind, event.ticket) {
+            (EventKind::Wait, Some(ticket)) => {
+                let start: u64 = began.remove(&ticket).expect("it was started");
+                beside.insert(ticket, done - start);
+            }
+            (_, Some(ticket)) if event.stream == Stream::Communication => {
+                began.insert(ticket, done);
+            }
+            _ => done += event.flops,
+        }
+    }
+    assert!(began.is_empty(), "all was waited for");
+    beside
+}
+
+#[test]
+fn there_is_work_beside_what_travels() {
+    for (mesh, zero) in [("fsdp=2", None), ("dp=2", None), ("dp=2", Some(2))] {
+        let trace = traced(mesh, zero, false);
+        let beside = flops_beside(trace.chip(0));
+        assert!(beside.len() > 9 * (LAYERS - 1), "{mesh}: {beside:?}");
+        // All but those of the first block, which end with the backward.
+        let idle = beside.values().filter(|flops| **flops == 0).count();
+        assert!(2 * idle < beside.len(), "{mesh}, ZeRO {zero:?}: {beside:?}");
+    }
+}
