@@ -300,22 +300,10 @@ pub(crate) fn matrix_unit() -> Option<amx::Amx> {
     amx::Amx::new()
 }
 
-/// The unit that multiplies tiles of bf16, if it is to be used: where the machine has one, unless the environment variable
-/// `SUPERNODE_MATRIX_UNITS` is `off` (read once). Asked where a kernel is entered, as [`isa`]; under [`with_isa`] it is off.
+/// [`matrix_unit`], for kernels that put vectors between its products.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn tile_unit() -> Option<TileUnit> {
-    #[cfg(test)]
-    if CHOSEN.get().is_some() {
-        return None;
-    }
-    static UNIT: OnceLock<Option<TileUnit>> = OnceLock::new();
-    *UNIT.get_or_init(
-        || match std::env::var("SUPERNODE_MATRIX_UNITS").as_deref() {
-            Ok("off") => None,
-            Ok("on") | Err(std::env::VarError::NotPresent) => TileUnit::new(),
-            other => panic!("SUPERNODE_MATRIX_UNITS is {other:?}; it may be on or off"),
-        },
-    )
+    matrix_unit().and_then(TileUnit::of)
 }
 
 /// Runs f with [`isa`] fixed on this thread.

@@ -1,8 +1,7 @@
 //! AMX: eight tiles of 16 rows of 64 bytes. `tdpbf16ps` multiplies 16 x 32 bf16 by 32 x 16 and adds into 16 x 16 f32.
 //!
-//! The intrinsics are not stable, so the instructions are written as assembly. The compiler never touches a tile, and
-//! blocks of assembly keep their order. The unit has an order of sums of its own and takes subnormal numbers for zero: what
-//! is computed with it has other bits than a chain of multiply-adds, though the same ones on any number of threads.
+//! Single tiles of the unit that [`super::amx`] finds, tries and describes, for kernels that put vectors between products, as
+//! attention does. The compiler never touches a tile, and blocks of assembly keep their order.
 //!
 //! A kernel ([`OnTiles`]) runs under [`TileUnit::run`], with all tiles set to 16 rows of 64 bytes; ragged edges are filled with
 //! zeros. Tiles are loaded from 16 rows at any stride. The left operand's rows are rows of 32 bf16; the right operand holds
@@ -10,11 +9,11 @@
 //! 16 x 16 words are transposed is a right operand.
 
 use super::Avx512;
+use super::amx::Amx;
 use core::arch::asm;
 use core::arch::x86_64::*;
-use std::sync::OnceLock;
 
-/// Proof that this CPU has AMX for bf16 and that the system lets this process use it.
+/// Proof that this process may use AMX for bf16, beside AVX512-BF16.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TileUnit(Avx512);
 
@@ -47,12 +46,9 @@ const LAYOUT: Layout = {
 };
 
 impl TileUnit {
-    /// The token, where the CPU has the unit, the system grants its state, and a product comes out right.
-    pub(crate) fn new() -> Option<Self> {
-        static WORKS: OnceLock<bool> = OnceLock::new();
-        let token = TileUnit(Avx512::new()?);
-        let works = || is_listed() && is_granted() && token.run(Check);
-        WORKS.get_or_init(works).then_some(token)
+    /// The token, from that of the unit, which was tried, on a CPU that also rounds to bf16 itself.
+    pub(super) fn of(unit: Amx) -> Option<Self> {
+        is_x86_feature_detected!("avx512bf16").then_some(TileUnit(unit.vectors()))
     }
 
     /// Runs the kernel with tiles set up, and frees them afterwards: a switch to another thread saves no tiles then.
@@ -78,40 +74,6 @@ impl TileUnit {
         }
         // SAFETY: the token proves the features.
         unsafe { compiled(self.0, kernel) }
-    }
-}
-
-fn is_listed() -> bool {
-    let leaf = __cpuid_count(7, 0);
-    let (tile, bf16) = (leaf.edx >> 24 & 1, leaf.edx >> 22 & 1);
-    tile == 1 && bf16 == 1 && is_x86_feature_detected!("avx512bf16")
-}
-
-/// Asks Linux, once for all threads of the process, for the state of the tiles.
-fn is_granted() -> bool {
-    #[cfg(target_os = "linux")]
-    {
-        const ARCH_PRCTL: i64 = 158;
-        const REQUEST_PERMISSION: i64 = 0x1023;
-        const TILE_DATA: i64 = 18;
-        let mut result = ARCH_PRCTL;
-        // SAFETY: the call reads its two numbers and no memory; the kernel overwrites rcx and r11.
-        unsafe {
-            asm!(
-                "syscall",
-                inlateout("rax") result,
-                in("rdi") REQUEST_PERMISSION,
-                in("rsi") TILE_DATA,
-                lateout("rcx") _,
-                lateout("r11") _,
-                options(nostack)
-            );
-        }
-        result == 0
-    }
-    #[cfg(not(target_os = "linux"))]
-    {
-        false
     }
 }
 
@@ -204,51 +166,9 @@ fn halves() -> __m512i {
     unsafe { _mm512_loadu_si512(INDEX.as_ptr().cast()) }
 }
 
-/// Multiplies small integers, which leave no room for rounding.
-struct Check;
-
-impl OnTiles for Check {
-    type Output = bool;
-
-    #[inline(always)]
-    fn call(self, _: Avx512, tiles: Tiles) -> bool {
-        let value = |i: usize, salt: usize| ((i * 7 + salt * 3) % 13) as f32 - 6.0;
-        let (mut a, mut b, mut c) = ([0u16; 512], [0u16; 512], [0f32; 256]);
-        let narrow = |x: f32| (x.to_bits() >> 16) as u16;
-        for (i, x) in a.iter_mut().enumerate() {
-            *x = narrow(value(i, 1));
-        }
-        for (i, x) in b.iter_mut().enumerate() {
-            *x = narrow(value(i, 2));
-        }
-        tiles.zero::<0>();
-        // SAFETY: three arrays of 16 rows of 64 bytes.
-        unsafe {
-            tiles.load::<1>(a.as_ptr().cast(), 64);
-            tiles.load::<2>(b.as_ptr().cast(), 64);
-            tiles.multiply_add::<0, 1, 2>();
-            tiles.multiply_add::<0, 1, 2>();
-            tiles.store::<0>(c.as_mut_ptr().cast(), 64);
-        }
-        (0..256).all(|at| {
-            let (i, j) = (at / 16, at % 16);
-            let term = |k: usize| value(i * 32 + k, 1) * value(k / 2 * 32 + 2 * j + k % 2, 2);
-            c[at] == 2.0 * (0..32).map(term).sum::<f32>()
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_unit_multiplies_or_is_not_there() {
-        match TileUnit::new() {
-            Some(unit) => assert!(unit.run(Check)),
-            None => eprintln!("ignored: this CPU or system has no AMX for bf16"),
-        }
-    }
 
     #[test]
     fn rows_and_pairs_are_rounded_to_nearest() {
@@ -268,7 +188,7 @@ mod tests {
                 out
             }
         }
-        let Some(unit) = TileUnit::new() else {
+        let Some(unit) = crate::cpu::simd::tile_unit() else {
             eprintln!("ignored: this CPU or system has no AMX for bf16");
             return;
         };
