@@ -379,9 +379,9 @@ fn meshes_that_do_not_divide_are_told_before_anything_runs() {
     );
     check(
         &of,
-        "pp=2",
+        "xy=2",
         ErrorKind::Mesh,
-        &["pp=2", "dp, fsdp, cp and tp"],
+        &["xy=2", "dp, fsdp, cp, tp and pp"],
     );
     let mut micro = of.clone();
     micro.options.micro_batch = Some(3);
