@@ -1,6 +1,6 @@
 // o = softmax(mask(logit(q k^T))) v and its log-sum-exp: an invocation for each query row, online over ascending keys. The sums
 // are scaled only when a larger logit comes: about ln(keys) times. Keys that a query cannot see are never read.
-// elements; reads q, k, v, of_queries?: u32, of_keys?: u32; writes o, lse: f32; numbers heads, kv_heads, queries, keys, offset, window, scale: f32, cap: f32; constants D, CAUSAL, WINDOW, CAP
+// elements; reads q, k, v, of_queries?: u32, of_keys?: u32; writes o, lse: f32; numbers heads, kv_heads, queries, keys, head_dim, offset, causal, window, scale: f32, cap: f32; constants D
 #include attention_sees
 fn element(i: u32) {
     let t = i % numbers.queries;

@@ -1,6 +1,6 @@
 // dk = sum of ds q and dv = sum of p dout over the query rows that see a key, head by head and token by token: an invocation for
 // each key row. No atomics: the order is fixed.
-// elements; reads q, k, v, dout, lse: f32, delta: f32, of_queries?: u32, of_keys?: u32; writes dk?, dv?; numbers heads, kv_heads, queries, keys, offset, window, scale: f32, cap: f32; constants D, CAUSAL, WINDOW, CAP
+// elements; reads q, k, v, dout, lse: f32, delta: f32, of_queries?: u32, of_keys?: u32; writes dk?, dv?; numbers heads, kv_heads, queries, keys, head_dim, offset, causal, window, scale: f32, cap: f32; constants D
 #include attention_sees
 fn element(i: u32) {
     let s = i % numbers.keys;

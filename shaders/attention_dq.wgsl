@@ -1,6 +1,6 @@
 // dq = sum over ascending keys of ds k, with ds = p (dout v - delta) d logit / d dot and p = e^(logit - lse): an invocation for
 // each query row. No atomics: the order is fixed.
-// elements; reads q, k, v, dout, lse: f32, delta: f32, of_queries?: u32, of_keys?: u32; writes dq; numbers heads, kv_heads, queries, keys, offset, window, scale: f32, cap: f32; constants D, CAUSAL, WINDOW, CAP
+// elements; reads q, k, v, dout, lse: f32, delta: f32, of_queries?: u32, of_keys?: u32; writes dq; numbers heads, kv_heads, queries, keys, head_dim, offset, causal, window, scale: f32, cap: f32; constants D
 #include attention_sees
 fn element(i: u32) {
     let t = i % numbers.queries;

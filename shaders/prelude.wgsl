@@ -70,6 +70,10 @@ fn exponential(a: f32) -> f32 {
     return scale2(fma(y, r * r, r) + 1.0, n);
 }
 
+fn exponential4(a: vec4<f32>) -> vec4<f32> {
+    return vec4<f32>(exponential(a.x), exponential(a.y), exponential(a.z), exponential(a.w));
+}
+
 fn logarithm(x: f32) -> f32 {
     if (is_nan(x) || x < 0.0) { return not_a_number(); }
     if (x == 0.0) { return -infinity(); }

@@ -1,7 +1,8 @@
 //! Kernels straight on ndarray, without chips, meshes or tapes: arrays in, arrays out.
 //!
 //! All take f32, bf16 or f16, compute in f32 and round once. They run on the caller's current rayon pool, and their results
-//! depend neither on the number of its threads nor on the instruction set. A view is read where it lies if its elements
+//! depend neither on the number of its threads nor on the instruction set (but see [the order of sums](crate#the-order-of-sums)
+//! for bf16 on a matrix unit). A view is read where it lies if its elements
 //! fill a stretch of memory in any order of axes (so a transposed matrix is not copied); otherwise it is copied first,
 //! because what lies between its elements may belong to somebody else.
 //!
@@ -67,7 +68,7 @@ pub fn matmul_batched<T: Float>(
     c
 }
 
-/// Which keys a query of [`attention`] sees. Query i stands at position i, key j at position j.
+/// Which keys a query of [`attention`] sees. Query i stands at position i ([`attention_at`]: elsewhere), key j at position j.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mask {
     /// All.
@@ -90,6 +91,23 @@ pub fn attention<T: Float>(
     k: &ArrayBase<impl Data<Elem = T>, Ix4>,
     v: &ArrayBase<impl Data<Elem = T>, Ix4>,
     mask: Mask,
+) -> Array4<T> {
+    attention_at(q, k, v, mask, 0)
+}
+
+/// [`attention`] of queries that continue a sequence: query i stands at position `offset` + i, keys begin at position 0.
+///
+/// What decoding with kept keys and values needs: one query, t = 1, at the position of the last of s keys has offset s - 1.
+/// Where a key head has at most 64 query rows and more than 1024 keys, the keys are cut for the threads.
+///
+/// # Panics
+/// As [`attention`].
+pub fn attention_at<T: Float>(
+    q: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    k: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    v: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    mask: Mask,
+    offset: usize,
 ) -> Array4<T> {
     let ((batch, heads, queries, d), (b, kv_heads, keys, kd)) = (q.dim(), k.dim());
     assert!(
@@ -123,7 +141,7 @@ pub fn attention<T: Float>(
             Mask::Window(w) => Some(w),
             Mask::Full | Mask::Causal => None,
         },
-        offset: 0,
+        offset,
         documents: None,
     };
     let out = HeadsMut {
@@ -432,6 +450,22 @@ mod tests {
             // Logits below 16 of sums of d; weights of sums of t; |v| below 4.
             let bound = vec![4.0 * (2.1 * 16.0 * gamma(d + 24, U) + gamma(t + 24, U)); want.len()];
             near("attention", &attention(&q, &k, &v, mask), &want, &bound);
+        }
+    }
+
+    #[test]
+    fn queries_that_continue_a_sequence_give_its_last_rows() {
+        // 1301 keys are more than a chunk: the last queries alone take another path than all of them together.
+        let (h, s, d, last) = (2, 1301, 8, 3);
+        let [q, k, v]: [Array4<f32>; 3] = ["q", "k", "v"].map(|name| array(name, Ix4(1, h, s, d)));
+        for mask in [Mask::Causal, Mask::Window(700)] {
+            let all = attention(&q, &k, &v, mask);
+            let tail = q.slice(s![.., .., s - last.., ..]);
+            let few = attention_at(&tail, &k, &v, mask, s - last);
+            let want = wide(&all.slice(s![.., .., s - last.., ..]).to_owned());
+            let bound =
+                vec![2.0 * 4.0 * (2.1 * 16.0 * gamma(d + 24, U) + gamma(s + 24, U)); want.len()];
+            near("attention_at", &few, &want, &bound);
         }
     }
 

@@ -60,6 +60,7 @@
 //!
 //!   the floor, values and tables, used by all: mesh, placement, collective, pipeline, trace, random, dtype, error
 //!   cluster        machines as data: chips, systems, stacks
+//!   report         pages: timelines, bars and curves as HTML
 //!   reference      the textbook in f64: the oracle of tests, to be read
 //! ```
 //!
@@ -71,13 +72,18 @@
 //! | `m n k` | a matrix product: [m, k] by [k, n] is [m, n] |
 //! | `dp fsdp tp cp pp ep` | mesh axes: data, fully sharded data, tensor, context, pipeline, expert parallel |
 //!
-//! The training loop splits over `dp`, `fsdp`, `cp`, `tp` and `pp`; a program of one's own may name its axes as it likes.
+//! The training loop splits over `dp`, `fsdp`, `ep`, `cp`, `tp` and `pp`; a program of one's own may name its axes as it likes.
 //!
 //! # The order of sums
 //!
 //! It is part of the contract: an element of a matrix product is one chain of fused multiply-adds over ascending k, row sums
 //! use 32 virtual lanes and a fixed tree, sums over chips a fixed binary tree over ranks. So a run repeats bit for bit on any
 //! number of threads and any instruction set.
+//!
+//! One exception: where the processor has a matrix unit (Intel's AMX), products of bf16 by bf16 run there and are summed
+//! in that unit's order: two chains, over the even and the odd k of each block of 32, whose sum is added to the element, and
+//! subnormal numbers are taken as 0. That order is as fixed, for any number of threads and any shape, but its bits are those of
+//! machines with the unit. `SUPERNODE_MATRIX_UNITS=off` in the environment gives those of all others.
 //!
 //! # Mistakes and failures
 //!
@@ -109,6 +115,7 @@ pub mod pipeline;
 pub mod placement;
 pub mod random;
 pub mod reference;
+pub mod report;
 pub mod spmd;
 pub mod tape;
 pub mod tensor;
@@ -119,7 +126,8 @@ pub use dtype::DType;
 pub use error::{Error, ErrorKind, Result};
 pub use half::{bf16, f16};
 pub use kernels::{
-    Mask, attention, gelu, gelu_tanh, layer_norm, matmul, matmul_batched, rms_norm, silu, softmax,
+    Mask, attention, attention_at, gelu, gelu_tanh, layer_norm, matmul, matmul_batched, rms_norm,
+    silu, softmax,
 };
 pub use mesh::Mesh;
 pub use placement::Placement;

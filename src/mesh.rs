@@ -371,6 +371,41 @@ impl Group {
         (0..group.size).map(move |index| group.start + index * group.stride)
     }
 
+    /// The members that lie with the chip that asked in one block of `size` neighbours. Panics unless `size` divides the group.
+    #[track_caller]
+    pub fn block(&self, size: usize) -> Group {
+        self.check_part(size);
+        let index = self.index % size;
+        Group {
+            start: self.start + (self.index - index) * self.stride,
+            stride: self.stride,
+            size,
+            index,
+        }
+    }
+
+    /// The members at the same place as the chip that asked in the blocks of `size` neighbours. Panics unless `size` divides
+    /// the group.
+    #[track_caller]
+    pub fn across(&self, size: usize) -> Group {
+        self.check_part(size);
+        Group {
+            start: self.start + self.index % size * self.stride,
+            stride: self.stride * size,
+            size: self.size / size,
+            index: self.index / size,
+        }
+    }
+
+    #[track_caller]
+    fn check_part(&self, size: usize) {
+        assert!(
+            size > 0 && self.size.is_multiple_of(size),
+            "blocks of {size} in a group of {}",
+            self.size
+        );
+    }
+
     /// Rank of the member `offset` places further on, cyclic.
     pub fn peer(&self, offset: isize) -> usize {
         let size = self.size as i128;
@@ -499,5 +534,21 @@ mod tests {
     #[should_panic(expected = "rank 4 on the mesh dp=2,tp=2 of 4 chips")]
     fn a_rank_outside_panics() {
         Mesh::new([("dp", 2), ("tp", 2)]).coordinates(4);
+    }
+
+    #[test]
+    fn groups_have_blocks_and_rows_across_them() {
+        let mesh = Mesh::new([("cp", 6), ("tp", 2)]);
+        let group = mesh.group(9, "cp");
+        assert_eq!((group.index(), group.rank(4)), (4, 9));
+        let (block, across) = (group.block(2), group.across(2));
+        assert_eq!(
+            (block.ranks().collect::<Vec<_>>(), block.index()),
+            (vec![9, 11], 0)
+        );
+        assert_eq!(
+            (across.ranks().collect::<Vec<_>>(), across.index()),
+            (vec![1, 5, 9], 2)
+        );
     }
 }

@@ -16,6 +16,10 @@
 //! `len` elements over `parts` chips are cut at `floor(len * i / parts)`, so that sizes differ by at most 1 and some
 //! are 0 when `len < parts`. Cutting by 2 and then by 3 is thus not always the same as cutting by 6.
 
+mod order;
+
+pub use order::{TokenOrder, TokenRun};
+
 use crate::mesh::Mesh;
 use serde::{Deserialize, Serialize};
 use std::cmp::Reverse;

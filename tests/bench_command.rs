@@ -189,8 +189,8 @@ fn a_wrong_case_is_refused_with_its_line_before_anything_runs() {
 fn what_cannot_be_run_is_said_in_a_sentence() {
     let cases = file(&[MATMUL]);
     refused(
-        &bench(&cases, &["--backend", "gpu"]),
-        &["--backend gpu", "--backend cpu"],
+        &bench(&cases, &["--backend", "cpu,gpu"]),
+        &["--backend cpu,gpu", "one chip"],
     );
     refused(&bench(&cases, &["--threads", "0"]), &["--threads 0"]);
     refused(&bench(&file(&[""]), &[]), &["no case"]);
@@ -201,6 +201,41 @@ fn what_cannot_be_run_is_said_in_a_sentence() {
     let out = run(&["--op", "sort"]);
     assert_eq!(out.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&out.stderr).contains("train_step"));
+}
+
+/// On a graphics processor the same cases are verified, timed, and told kernel by kernel.
+#[cfg(feature = "gpu")]
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn a_graphics_processor_is_timed_kernel_by_kernel() {
+    let cases = file(&[MATMUL, FORWARD, BACKWARD]);
+    let path = cases.path().to_str().expect("a UTF-8 path");
+    let out = Command::new(env!("CARGO_BIN_EXE_supernode"))
+        .args(["bench", "--backend", "gpu", "--json", "--cases", path])
+        // A software driver complains where the variable is missing.
+        .env("XDG_RUNTIME_DIR", std::env::temp_dir())
+        .output()
+        .expect("the command starts");
+    if !out.status.success() && std::env::var_os("SUPERNODE_REQUIRE_GPU").is_none() {
+        let why = String::from_utf8_lossy(&out.stderr);
+        assert!(why.contains("gpu:0"), "{why}");
+        eprintln!("ignored: {why}");
+        return;
+    }
+    let told = lines(&out);
+    for (result, kernel) in told.iter().zip(["matmul", "attention", "attention_d"]) {
+        assert_eq!(result["backend"], "gpu:0");
+        assert!(result["seconds"].as_f64() > Some(0.0), "{result}");
+        let Some(kernels) = result["kernels"].as_array() else {
+            continue;
+        };
+        let named = |k: &Value| k["kernel"].as_str().is_some_and(|n| n.starts_with(kernel));
+        assert!(kernels.iter().any(named), "{result}");
+    }
+    assert_eq!(told.len(), 3);
 }
 
 #[test]

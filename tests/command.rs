@@ -439,6 +439,67 @@ fn tokenised_text_trains_and_samples() {
 }
 
 #[test]
+fn a_mixture_with_latent_attention_trains_on_a_mesh_of_experts() {
+    let bench = Bench::new();
+    let model = [
+        "--preset",
+        "llama-tiny",
+        "--kv-heads",
+        "2",
+        "--experts",
+        "4",
+        "--expert-ffn",
+        "16",
+        "--shared-experts",
+        "1",
+        "--dense-layers",
+        "1",
+        "--router-score",
+        "sigmoid",
+        "--balance",
+        "bias",
+        "--attention",
+        "mla",
+        "--kv-lora-rank",
+        "8",
+        "--steps",
+        "3",
+    ];
+    let lines = bench.json(&[&model[..], &["--mesh", "ep=2,tp=2"]].concat());
+    for line in &lines[..3] {
+        for key in ["dropped", "busiest_expert", "close_choices"] {
+            assert!(line[key].is_number(), "no {key} in {line}");
+        }
+    }
+    let ghost = bench.json(
+        &[
+            &model[..],
+            &["--mesh", "dp=2,ep=4", "--batch", "8", "--ghost"],
+        ]
+        .concat(),
+    );
+    let calls = ghost[0]["collectives"].as_array().expect("a list");
+    assert!(
+        calls
+            .iter()
+            .any(|c| c["op"] == "all-to-all" && c["axis"] == "ep"),
+        "{calls:?}"
+    );
+    for (wrong, says) in [
+        (&["--mesh", "ep=3"][..], "ep=3 does not divide 4 experts"),
+        (&["--experts-per-token", "9"], "9 experts per token of 4"),
+        (
+            &["--attention", "grouped"],
+            "--kv-lora-rank belongs to latent attention",
+        ),
+    ] {
+        bench.fails(&[&["--text", "text"], &model[..], wrong].concat(), &[says]);
+    }
+    let stray = ["--text", "text", "--shared-experts", "1"];
+    bench.fails(&stray, &["--shared-experts", "give --experts too"]);
+}
+
+#[test]
 fn devices_are_listed() {
     let list = |arguments: &[&str]| {
         let out = Command::new(env!("CARGO_BIN_EXE_supernode"))

@@ -29,6 +29,12 @@ fn json_is_one_object_on_one_line() {
     assert!((number("step_seconds") / 18.13 - 1.0).abs() <= 0.08);
     assert!(number("step_seconds_low") < number("step_seconds"));
     assert!(number("step_seconds") < number("step_seconds_high"));
+    assert_eq!(object["mode"], "train");
+    assert!(
+        object["mfu_rule"]
+            .as_str()
+            .is_some_and(|r| r.contains("6 per matmul parameter"))
+    );
     for key in [
         "mfu",
         "tflops_per_chip",
@@ -92,8 +98,17 @@ fn mistakes_are_one_sentence() {
         ("--set colour=1", "colour"),
         ("--machine nowhere", "cloudmatrix-384"),
         ("--dtype fp8", "matmul.fp8"),
-        ("--mesh ep=8", "'ep'"),
-        ("--model deepseek-v3", "mixture"),
+        ("--mesh ep=8,tp=8", "the model has none"),
+        ("--mesh up=8", "'up'"),
+        ("--mesh tp=7", "96 heads"),
+        ("--order tp,pp", "once"),
+        ("--chips 12", "--chips says 12"),
+        ("--set model.colour=1", "model has no 'colour'"),
+        ("--set stack.attention=fast", "unfused"),
+        ("--set memory.bandwidth=-1", "at least 0"),
+        ("--schedule gpipe", "one chunk"),
+        ("--mode decode --micro-batch 1 --trace x.json", "--trace"),
+        ("--model llama9", "deepseek-v3"),
     ] {
         let (good, out, err) = supernode(&format!("{KORTHIKANTI} {more}"));
         assert!(
@@ -113,7 +128,12 @@ fn a_plan_prints_its_candidates_and_the_best() {
         out.lines().next().is_some_and(|l| l.contains("candidates")),
         "{out}"
     );
-    assert_eq!(out.lines().count(), 12, "{out}");
+    let lines: Vec<&str> = out.lines().collect();
+    let why = lines
+        .iter()
+        .position(|l| l.starts_with("why the first wins"));
+    assert_eq!(why, Some(12), "{out}");
+    assert!(lines.len() > 15 && lines[13].contains('%'), "{out}");
     let (good, _, err) = supernode(&line.replace("64K", "1000"));
     assert!(!good && err.contains("no multiple"), "{err}");
 }
@@ -138,4 +158,142 @@ fn the_timeline_is_a_trace_of_all_stages() {
     assert!((last / step["step_seconds"].as_f64().expect("seconds") - 1.0).abs() <= 1e-9);
     let (good, _, err) = supernode(&format!("{KORTHIKANTI} --trace {name}/no/such"));
     assert!(!good && err.contains("cannot write the timeline"), "{err}");
+}
+
+fn object(line: &str) -> serde_json::Value {
+    let (good, out, err) = supernode(&format!("{line} --json"));
+    assert!(good, "{line}: {err}");
+    assert_eq!(out.matches('\n').count(), 1, "{out}");
+    serde_json::from_str(out.trim_end()).expect("an object")
+}
+
+#[test]
+fn mixtures_meshes_and_schedules_are_priced() {
+    let deepseek =
+        "forecast --machine h800 --model deepseek-v3 --global-batch 1024 --zero 1 --dtype fp8";
+    for more in [
+        "--mesh pp=16,ep=64,dp=2 --schedule dualpipe",
+        "--mesh pp=16,dp=128,ep=64 --chips 2048 --schedule dualpipe",
+        "--mesh pp=8,ep=32,tp=2,cp=2 --schedule zb-v --sequence-parallel --cp-method all-gather",
+        "--mesh fsdp=8,ep=32 --recompute full --stack megatron-core-2025",
+        "--mesh pp=4,ep=64 --schedule interleaved --virtual-stages 4 --order dp,pp,fsdp,cp,ep,tp",
+    ] {
+        let o = object(&format!("{deepseek} {more}"));
+        let number = |key: &str| {
+            o[key]
+                .as_f64()
+                .unwrap_or_else(|| panic!("{more}: no {key}"))
+        };
+        let (low, value, high) = (
+            number("step_seconds_low"),
+            number("step_seconds"),
+            number("step_seconds_high"),
+        );
+        assert!(
+            low <= value && value <= high,
+            "{more}: {low} {value} {high}"
+        );
+        assert!(
+            number("mfu") > 0.01 && number("mfu") < 0.9,
+            "{more}: {}",
+            number("mfu")
+        );
+    }
+    // Both ways to count ep are the same mesh.
+    let chips = |more: &str| object(&format!("{deepseek} {more}"))["mesh"].clone();
+    assert_eq!(
+        chips("--mesh pp=16,ep=64,dp=2"),
+        chips("--mesh pp=16,dp=128,ep=64 --chips 2048")
+    );
+}
+
+#[test]
+fn every_size_can_be_set() {
+    let base = "forecast --machine dgx-h100 --model llama3-8b --mesh fsdp=8 --global-batch 8 --context 2048";
+    let step = |more: &str| {
+        object(&format!("{base} {more}"))["step_seconds"]
+            .as_f64()
+            .expect("seconds")
+    };
+    let plain = step("");
+    for more in [
+        "--layers 16",
+        "--hidden 2048 --heads 16 --kv-heads 8",
+        "--ffn 7168",
+        "--gated false",
+        "--vocab 32000",
+        "--set model.layers=16",
+        "--head-dim 64",
+    ] {
+        assert!(step(more) < plain, "{more}");
+    }
+    for more in [
+        "--tied true",
+        "--kv-rank 512 --q-rank 1536",
+        "--predicted-tokens 1",
+    ] {
+        assert!(step(more) > 0.0, "{more}");
+    }
+    let experts =
+        "--experts 8 --experts-per-token 2 --expert-ffn 14336 --shared-experts 1 --dense-layers 1";
+    assert!(step(experts) > plain);
+}
+
+#[test]
+fn a_config_file_is_a_model() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("config.json");
+    let text = r#"{"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 8192, "hidden_act": "silu"}"#;
+    std::fs::write(&path, text).expect("a file");
+    let line = |model: &str| {
+        format!("forecast --machine dgx-h100 --model {model} --mesh fsdp=8 --global-batch 8")
+    };
+    let name = path.to_str().expect("UTF-8");
+    assert_eq!(object(&line(name)), object(&line("llama3-8b")));
+    std::fs::write(&path, "{}").expect("a file");
+    let (good, _, err) = supernode(&line(name));
+    assert!(
+        !good && err.contains("num_hidden_layers") && err.contains(name),
+        "{err}"
+    );
+}
+
+#[test]
+fn prompts_and_decoding_are_priced() {
+    let line = "forecast --machine cloudmatrix-384 --model deepseek-v3 --dtype int8 --mesh ep=160";
+    let decode = object(&format!(
+        "{line} --mode decode --global-batch 15360 --context 4096 --speculated 1 --accepted 0.7"
+    ));
+    let number = |o: &serde_json::Value, key: &str| o[key].as_f64().unwrap_or(f64::NAN);
+    assert!(number(&decode, "time_per_token_seconds") < number(&decode, "step_seconds"));
+    assert!(number(&decode, "step_seconds_low") <= number(&decode, "step_seconds"));
+    assert!(
+        number(&decode["memory_bytes_per_chip"], "cache") > 1e9,
+        "{decode}"
+    );
+    let prefill = object(&format!(
+        "{line} --mode prefill --global-batch 640 --context 4096"
+    ));
+    assert!(prefill["time_per_token_seconds"].is_null());
+    let (a, b) = (
+        number(&prefill, "tokens_per_second"),
+        number(&decode, "tokens_per_second"),
+    );
+    assert!(a > b && b > 0.0, "{a} and {b}");
+}
+
+#[test]
+fn the_page_opens_without_a_network() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("step.html");
+    let name = path.to_str().expect("UTF-8");
+    object(&format!("{KORTHIKANTI} --html {name}"));
+    let text = std::fs::read_to_string(&path).expect("a file");
+    for word in ["<svg", "Scaling", "stage 7", "Memory", "</html>"] {
+        assert!(text.contains(word), "no {word}");
+    }
+    for word in ["http", "<script", "src=", "NaN"] {
+        assert!(!text.contains(word), "{word}");
+    }
 }

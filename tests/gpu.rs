@@ -5,6 +5,7 @@
 use crate::parity::models::check_on;
 use crate::tiny::{assert_close, bits, losses, models, training, world, world_on};
 use supernode::mesh::Mesh;
+use supernode::ops::Activation;
 use supernode::placement::Placement::{Replicate, Shard};
 use supernode::spmd::{Chip, Device, FromIndex, Init, World};
 
@@ -22,6 +23,10 @@ fn gpu() -> Option<Device> {
 }
 
 #[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
 fn models_agree_with_pytorch() {
     let Some(gpu) = gpu() else { return };
     for name in ["gpt2", "llama", "nanogpt"] {
@@ -30,12 +35,20 @@ fn models_agree_with_pytorch() {
 }
 
 #[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
 fn models_agree_with_pytorch_over_chips_that_share_an_adapter() {
     let Some(gpu) = gpu() else { return };
     check_on("llama", &Mesh::new([("dp", 2), ("tp", 2)]), gpu);
 }
 
 #[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
 fn fifty_steps_have_the_processors_losses_and_repeat_bit_for_bit() {
     let Some(gpu) = gpu() else { return };
     let (name, config) = models()[1].clone();
@@ -48,6 +61,10 @@ fn fifty_steps_have_the_processors_losses_and_repeat_bit_for_bit() {
 }
 
 #[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
 fn a_mesh_of_four_chips_trains_as_one_does() {
     let Some(gpu) = gpu() else { return };
     let (name, config) = models()[2].clone();
@@ -56,6 +73,60 @@ fn a_mesh_of_four_chips_trains_as_one_does() {
     let mesh = Mesh::new([("dp", 2), ("tp", 2)]);
     let got = losses(&training, &world_on(&mesh, gpu));
     assert_close(&got, &want, 1e-4, name);
+}
+
+/// Chips in turn on the processor and on the adapter; parameters that both kinds hold stay the same to the bit.
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn a_mesh_of_both_kinds_trains_as_one_chip_does() {
+    let Some(_) = gpu() else { return };
+    let mixed = Device::parse("cpu,gpu:0").expect("both are known");
+    let (name, config) = models()[1].clone();
+    let training = training(config, 4, 8);
+    let want = losses(&training, &world(&Mesh::single()));
+    // By rank the kinds are cpu, gpu, cpu, gpu: `tp` has both, or `dp`.
+    for axes in [[("dp", 2), ("tp", 2)], [("tp", 2), ("dp", 2)]] {
+        let got = losses(&training, &world_on(&Mesh::new(axes), mixed.clone()));
+        assert_close(&got, &want, 1e-4, name);
+        let again = losses(&training, &world_on(&Mesh::new(axes), mixed.clone()));
+        assert_eq!(bits(&got), bits(&again), "two runs of {name}");
+    }
+}
+
+/// What both kinds hold is the same after an update, and the trace shows what travelled for it.
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn parameters_of_both_kinds_stay_the_same() {
+    let Some(_) = gpu() else { return };
+    let mixed = Device::parse("cpu,gpu:0").expect("both are known");
+    let world = World::threads(&Mesh::new([("dp", 2)]), mixed).expect("it was opened before");
+    let run = world.run(|chip| {
+        let mut optimizer = supernode::train::Optimizer::new(Default::default(), 0);
+        for step in 0..3 {
+            chip.step(step, || {
+                let loss = chip.record(|| {
+                    let rows = FromIndex(|i| (i as f32 + 1.3 * step as f32).sin());
+                    let x = chip.input("x", [6, 8], [Shard(0)], &rows);
+                    let w = chip.parameter("w", [8, 5], [Replicate], Init::normal(0.3));
+                    x.matmul(&w).activate(Activation::GeluTanh).sum()
+                });
+                loss.backward();
+                optimizer.step(chip, 0.01);
+            });
+        }
+        let all = chip.parameters();
+        [&all[0].value, &all[0].state[0], &all[0].state[1]].map(|t| t.bytes().to_vec())
+    });
+    let run = run.expect("the run succeeds");
+    assert_eq!(run.outputs()[0], run.outputs()[1]);
+    let summary = run.trace().summary().to_string();
+    assert!(summary.contains("broadcast"), "{summary}");
 }
 
 /// A product whose result is gathered.
@@ -71,6 +142,10 @@ fn program(chip: &Chip) -> Option<ndarray::ArrayD<f32>> {
 }
 
 #[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
 fn a_trace_is_the_ghosts() {
     let Some(gpu) = gpu() else { return };
     let mesh = Mesh::new([("dp", 2), ("tp", 2)]);
@@ -92,6 +167,10 @@ fn a_trace_is_the_ghosts() {
 }
 
 #[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
 fn an_op_without_a_kernel_there_says_so() {
     let Some(gpu) = gpu() else { return };
     let world = World::threads(&Mesh::single(), gpu).expect("it was opened before");
@@ -141,6 +220,10 @@ impl supernode::ops::Op for Nothing {
 }
 
 #[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
 fn a_budget_is_kept_and_its_error_names_both_numbers() {
     let Some(gpu) = gpu() else { return };
     let world = World::threads(&Mesh::single(), gpu)
@@ -152,4 +235,37 @@ fn a_budget_is_kept_and_its_error_names_both_numbers() {
     });
     let why = run.expect_err("too large").to_string();
     assert!(why.contains("1216") && why.contains("1000"), "{why}");
+}
+
+/// The script for a card runs to its end on any adapter.
+#[cfg(feature = "cli")]
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn the_script_for_a_card_runs_at_toy_size() {
+    let Some(_) = gpu() else { return };
+    let root = env!("CARGO_MANIFEST_DIR");
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = std::process::Command::new("python3")
+        .arg(format!("{root}/benches/real_gpu.py"))
+        .args(["--toy", "--out"])
+        .arg(folder.path())
+        .args(["--binary", env!("CARGO_BIN_EXE_supernode")])
+        .env("XDG_RUNTIME_DIR", std::env::temp_dir())
+        .output();
+    let Ok(run) = run else {
+        eprintln!("ignored: no python3 here");
+        return;
+    };
+    let (out, error) = (
+        String::from_utf8_lossy(&run.stdout),
+        String::from_utf8_lossy(&run.stderr),
+    );
+    // 2: all is right, and slower than PyTorch on a card where there is one.
+    assert!(matches!(run.status.code(), Some(0 | 2)), "{out}{error}");
+    assert_eq!(out.matches("passed").count(), 3, "{out}");
+    let written = std::fs::read_dir(folder.path()).expect("a folder").count();
+    assert_eq!(written, 1, "{out}");
 }

@@ -26,7 +26,16 @@ const ARROWS: [(&str, &[&str]); 21] = [
     ("tape", &["tensor", "placement"]),
     (
         "ops",
-        &["tape", "tensor", "cpu", "gpu", "random", "dtype", "error"],
+        &[
+            "tape",
+            "tensor",
+            "cpu",
+            "gpu",
+            "placement",
+            "random",
+            "dtype",
+            "error",
+        ],
     ),
     (
         "spmd",
@@ -94,19 +103,27 @@ const ARROWS: [(&str, &[&str]); 21] = [
 const TOP: [&str; 3] = ["lib", "main", "cli"];
 
 /// The files that may allow `unsafe`, as the sixteenth decision lists them: SIMD tokens, aligned memory, disjoint output
-/// tiles, mapped files.
-const UNSAFE: [&str; 12] = [
+/// tiles, trusted shaders and kept pipelines, mapped files.
+const UNSAFE: [&str; 20] = [
+    "cpu/attention/amx/backward.rs",
+    "cpu/attention/amx/forward.rs",
+    "cpu/attention/amx/mod.rs",
     "cpu/attention/backward.rs",
     "cpu/attention/forward.rs",
     "cpu/attention/heads.rs",
+    "cpu/attention/split.rs",
     "cpu/attention/tile.rs",
     "cpu/matmul/microkernel.rs",
     "cpu/matmul/mod.rs",
     "cpu/matmul/pack.rs",
     "cpu/matmul/region.rs",
     "cpu/matmul/stream.rs",
+    "cpu/matmul/unit.rs",
+    "cpu/matmul/unit_stream.rs",
     "cpu/memory.rs",
     "cpu/simd/mod.rs",
+    "gpu/device.rs",
+    "gpu/kept.rs",
     "train/mapped.rs",
 ];
 

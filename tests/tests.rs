@@ -7,6 +7,8 @@ mod command;
 mod examples;
 #[cfg(feature = "cli")]
 mod forecast_command;
+#[cfg(feature = "cli")]
+mod generate_command;
 #[cfg(feature = "gpu")]
 mod gpu;
 mod house;
@@ -16,6 +18,7 @@ mod tiny;
 mod watchdog;
 
 mod parity {
+    pub(crate) mod low;
     pub(crate) mod models;
     mod ops;
 }
@@ -24,22 +27,28 @@ mod spmd {
     mod classes;
     mod counts;
     mod diagnosis;
+    mod experts;
     mod faults;
     mod ghost;
     mod grid;
     mod own_op;
     mod placements;
+    mod ring;
     mod started;
     mod transposes;
     mod zero;
 }
 
 mod train {
+    mod context;
+    mod generate;
     mod gradients;
+    mod latent;
     mod meshes;
+    mod mixtures;
     mod overlap;
     mod pipeline;
     mod resume;
     mod separate;
-    mod splits;
+    pub(crate) mod splits;
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use supernode::mesh::Mesh;
-use supernode::model::{Config, Transformer};
+use supernode::model::{Balance, Config, Latent, Mixture, Score, Transformer};
 use supernode::spmd::{Device, Threads, World};
 use supernode::train::data::{Alphabet, Batches, Split, Tokens};
 use supernode::train::schedule::LearningRate;
@@ -67,6 +67,55 @@ pub(crate) fn llama() -> Config {
     Config {
         ffn: 96,
         ..Config::llama(2, 64, 16, 8, VOCAB, CONTEXT)
+    }
+}
+
+/// A mixture as Mixtral's: four experts in every block, two for each token, an auxiliary loss. Its router begins sharp, so
+/// that its choices have margins.
+pub(crate) fn mixture() -> Config {
+    let mixture = Mixture {
+        router_init: 0.5,
+        ..Mixture::new(4, 2, 32)
+    };
+    Config {
+        mixture: Some(mixture),
+        ..Config::llama(2, 32, 8, 8, VOCAB, CONTEXT)
+    }
+}
+
+/// A mixture as DeepSeek-V3's: latent attention, a dense block, then one of eight experts with sigmoid scores, a shared expert
+/// and a bias that balances.
+pub(crate) fn deepseek() -> Config {
+    let mixture = Mixture {
+        shared_experts: 1,
+        dense_layers: 1,
+        score: Score::Sigmoid,
+        scale: 1.5,
+        balance: Balance::Bias { rate: 0.01 },
+        ..mixture().mixture.expect("it has one")
+    };
+    Config {
+        mixture: Some(Mixture {
+            experts: 8,
+            ..mixture
+        }),
+        ..latent()
+    }
+}
+
+/// Llama's with latent attention.
+pub(crate) fn latent() -> Config {
+    let latent = Latent {
+        q_rank: Some(12),
+        kv_rank: 16,
+        rope_dim: 2,
+        nope_dim: 4,
+        v_dim: 4,
+    };
+    Config {
+        latent: Some(latent),
+        ffn: 64,
+        ..Config::llama(2, 32, 8, 8, VOCAB, CONTEXT)
     }
 }
 

@@ -314,6 +314,7 @@ fn pointwise(all: &mut Vec<Made>) {
         let op = ops::Dropout {
             p: 0.1,
             name: "drop".to_string(),
+            order: Default::default(),
         };
         (op, vec![matrix(o)])
     });

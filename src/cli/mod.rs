@@ -2,9 +2,12 @@
 //!
 //! Standard output carries results (with `--json` one object a line), standard error everything else.
 
+mod architecture;
 mod bench;
+mod calibrate;
 mod devices;
 mod forecast;
+mod generate;
 mod machines;
 mod plan;
 mod preset;
@@ -34,6 +37,9 @@ enum Command {
     /// Train a transformer on a text, over a mesh of chips on this machine
     #[command(args_override_self = true)]
     Train(Box<train::Arguments>),
+    /// Continue texts with a trained model, over a mesh of chips on this machine
+    #[command(args_override_self = true)]
+    Generate(Box<generate::Arguments>),
     /// Time kernels and training steps against this machine's limits
     #[command(args_override_self = true)]
     Bench(bench::Arguments),
@@ -45,6 +51,9 @@ enum Command {
     /// Search the best split of a model over a described machine
     #[command(args_override_self = true)]
     Plan(Box<plan::Arguments>),
+    /// Measure this machine's processor into a machine file
+    #[command(args_override_self = true)]
+    Calibrate(calibrate::Arguments),
     /// List and compare the described machines
     #[command(args_override_self = true)]
     Machines(machines::Arguments),
@@ -55,10 +64,12 @@ pub(crate) fn run() -> ExitCode {
     keep_panics_of_chips_for_the_error();
     let result = match Arguments::parse().command {
         Command::Train(arguments) => train::run(&arguments),
+        Command::Generate(arguments) => generate::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Devices(arguments) => devices::run(&arguments),
         Command::Forecast(arguments) => forecast::run(&arguments),
         Command::Plan(arguments) => plan::run(&arguments),
+        Command::Calibrate(arguments) => calibrate::run(&arguments),
         Command::Machines(arguments) => machines::run(&arguments),
     };
     match result {

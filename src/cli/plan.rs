@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use supernode::forecast::{Forecast, Found, Recompute, Search, Setting};
+use supernode::forecast::{Forecast, Found, Search, Setting, choices};
 use supernode::{Error, ErrorKind, Result};
 
 /// Arguments of `supernode plan`.
@@ -39,15 +39,15 @@ pub(super) struct Arguments {
 /// Runs the command.
 pub(super) fn run(a: &Arguments) -> Result<()> {
     let machine = a.on.machine()?;
-    let config = a.model.config()?;
-    let context = a.context.unwrap_or(config.context);
+    let model = a.model.architecture(&a.on)?;
+    let context = a.context.unwrap_or(model.context);
     let tokens = count(&a.tokens_per_batch)?;
     if context == 0 || !tokens.is_multiple_of(context) {
         let why = format!("--tokens-per-batch {tokens} is no multiple of the context {context}");
         return Err(Error::new(ErrorKind::Input, why));
     }
     let search = Search {
-        config,
+        model,
         chips: a.chips.unwrap_or(machine.chips()),
         global_batch: tokens / context,
         context,
@@ -55,10 +55,11 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
     };
     let began = Instant::now();
     let (done, over) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let total = search.candidates().len();
+    let candidates = search.candidates();
+    let total = candidates.len();
     let found = std::thread::scope(|scope| {
         scope.spawn(|| show(total, &done, &over));
-        let found = search.run(&machine, a.top, &done);
+        let found = search.run(&machine, candidates, a.top, &done);
         over.store(true, Ordering::Relaxed);
         found
     })?;
@@ -116,56 +117,68 @@ fn count(text: &str) -> Result<usize> {
         })
 }
 
-fn recompute(s: &Setting) -> &'static str {
-    match s.recompute {
-        Recompute::None => "none",
-        Recompute::Selective => "selective",
-        Recompute::Full => "full",
-    }
-}
-
 fn line(s: &Setting, f: &Forecast) -> serde_json::Value {
-    json!({
-        "mesh": s.mesh.to_string(), "micro_batch": s.micro_batch, "virtual_stages": s.virtual_stages,
-        "recompute": recompute(s), "zero": s.zero, "step_seconds": f.step_seconds, "mfu": f.mfu,
+    let mut object = json!({
+        "mesh": s.mesh.to_string(), "step_seconds": f.step_seconds, "mfu": f.mfu,
+        "tokens_per_second": f.tokens / f.step_seconds,
         "memory_bytes_per_chip": f.memory.total(), "bubble_seconds": f.bubble_seconds,
-        "exposed_communication_seconds": f.exposed,
-    })
+        "exposed_communication_seconds": f.exposed, "sequence_parallel": s.sequence_parallel,
+        "micro_batch": s.micro_batch, "virtual_stages": s.virtual_stages, "zero": s.zero,
+    });
+    for (name, value) in choices(s) {
+        if name == "schedule" || name == "recompute" {
+            object[name] = json!(value);
+        }
+    }
+    object
 }
 
 /// The splits, and beside each what it loses where: the reason for its place.
 fn table(found: &Found) {
     print_text(&format!(
-        "{:<28} {:>5} {:>6} {:>9} {:>4} {:>10} {:>6} {:>8}  {}\n",
+        "{:<34} {:>5} {:>8} {:>6} {:>9} {:>4} {:>10} {:>6} {:>8}  {}\n",
         "mesh (last: neighbours)",
         "micro",
+        "schedule",
         "chunks",
         "recompute",
         "zero",
         "step s",
         "mfu",
         "GB",
-        "kernels, bubble and network, s"
+        "of it kernels, bubble and network"
     ));
     for (s, f) in &found.best {
+        let share = |seconds: f64| format!("{:.1} %", 100.0 * seconds / f.step_seconds);
         let kernels: f64 = f.compute_seconds.values().sum();
         let waits: Vec<String> = f
             .exposed
             .iter()
-            .map(|(k, v)| format!("{k} {v:.3}"))
+            .map(|(k, v)| format!("{k} {}", share(*v)))
             .collect();
+        let [_, _, _, _, micro, schedule, chunks, recompute, zero] = choices(s).map(|c| c.1);
         print_text(&format!(
-            "{:<28} {:>5} {:>6} {:>9} {:>4} {:>10.4} {:>5.1}% {:>8.1}  {kernels:.3}, bubble {:.3}, {}\n",
+            "{:<34} {micro:>5} {schedule:>8} {chunks:>6} {recompute:>9} {zero:>4} {:>10.4} {:>5.1}% {:>8.1}  {}, bubble {}, {}\n",
             s.mesh.to_string(),
-            s.micro_batch,
-            s.virtual_stages,
-            recompute(s),
-            s.zero,
             f.step_seconds,
             f.mfu * 100.0,
             f.memory.total() / 1e9,
-            f.bubble_seconds,
+            share(kernels),
+            share(f.bubble_seconds),
             waits.join(", ")
+        ));
+    }
+    let Some((first, f)) = found.best.first() else {
+        return;
+    };
+    print_text("why the first wins: the best with another choice, everything else free\n");
+    let mine = choices(first);
+    for (name, other, seconds) in &found.against {
+        let own = mine.iter().find(|m| m.0 == *name);
+        let own = own.map_or("", |m| m.1.as_str());
+        print_text(&format!(
+            "  {name} {own}: with {other} {:+.1} % at least\n",
+            100.0 * (seconds / f.step_seconds - 1.0)
         ));
     }
 }

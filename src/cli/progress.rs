@@ -9,7 +9,7 @@ use supernode::model::Config;
 use supernode::spmd::Run;
 use supernode::trace::{CollectiveTotal, Trace};
 use supernode::train::data::Vocabulary;
-use supernode::train::{Finished, Layout, Report, Training};
+use supernode::train::{ExpertLoads, Finished, Layout, Report, Training};
 
 /// Without a terminal, a line after so many steps is enough.
 const LINE_EVERY: u64 = 50;
@@ -55,12 +55,18 @@ impl Progress {
         }
     }
 
-    pub(super) fn begin(&self, mesh: &Mesh, threads: usize) {
+    pub(super) fn begin(&self, training: &Training, mesh: &Mesh, threads: usize) {
         let chips = mesh.chips();
         self.say(&format!(
             "{} parameters, {chips} chip(s) ({mesh}), {threads} thread(s) each, {} steps of {} tokens",
             self.parameters, self.steps, self.labels_per_step
         ));
+        if mesh.size_of("cp") > 1 {
+            self.say(&format!(
+                "attention over cp: {}",
+                training.model.context_method(mesh)
+            ));
+        }
     }
 
     /// A line on standard error, above the bar.
@@ -80,19 +86,33 @@ impl Progress {
                 lr,
                 ms,
                 peak_bytes,
+                experts,
             } => {
                 self.lock().ms.push(*ms);
                 if self.json {
-                    print_line(&json!({
+                    let mut line = json!({
                         "step": step, "loss": loss, "ms": ms, "gradient_norm": finite(*gradient_norm), "lr": lr,
-                    }));
+                    });
+                    if let Some(e) = experts {
+                        line["dropped"] = json!(dropped(e));
+                        line["busiest_expert"] = json!(e.busiest);
+                        line["close_choices"] = json!(e.close);
+                    }
+                    print_line(&line);
                 }
                 if !gradient_norm.is_finite() {
                     self.say(&format!("step {step}: the gradient norm is {gradient_norm}; this update was left out"));
                 }
                 let rate = self.labels_per_step / ms * 1e3;
+                let of_experts = experts.as_ref().map_or(String::new(), |e| {
+                    format!(
+                        "  {:.1} % dropped, busiest expert {:.2}",
+                        100.0 * dropped(e),
+                        e.busiest
+                    )
+                });
                 let message = format!(
-                    "loss {loss:.4}  {rate:.0} tokens/s  {:.0} MB",
+                    "loss {loss:.4}  {rate:.0} tokens/s  {:.0} MB{of_experts}",
                     *peak_bytes as f64 / 1e6
                 );
                 match &self.bar {
@@ -203,6 +223,11 @@ pub(super) fn print_ghost(trace: &Trace, config: &Config, json: bool) {
 fn totals(collectives: &[CollectiveTotal]) -> Vec<Value> {
     let one = |c: &CollectiveTotal| json!({"op": &*c.op, "axis": c.axis, "calls": c.calls, "bytes": c.bytes});
     collectives.iter().map(one).collect()
+}
+
+/// The share of a mixture's assignments that were dropped.
+fn dropped(loads: &ExpertLoads) -> f64 {
+    loads.dropped as f64 / (loads.asked as f64).max(1.0)
 }
 
 fn finite(x: f64) -> Option<f64> {

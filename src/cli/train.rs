@@ -1,5 +1,6 @@
 //! `supernode train`.
 
+use super::architecture::Architecture;
 use super::preset::{Preset, Recipe};
 use super::progress::Progress;
 use super::text::Source;
@@ -8,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use supernode::collective::Algorithm;
 use supernode::mesh::Mesh;
-use supernode::model::{Config, Transformer};
+use supernode::model::{Config, ContextMethod, Transformer};
 use supernode::pipeline::Schedule;
 use supernode::spmd::{Device, World, Zero};
 use supernode::train::data::{Batches, Split, TRAIN_SHARE, Tokens};
@@ -24,8 +25,8 @@ pub(super) struct Arguments {
     /// Model and recipe
     #[arg(long, value_enum, default_value = "nanogpt-cpu")]
     preset: Preset,
-    /// Chips along each axis: dp (data), fsdp (fully sharded data), cp (context), tp (tensor), pp (stages of a pipeline);
-    /// without it one chip
+    /// Chips along each axis: dp (data), fsdp (fully sharded data), ep (experts), cp (context), tp (tensor), pp (stages of a
+    /// pipeline); without it one chip
     #[arg(long, value_name = "dp=2,tp=2")]
     mesh: Option<String>,
     /// ZeRO's stage over fsdp, or over dp without one: 1 splits optimizer state, 2 also gradients, 3 also parameters; by
@@ -35,9 +36,12 @@ pub(super) struct Arguments {
     /// Split over tp also the tokens of what lies between its matrices: norms, dropout, the residual stream
     #[arg(long)]
     sequence_parallel: bool,
-    /// How attention is split over cp
-    #[arg(long, value_enum, default_value = "ulysses")]
-    cp_method: ContextMethod,
+    /// How attention is split over cp; by default ulysses where cp divides the heads that tp leaves, else ring
+    #[arg(long, value_enum)]
+    cp_method: Option<ContextWord>,
+    /// With --cp-method usp: neighbours that exchange heads; by default as many as cp and the heads allow
+    #[arg(long, value_name = "N", requires = "cp_method")]
+    cp_exchange: Option<usize>,
     /// How micro-batches pass through the stages of pp: gpipe, 1f1b, zb-h1 or zb-v
     #[arg(long, default_value = "1f1b", value_name = "SCHEDULE")]
     schedule: Schedule,
@@ -81,6 +85,9 @@ pub(super) struct Arguments {
     /// Probability of dropout
     #[arg(long, value_name = "P", help_heading = "Model")]
     dropout: Option<f32>,
+
+    #[command(flatten)]
+    architecture: Architecture,
 
     /// Sequences per step, over the whole mesh
     #[arg(long, value_name = "N", help_heading = "Recipe")]
@@ -145,9 +152,13 @@ pub(super) struct Arguments {
 
 /// Ways to split attention over cp.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
-enum ContextMethod {
+enum ContextWord {
+    /// Keys and values travel around the chips; every chip has an early and a late part of the sequence
+    Ring,
     /// All tokens of some heads, by all-to-alls
     Ulysses,
+    /// Both: neighbours exchange heads, a ring joins them
+    Usp,
 }
 
 /// Runs the command.
@@ -184,7 +195,7 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
     }
     let stop = stop_on_interrupt()?;
     let progress = Progress::new(&training, a.json);
-    progress.begin(&mesh, world.threads_per_chip());
+    progress.begin(&training, &mesh, world.threads_per_chip());
     let run = training.run(&world, &|report| progress.tell(report), &stop);
     progress.end();
     let run = run?;
@@ -214,8 +225,8 @@ impl Arguments {
         let model = Transformer::new(config, mesh)?
             .with_dtype(self.dtype)
             .with_recompute(self.recompute)
-            .with_sequence_parallel(self.sequence_parallel);
-        let ContextMethod::Ulysses = self.cp_method;
+            .with_sequence_parallel(self.sequence_parallel)
+            .with_context_method(self.context_method(mesh)?);
         let options = self.options(&recipe)?;
         let training = Training {
             model,
@@ -224,6 +235,26 @@ impl Arguments {
         };
         training.check(mesh)?;
         Ok(training)
+    }
+
+    fn context_method(&self, mesh: &Mesh) -> Result<Option<ContextMethod>> {
+        let refuse = |why: String| Err(Error::new(ErrorKind::Input, why));
+        let Some(word) = self.cp_method else {
+            return Ok(None);
+        };
+        if mesh.size_of("cp") == 1 {
+            return refuse(format!(
+                "--cp-method is how mesh axis cp splits a sequence, and the mesh {mesh} has none; --mesh cp=2 would do"
+            ));
+        }
+        match (word, self.cp_exchange) {
+            (ContextWord::Ring, None) => Ok(Some(ContextMethod::Ring)),
+            (ContextWord::Ulysses, None) => Ok(Some(ContextMethod::Ulysses)),
+            (ContextWord::Usp, exchange) => Ok(Some(ContextMethod::Usp { exchange })),
+            (_, Some(n)) => refuse(format!(
+                "--cp-exchange {n} is for --cp-method usp; in a ring nobody exchanges heads, in ulysses all do"
+            )),
+        }
     }
 
     fn config(
@@ -253,7 +284,7 @@ impl Arguments {
             true => base.ffn,
             false => scaled(base.ffn, base.hidden, hidden),
         };
-        Ok(Config {
+        let config = Config {
             layers: self.layers.unwrap_or(base.layers),
             hidden,
             heads,
@@ -265,7 +296,8 @@ impl Arguments {
             context,
             dropout: self.dropout.unwrap_or(base.dropout),
             ..base.clone()
-        })
+        };
+        self.architecture.apply(config)
     }
 
     fn options(&self, recipe: &Recipe) -> Result<Options> {

@@ -16,9 +16,11 @@ pub(super) const CHIPS: [(&str, &str); 13] = [
     ("rubin", include_str!("chips/rubin.toml")),
 ];
 
-pub(super) const SYSTEMS: [(&str, &str); 10] = [
+pub(super) const SYSTEMS: [(&str, &str); 12] = [
     ("dgx-a100", include_str!("systems/dgx-a100.toml")),
     ("dgx-h100", include_str!("systems/dgx-h100.toml")),
+    ("dgx-h200", include_str!("systems/dgx-h200.toml")),
+    ("dgx-h800", include_str!("systems/dgx-h800.toml")),
     ("gb200-nvl72", include_str!("systems/gb200-nvl72.toml")),
     (
         "vera-rubin-nvl144",
@@ -47,7 +49,8 @@ pub(super) const SYSTEMS: [(&str, &str); 10] = [
     ),
 ];
 
-pub(super) const STACKS: [(&str, &str); 4] = [
+pub(super) const STACKS: [(&str, &str); 5] = [
+    ("deepep-2025", include_str!("stacks/deepep-2025.toml")),
     ("ideal", include_str!("stacks/ideal.toml")),
     ("megatron-2022", include_str!("stacks/megatron-2022.toml")),
     (

@@ -27,7 +27,7 @@ const STATUS: Field = (
     Holds::Word(&["shipping", "announced", "reported"]),
 );
 
-const CHIP: [Field; 26] = {
+static CHIP: [Field; 30] = {
     use Dimension::{Bandwidth, Bytes, Power, Pure, Rate};
     [
         STATUS,
@@ -55,11 +55,16 @@ const CHIP: [Field; 26] = {
         ("kernel.elementwise.memory", Holds::Number(Pure)),
         ("kernel.norm.memory", Holds::Number(Pure)),
         ("kernel.activation.memory", Holds::Number(Pure)),
+        // Of products of narrow types, of attention's gradients, and of attention that reads a cache.
+        ("kernel.matmul.narrow", Holds::Extra(Pure)),
+        ("kernel.attention.backward", Holds::Extra(Pure)),
+        ("kernel.attention.memory", Holds::Extra(Pure)),
         ("kernel.residual", Holds::Extra(Pure)),
+        ("kernel.optimizer.memory", Holds::Extra(Pure)),
     ]
 };
 
-const SYSTEM: [Field; 12] = {
+static SYSTEM: [Field; 20] = {
     use Dimension::{Bandwidth, Power, Pure, Time};
     [
         STATUS,
@@ -76,11 +81,22 @@ const SYSTEM: [Field; 12] = {
         ("level.*.latency", Holds::Number(Time)),
         ("level.*.efficiency", Holds::Number(Pure)),
         ("level.*.oversubscription", Holds::Extra(Pure)),
+        // Chips along each dimension of a torus or a full mesh, such as 8x8.
+        ("level.*.shape", Holds::Note),
+        // Whether its switches add.
+        ("level.*.reduces", Holds::Option(&["yes", "no"])),
+        // Whether it uses the same ports of a chip as the level below.
+        ("level.*.ports", Holds::Option(&["own", "shared"])),
+        ("exchange.share", Holds::Extra(Pure)),
+        ("exchange.narrow.near", Holds::Extra(Bandwidth)),
+        ("exchange.narrow.far", Holds::Extra(Bandwidth)),
+        ("exchange.wide.near", Holds::Extra(Bandwidth)),
+        ("exchange.wide.far", Holds::Extra(Bandwidth)),
         ("power.total", Holds::Number(Power)),
     ]
 };
 
-const STACK: [Field; 9] = [
+static STACK: [Field; 19] = [
     ("stack.attention", Holds::Word(&["fused", "unfused"])),
     ("stack.dropout", Holds::Word(&["yes", "no"])),
     (
@@ -93,6 +109,22 @@ const STACK: [Field; 9] = [
     ("stack.launch", Holds::Number(Dimension::Time)),
     ("stack.allocator", Holds::Number(Dimension::Pure)),
     ("stack.interference", Holds::Number(Dimension::Pure)),
+    // How tokens reach their experts, and whether other micro-batches compute meanwhile.
+    (
+        "stack.exchange",
+        Holds::Word(&["all-to-all", "deduplicated"]),
+    ),
+    ("stack.exchange_overlap", Holds::Word(&["yes", "no"])),
+    ("stack.reshard", Holds::Word(&["auto", "yes", "no"])),
+    ("stack.imbalance", Holds::Number(Dimension::Pure)),
+    // Share of nodes that are slow, and by how much.
+    ("stack.stragglers", Holds::Number(Dimension::Pure)),
+    ("stack.straggling", Holds::Number(Dimension::Pure)),
+    ("stack.jitter", Holds::Number(Dimension::Pure)),
+    // Seconds between one kernel and the next, of a step beside its passes, and of a message between stages beside its bytes.
+    ("stack.gap", Holds::Extra(Dimension::Time)),
+    ("stack.step", Holds::Extra(Dimension::Time)),
+    ("stack.message", Holds::Extra(Dimension::Time)),
 ];
 
 /// How the chips of a level are joined.
@@ -107,6 +139,20 @@ pub enum Wiring {
     /// Neighbours in a ring along each dimension.
     Torus,
 }
+
+/// Chips, and the systems in which they are sold.
+const HOMES: [(&str, &str); 10] = [
+    ("a100", "dgx-a100"),
+    ("h100", "dgx-h100"),
+    ("h200", "dgx-h200"),
+    ("h800", "dgx-h800"),
+    ("gb200", "gb200-nvl72"),
+    ("rubin", "vera-rubin-nvl144"),
+    ("ascend-910b", "atlas-800t-a2"),
+    ("ascend-910c", "cloudmatrix-384"),
+    ("ascend-950dt", "atlas-950-superpod"),
+    ("ascend-960", "atlas-960-superpod"),
+];
 
 /// More chips than anyone will join.
 const ANY_NUMBER: usize = 1 << 30;
@@ -124,6 +170,12 @@ pub struct Level {
     pub bandwidth: f64,
     /// Seconds from chip to chip for a small message.
     pub latency: f64,
+    /// Chips along each dimension of a torus or a full mesh.
+    pub shape: Vec<usize>,
+    /// Whether its switches add what passes them.
+    pub reduces: bool,
+    /// Whether it uses the same ports of a chip as the level below.
+    pub shared: bool,
 }
 
 /// A chip, the network that joins many of it, and the software on it.
@@ -139,24 +191,37 @@ pub struct Machine {
 
 impl Machine {
     /// A system of this crate by its name, or of a file by its path (one that ends in `.toml`). A grade of the chip is named
-    /// behind a colon: `cloudmatrix-384:626`.
+    /// behind a colon: `cloudmatrix-384:626`. A chip's name stands for the system that it is sold in.
     ///
     /// # Errors
     /// [`ErrorKind::Input`] with the names that there are, or with file, line and field; [`ErrorKind::Io`] for a file.
     pub fn named(name: &str) -> Result<Machine> {
-        let (name, grade) = match name.split_once(':') {
+        let (name, grade) = match name.rsplit_once(':') {
             Some((name, grade)) => (name, Some(grade)),
             None => (name, None),
         };
-        let system = read("system", name, &SYSTEMS, &SYSTEM, None)?;
-        let chip = read("chip", word(&system, "system.chip"), &CHIPS, &CHIP, grade)?;
-        let stack = read(
-            "stack",
-            word(&system, "system.stack"),
-            &STACKS,
-            &STACK,
-            None,
-        )?;
+        // A chip's name means the system that it is sold in.
+        let name = HOMES
+            .iter()
+            .find(|(chip, _)| *chip == name)
+            .map_or(name, |(_, system)| *system);
+        // A grade is one of the chip, and of the system where that differs too.
+        let plain = read("system", name, &SYSTEMS, &SYSTEM, None)?;
+        let graded = grade.and_then(|g| read("system", name, &SYSTEMS, &SYSTEM, Some(g)).ok());
+        let system = graded.unwrap_or(plain);
+        // Files that a file names lie beside it.
+        let beside = |field: &str| -> String {
+            let named = word(&system, field);
+            let folder = std::path::Path::new(name).parent();
+            match folder {
+                Some(folder) if name.ends_with(".toml") && named.ends_with(".toml") => {
+                    folder.join(named).to_string_lossy().into_owned()
+                }
+                _ => named.to_string(),
+            }
+        };
+        let chip = read("chip", &beside("system.chip"), &CHIPS, &CHIP, grade)?;
+        let stack = read("stack", &beside("system.stack"), &STACKS, &STACK, None)?;
         let machine = Machine {
             system,
             chip,
@@ -222,11 +287,16 @@ impl Machine {
                 Some("torus") => Wiring::Torus,
                 _ => Wiring::Clos,
             };
+            let word = |part: &str| self.system.word(&format!("level.{name}.{part}"));
+            let chips = value("chips")? as usize;
             levels.push(Level {
                 wiring,
-                chips: value("chips")? as usize,
+                chips,
                 bandwidth: value("bandwidth")? * value("efficiency")? / slower,
                 latency: value("latency")?,
+                shape: self.shape(&name, word("shape"), chips)?,
+                reduces: word("reduces") == Some("yes"),
+                shared: word("ports") == Some("shared"),
                 name,
             });
         }
@@ -260,6 +330,26 @@ impl Machine {
         Ok(levels)
     }
 
+    /// Chips along each dimension of a level, `8x8` in the file; one dimension if nothing is said.
+    fn shape(&self, level: &str, text: Option<&str>, chips: usize) -> Result<Vec<usize>> {
+        let Some(text) = text else {
+            return Ok(vec![chips]);
+        };
+        let parts: Option<Vec<usize>> = text.split('x').map(|p| p.parse().ok()).collect();
+        let product =
+            |parts: &Vec<usize>| parts.iter().try_fold(1usize, |all, p| all.checked_mul(*p));
+        match parts {
+            Some(parts) if product(&parts) == Some(chips) => Ok(parts),
+            _ => {
+                let file = &self.system.file;
+                let why = format!(
+                    "{file}: level.{level}.shape: '{text}' does not make {chips} chips; write it as 8x8"
+                );
+                Err(Error::new(ErrorKind::Input, why))
+            }
+        }
+    }
+
     /// Sets a number or word of chip, system or stack, whichever has the field; numbers in SI.
     ///
     /// # Errors
@@ -268,7 +358,7 @@ impl Machine {
         let first = field.split('.').next().unwrap_or("");
         match first {
             "stack" => self.stack.set(field, value),
-            "system" | "level" => self.system.set(field, value),
+            "system" | "level" | "exchange" => self.system.set(field, value),
             "power" if field == "power.total" => self.system.set(field, value),
             _ => self.chip.set(field, value),
         }
@@ -296,7 +386,7 @@ fn read(
     what: &str,
     name: &str,
     shelf: &[(&str, &str)],
-    fields: &[Field],
+    fields: &'static [Field],
     grade: Option<&str>,
 ) -> Result<Sheet> {
     if name.ends_with(".toml") {

@@ -136,8 +136,14 @@ pub struct Curve {
 
 impl Curve {
     /// The value at `x`: on logarithmic axes a straight line between the two points beside it. Below the first point the
-    /// first value (a latency); beyond the last one the last value grows in proportion (a bandwidth).
+    /// first value (a latency); beyond the last one the last value grows in proportion (a bandwidth). Never more than what was
+    /// measured of something larger: measurements scatter, prices must not.
     pub fn at(&self, x: f64) -> f64 {
+        let larger = self.points.iter().filter(|p| p.0 >= x);
+        larger.map(|p| p.1).fold(self.between(x), f64::min)
+    }
+
+    fn between(&self, x: f64) -> f64 {
         let (first, last) = (self.points[0], self.points[self.points.len() - 1]);
         if x <= first.0 {
             return first.1;

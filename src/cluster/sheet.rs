@@ -21,8 +21,12 @@ pub(super) enum Holds {
     Extra(Dimension),
     /// One of these words.
     Word(&'static [&'static str]),
+    /// One of these words, or nothing.
+    Option(&'static [&'static str]),
     /// Any text.
     Text,
+    /// Any text, or nothing.
+    Note,
 }
 
 /// A field: its name with dots, `*` for any one part, and what it holds.
@@ -42,6 +46,7 @@ pub struct Sheet {
     curves: Vec<Curve>,
     unknown: BTreeSet<String>,
     absent: BTreeSet<String>,
+    fields: &'static [Field],
 }
 
 impl Sheet {
@@ -118,39 +123,50 @@ impl Sheet {
     /// # Errors
     /// If the sheet has no such field, or the value is no number.
     pub fn set(&mut self, field: &str, value: &str) -> Result<()> {
-        if let Some(word) = self.words.get_mut(field) {
-            *word = value.to_string();
-            return Ok(());
-        }
-        let known = self.numbers.contains_key(field)
-            || self.unknown.contains(field)
-            || self.absent.contains(field);
-        let number: Option<f64> = value.parse().ok().filter(|v: &f64| v.is_finite());
-        match (known, number) {
-            (true, Some(value)) => {
-                let source = "--set".to_string();
-                let trust = Trust::Assumed;
-                self.unknown.remove(field);
-                self.absent.remove(field);
-                self.numbers.insert(
-                    field.into(),
-                    Number {
-                        value,
-                        source,
-                        trust,
-                    },
-                );
-                Ok(())
+        let wrong = |why: String| Err(Error::new(ErrorKind::Input, why));
+        let part = |key: &str| key.split('.').take(2).map(String::from).collect::<Vec<_>>();
+        let stars = |pattern: &str| pattern.contains('*');
+        let found = self.fields.iter().find(|(p, _)| fits(p, field));
+        let there = found.is_some_and(|(p, _)| {
+            let mut keys = self.numbers.keys().chain(self.words.keys());
+            !stars(p) || keys.any(|k| part(k) == part(field))
+        });
+        let Some((_, holds)) = found.filter(|_| there) else {
+            let names: Vec<&str> = self.fields.iter().map(|f| f.0).collect();
+            return wrong(format!(
+                "{} has no field '{field}'; there are {}",
+                self.name,
+                names.join(", ")
+            ));
+        };
+        match holds {
+            Holds::Word(words) | Holds::Option(words) if !words.contains(&value) => {
+                return wrong(format!(
+                    "{field}={value}: '{value}' is none of {}",
+                    words.join(", ")
+                ));
             }
-            (true, None) => Err(Error::new(
-                ErrorKind::Input,
-                format!("{field}={value}: '{value}' is no number; write one in SI units"),
-            )),
-            _ => Err(Error::new(
-                ErrorKind::Input,
-                format!("{} has no field '{field}'", self.name),
-            )),
+            Holds::Word(_) | Holds::Option(_) | Holds::Text | Holds::Note => {
+                self.words.insert(field.into(), value.into());
+                return Ok(());
+            }
+            Holds::Number(_) | Holds::Extra(_) => {}
         }
+        let number: Option<f64> = value.parse().ok();
+        let Some(value) = number.filter(|v| v.is_finite() && *v >= 0.0) else {
+            return wrong(format!(
+                "{field}={value}: '{value}' is no number of at least 0; write one in SI units"
+            ));
+        };
+        self.unknown.remove(field);
+        self.absent.remove(field);
+        let number = Number {
+            value,
+            source: "--set".to_string(),
+            trust: Trust::Assumed,
+        };
+        self.numbers.insert(field.into(), number);
+        Ok(())
     }
 
     /// Reads a sheet. `variant` names a `[variant.NAME]` whose numbers replace those of the file.
@@ -161,7 +177,7 @@ impl Sheet {
         name: &str,
         file: &str,
         text: &str,
-        fields: &[Field],
+        fields: &'static [Field],
         variant: Option<&str>,
     ) -> Result<Sheet> {
         let mut reader = Reader {
@@ -181,15 +197,28 @@ impl Sheet {
             curves: Vec::new(),
             unknown: BTreeSet::new(),
             absent: BTreeSet::new(),
+            fields,
         };
         reader.sheet(sheet, root.get_ref(), variant)
+    }
+}
+
+/// Whether `key` is one that `pattern` means.
+fn fits(pattern: &str, key: &str) -> bool {
+    let (mut a, mut b) = (pattern.split('.'), key.split('.'));
+    loop {
+        match (a.next(), b.next()) {
+            (None, None) => return true,
+            (Some(p), Some(k)) if p == "*" || p == k => {}
+            _ => return false,
+        }
     }
 }
 
 struct Reader<'a> {
     file: &'a str,
     text: &'a str,
-    fields: &'a [Field],
+    fields: &'static [Field],
     sources: BTreeMap<String, String>,
 }
 
@@ -204,17 +233,8 @@ impl Reader<'_> {
     }
 
     fn holds(&self, key: &str) -> Option<Holds> {
-        let fits = |pattern: &str| {
-            let (mut a, mut b) = (pattern.split('.'), key.split('.'));
-            loop {
-                match (a.next(), b.next()) {
-                    (None, None) => return true,
-                    (Some(p), Some(k)) if p == "*" || p == k => {}
-                    _ => return false,
-                }
-            }
-        };
-        self.fields.iter().find(|(p, _)| fits(p)).map(|(_, h)| *h)
+        let found = self.fields.iter().find(|(p, _)| fits(p, key));
+        found.map(|(_, h)| *h)
     }
 
     fn sheet(
@@ -291,7 +311,7 @@ impl Reader<'_> {
             };
             for key in keys {
                 let there = match holds {
-                    Holds::Extra(_) => true,
+                    Holds::Extra(_) | Holds::Option(_) | Holds::Note => true,
                     Holds::Number(_) => {
                         sheet.numbers.contains_key(&key)
                             || sheet.unknown.contains(&key)
@@ -317,11 +337,11 @@ impl Reader<'_> {
                 let number = self.number(&key, value, d)?;
                 sheet.numbers.insert(key, number);
             }
-            (Some(Holds::Text), _) => {
+            (Some(Holds::Text | Holds::Note), _) => {
                 let text = self.text(value, &key)?;
                 sheet.words.insert(key, text);
             }
-            (Some(Holds::Word(words)), _) => {
+            (Some(Holds::Word(words) | Holds::Option(words)), _) => {
                 let text = self.text(value, &key)?;
                 if !words.contains(&text.as_str()) {
                     let why = format!("'{text}' is none of {}", words.join(", "));

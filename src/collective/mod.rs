@@ -21,6 +21,7 @@
 //! | all-gather | per chip `c` | chunk `index` | all chunks in order |
 //! | all-to-all | `c[source][destination]` | a block for each destination, in order | one from each source |
 //! | broadcast | `Len(len)` | `len` on the root, nothing elsewhere | `len` |
+//! | shift | per chip `c` | `c[index]` | `c[index - 1]`, cyclic: what the chip before brought |
 //! | barrier | any | | |
 //!
 //! # Orders of sums
@@ -44,7 +45,7 @@ pub use recursive::{
     recursive_reduce_scatter,
 };
 pub use ring::{
-    ring_all_gather, ring_all_reduce, ring_all_to_all, ring_broadcast, ring_reduce_scatter,
+    ring_all_gather, ring_all_reduce, ring_all_to_all, ring_broadcast, ring_reduce_scatter, shift,
 };
 pub use tree::{
     barrier, tree_all_gather, tree_all_reduce, tree_all_to_all, tree_broadcast, tree_reduce_scatter,
@@ -73,6 +74,8 @@ pub enum Kind {
         /// Index of that chip in the group.
         root: usize,
     },
+    /// Everyone gets the input of the chip before it; the first that of the last.
+    Shift,
     /// No one goes on before all have arrived.
     Barrier,
 }
@@ -83,7 +86,8 @@ impl Kind {
         matches!(self, Kind::AllReduce | Kind::ReduceScatter)
     }
 
-    /// The name in traces: `all-reduce`, `reduce-scatter`, `all-gather`, `all-to-all`, `broadcast`, `barrier`.
+    /// The name in traces: `all-reduce`, `reduce-scatter`, `all-gather`, `all-to-all`, `broadcast`, `shift`,
+    /// `barrier`.
     pub const fn name(self) -> &'static str {
         match self {
             Kind::AllReduce => "all-reduce",
@@ -91,6 +95,7 @@ impl Kind {
             Kind::AllGather => "all-gather",
             Kind::AllToAll => "all-to-all",
             Kind::Broadcast { .. } => "broadcast",
+            Kind::Shift => "shift",
             Kind::Barrier => "barrier",
         }
     }
@@ -314,7 +319,7 @@ pub enum Counts {
     /// A vector of this many elements, cut by [`split`] where it is cut: chunk `c` is `split(len, n, c)`; in an
     /// all-to-all every chip's input is cut so.
     Len(usize),
-    /// Chunk `c` has the `c`-th of these lengths. For reduce-scatter and all-gather.
+    /// Chunk `c` has the `c`-th of these lengths. For reduce-scatter, all-gather and shift.
     Each(Vec<usize>),
     /// The block from chip `s` to chip `d` has `rows[s] * columns[d]` elements: what moving a cut from one dimension
     /// to another gives. For all-to-all.
@@ -367,7 +372,7 @@ impl Counts {
         self.check(kind, n);
         match kind {
             Kind::AllReduce | Kind::ReduceScatter => self.total(n),
-            Kind::AllGather => self.chunk(n, index),
+            Kind::AllGather | Kind::Shift => self.chunk(n, index),
             Kind::AllToAll => (0..n).map(|d| self.block(n, index, d)).sum(),
             Kind::Broadcast { root } if root == index => self.total(n),
             Kind::Broadcast { .. } | Kind::Barrier => 0,
@@ -381,6 +386,7 @@ impl Counts {
         match kind {
             Kind::AllReduce | Kind::AllGather | Kind::Broadcast { .. } => self.total(n),
             Kind::ReduceScatter => self.chunk(n, index),
+            Kind::Shift => self.chunk(n, (index + n - 1) % n),
             Kind::AllToAll => (0..n).map(|s| self.block(n, s, index)).sum(),
             Kind::Barrier => 0,
         }
@@ -407,7 +413,7 @@ impl Counts {
         }
         let fits = match kind {
             Kind::AllReduce | Kind::Broadcast { .. } => matches!(self, Counts::Len(_)),
-            Kind::ReduceScatter | Kind::AllGather => {
+            Kind::ReduceScatter | Kind::AllGather | Kind::Shift => {
                 matches!(self, Counts::Len(_) | Counts::Each(_))
             }
             Kind::AllToAll => !matches!(self, Counts::Each(_)),
@@ -455,6 +461,7 @@ pub fn schedule(
         (Kind::Broadcast { root }, Recursive) => {
             recursive_broadcast(n, index, counts.total(n), root)
         }
+        (Kind::Shift, _) => shift(index, &chunks()),
         (Kind::Barrier, _) => barrier(n, index),
     }
 }

@@ -87,7 +87,7 @@ impl fmt::Display for Expression {
 /// How an element of chunk `chunk` of the result of a collective over `n` chips comes about.
 ///
 /// Chunks are those of reduce-scatter and all-gather; those of an all-reduce are `split(len, n, chunk)`; in an
-/// all-to-all `chunk` is the source. With `n` = 5:
+/// all-to-all or a shift `chunk` is the source. With `n` = 5:
 ///
 /// | algorithm | all-reduce and reduce-scatter |
 /// |---|---|
@@ -104,7 +104,9 @@ pub fn order(kind: Kind, algorithm: Algorithm, n: usize, chunk: usize) -> Expres
     let leaves = |range: std::ops::Range<usize>| range.map(Expression::Leaf);
     match (kind, algorithm) {
         (Kind::Broadcast { root }, _) => Expression::Leaf(root),
-        (Kind::AllGather | Kind::AllToAll | Kind::Barrier, _) => Expression::Leaf(chunk),
+        (Kind::AllGather | Kind::AllToAll | Kind::Shift | Kind::Barrier, _) => {
+            Expression::Leaf(chunk)
+        }
         (_, Algorithm::Tree) => Expression::tree(leaves(0..n).collect()),
         (_, Algorithm::Ring) => {
             let mut chain = leaves(chunk + 1..n).chain(leaves(0..chunk + 1));

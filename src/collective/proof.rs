@@ -420,6 +420,10 @@ impl Group {
                     chunk(counts.chunk(n, c), order, &|_| 0);
                 }
             }
+            Kind::Shift => {
+                let before = (index + n - 1) % n;
+                chunk(counts.chunk(n, before), &orders[before], &|_| 0);
+            }
             Kind::AllToAll => {
                 for (s, order) in orders.iter().enumerate() {
                     let before = (0..index).map(|d| counts.block(n, s, d)).sum::<usize>();

@@ -7,6 +7,22 @@
 use super::{Schedule, bounds, even_bounds, input, output, to};
 use std::ops::Range;
 
+/// Shift by one place: chip `c`, which brings `counts[c]` elements, gets those of chip `c - 1`, and the first those of the last.
+///
+/// One round; each chip sends what it brings.
+pub fn shift(index: usize, counts: &[usize]) -> Schedule {
+    let mut list = Schedule::default();
+    let n = counts.len();
+    let (next, before) = ((index + 1) % n, (index + n - 1) % n);
+    let (gone, come) = (input(0..counts[index]), output(0..counts[before]));
+    if n == 1 {
+        list.copy(gone, come);
+    } else {
+        list.round(vec![to(next, gone)], vec![to(before, come)]);
+    }
+    list
+}
+
 /// All-reduce of `len` elements over `n` chips: reduce-scatter, then all-gather, both around the ring.
 ///
 /// `2 (n-1)` rounds; each chip sends about `2 len (n-1)/n`.

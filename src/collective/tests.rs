@@ -15,6 +15,7 @@ fn cases(n: usize) -> Vec<(Kind, Counts)> {
             Kind::ReduceScatter,
             Kind::AllGather,
             Kind::AllToAll,
+            Kind::Shift,
         ];
         cases.extend(
             kinds
@@ -26,6 +27,7 @@ fn cases(n: usize) -> Vec<(Kind, Counts)> {
     for step in [1, 3, 5] {
         cases.push((Kind::ReduceScatter, Counts::Each(ragged(step))));
         cases.push((Kind::AllGather, Counts::Each(ragged(step))));
+        cases.push((Kind::Shift, Counts::Each(ragged(step))));
         let (rows, columns) = (ragged(step), ragged(step + 2));
         cases.push((Kind::AllToAll, Counts::Product { rows, columns }));
         let row = |s| (0..n).map(|d| (s * step + d * 2) % 3).collect();
@@ -49,7 +51,7 @@ fn every_list_is_proved() {
             }
         }
     }
-    assert_eq!(proved, 11 * 3 * (1 + 6 * 7 + 3 * 4 + 2));
+    assert_eq!(proved, 11 * 3 * (1 + 6 * 8 + 3 * 5 + 2));
 }
 
 /// Above the size at which whole vectors are sent, on as many chips as keep it quick.

@@ -15,6 +15,7 @@ use crate::placement::split;
 /// | all-gather | `(n-1) S` | `(n-1) S` | `(n-1) S` |
 /// | all-to-all | blocks off the diagonal | the same | each times the binary ones of its distance |
 /// | broadcast | `(n-1) S` | `(n-1) S` | `(n-2) S` + chunk 0 + chunk `c` times the binary ones of `c` |
+/// | shift | `S`; nothing if `n` is 1 | the same | the same |
 ///
 /// Panics if the counts do not fit the kind, or the result exceeds 64 bits.
 #[track_caller]
@@ -85,6 +86,8 @@ fn floor(kind: Kind, counts: &Counts, n: usize) -> u128 {
     let others = n as u128 - 1;
     match (kind, counts) {
         (Kind::Barrier, _) => 0,
+        (Kind::Shift, _) if n == 1 => 0,
+        (Kind::Shift, _) => counts.total(n) as u128,
         (Kind::AllReduce, _) => 2 * others * counts.total(n) as u128,
         (Kind::ReduceScatter | Kind::AllGather | Kind::Broadcast { .. }, _) => {
             others * counts.total(n) as u128
@@ -109,7 +112,7 @@ fn floor(kind: Kind, counts: &Counts, n: usize) -> u128 {
 /// | all-gather, all-to-all | 1 | `n-1` | `ceil(log2 n)` |
 /// | broadcast | `ceil(log2 n)` | `n` | `2 ceil(log2 n)` |
 ///
-/// A barrier takes `ceil(log2 n)`; one chip alone takes none. A tree's rounds have `n - 1` messages in flight per
+/// A barrier takes `ceil(log2 n)`, a shift 1; one chip alone takes none. A tree's rounds have `n - 1` messages in flight per
 /// chip: on a wire that carries one at a time each counts as `n - 1`. Panics if the counts do not fit the kind.
 #[track_caller]
 pub fn rounds(kind: Kind, algorithm: Algorithm, counts: &Counts, n: usize) -> usize {
@@ -123,6 +126,7 @@ pub fn rounds(kind: Kind, algorithm: Algorithm, counts: &Counts, n: usize) -> us
     let folds = if fold.pairs > 0 { 2 } else { 0 };
     match (kind, algorithm) {
         (Kind::Barrier, _) | (Kind::Broadcast { .. }, Algorithm::Tree) => doublings,
+        (Kind::Shift, _) => 1,
         (Kind::AllReduce, Algorithm::Tree) if !sends_whole(n, counts.total(n)) => 2,
         (_, Algorithm::Tree) => 1,
         (Kind::AllReduce, Algorithm::Ring) => 2 * (n - 1),

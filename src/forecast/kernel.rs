@@ -4,6 +4,9 @@
 //! `seconds = waves * 2 tm tn (k + prologue) / (peak / cores * efficiency * tile's efficiency)`, with the best of eight tiles, and
 //! never below `bytes / (bandwidth * share)`. Of 20 products measured alone on an A100 this misses none by more than 5 %; a
 //! constant efficiency misses narrow ones by a factor. A streaming kernel is `bytes / (bandwidth * share of its class)`.
+//!
+//! Products of the narrow types (fp8, int8, fp4) run at the peak of their type; attention's core, the head and every other product of
+//! 2-byte elements at that of bf16.
 
 use super::work::{Rows, Work};
 use crate::cluster::Machine;
@@ -26,6 +29,10 @@ const TILES: [(usize, usize, f64); 8] = [
 pub struct Rates {
     /// Peak of the matrix units for the type in use.
     pub peak: f64,
+    /// Peak for products of 2-byte elements beside a narrower type; [`Rates::peak`] otherwise.
+    pub wide: f64,
+    /// Bytes of an element of the type in use.
+    pub size: f64,
     /// Memory bandwidth.
     pub bandwidth: f64,
     /// Seconds in which the host launches a kernel. It runs ahead of the chip: a run of kernels lasts as long as the slower of
@@ -33,9 +40,12 @@ pub struct Rates {
     pub launch: f64,
     cores: Option<f64>,
     efficiency: f64,
+    narrow: f64,
     memory: f64,
     prologue: f64,
     attention: f64,
+    attention_backward: f64,
+    attention_memory: f64,
     elementwise: f64,
     norm: f64,
     activation: f64,
@@ -48,15 +58,29 @@ impl Rates {
     /// If a number is missing.
     pub fn of(machine: &Machine, dtype: &str) -> Result<Rates> {
         let chip = &machine.chip;
+        let peak = chip.value(&format!("matmul.{dtype}"))?;
+        let size = element_bytes(dtype);
+        let efficiency = chip.value("kernel.matmul.efficiency")?;
+        let memory = chip.value("kernel.matmul.memory")?;
+        let attention = chip.value("kernel.attention.efficiency")?;
         Ok(Rates {
-            peak: chip.value(&format!("matmul.{dtype}"))?,
+            peak,
+            wide: if size < 2.0 {
+                chip.value("matmul.bf16")?
+            } else {
+                peak
+            },
+            size,
             bandwidth: chip.value("memory.bandwidth")?,
             launch: machine.stack.value("stack.launch")?,
             cores: chip.find("chip.cores"),
-            efficiency: chip.value("kernel.matmul.efficiency")?,
-            memory: chip.value("kernel.matmul.memory")?,
+            efficiency,
+            narrow: chip.find("kernel.matmul.narrow").unwrap_or(efficiency),
+            memory,
             prologue: chip.value("kernel.matmul.prologue")?,
-            attention: chip.value("kernel.attention.efficiency")?,
+            attention,
+            attention_backward: chip.find("kernel.attention.backward").unwrap_or(attention),
+            attention_memory: chip.find("kernel.attention.memory").unwrap_or(memory),
             elementwise: chip.value("kernel.elementwise.memory")?,
             norm: chip.value("kernel.norm.memory")?,
             activation: chip.value("kernel.activation.memory")?,
@@ -65,21 +89,60 @@ impl Rates {
 
     /// Seconds that no kernel for this work can go below: its operations at the peak, its bytes at the bandwidth.
     pub fn floor(&self, work: &Work) -> f64 {
-        (work.flops() / self.peak).max(bytes(work) / self.bandwidth)
+        (work.flops() / self.peak_of(work)).max(bytes(work) / self.bandwidth)
+    }
+
+    fn peak_of(&self, work: &Work) -> f64 {
+        match work {
+            Work::Matmul { size, .. } if *size <= self.size => self.peak,
+            _ => self.wide,
+        }
+    }
+
+    /// The same machine with matmuls, kernels that stream and launches this much slower; what the network does is not in it.
+    pub fn slowed(&self, by: f64) -> Rates {
+        Rates {
+            efficiency: self.efficiency / by,
+            narrow: self.narrow / by,
+            memory: self.memory / by,
+            attention: self.attention / by,
+            attention_backward: self.attention_backward / by,
+            attention_memory: self.attention_memory / by,
+            elementwise: self.elementwise / by,
+            norm: self.norm / by,
+            activation: self.activation / by,
+            launch: self.launch * by,
+            ..self.clone()
+        }
     }
 
     /// Seconds of `work`; 0 for what moves between chips.
     pub fn seconds(&self, work: &Work) -> f64 {
         match work {
-            Work::Matmul { batch, m, n, k, .. } => {
-                let busy = self.tiles(*batch, *m, *n, *k);
-                self.launch
-                    .max(busy.max(bytes(work) / (self.bandwidth * self.memory)))
+            Work::Matmul {
+                batch,
+                m,
+                n,
+                k,
+                size,
+                ..
+            } => {
+                let narrow = *size <= self.size && self.size < 2.0;
+                let reached = if narrow { self.narrow } else { self.efficiency };
+                let busy = self.tiles(*batch, *m, *n, *k, self.peak_of(work) * reached);
+                busy.max(bytes(work) / (self.bandwidth * self.memory))
             }
-            Work::Attention { flops, bytes } => {
-                let busy = flops / (self.peak * self.attention);
-                self.launch
-                    .max(busy.max(bytes / (self.bandwidth * self.memory)))
+            Work::Attention {
+                flops,
+                bytes,
+                backward,
+            } => {
+                let reached = match backward {
+                    true => self.attention_backward,
+                    false => self.attention,
+                };
+                let busy = flops / (self.wide * reached);
+                busy.max(bytes / (self.bandwidth * self.attention_memory))
             }
             Work::Stream { rows, bytes } => {
                 let share = match rows {
@@ -89,13 +152,12 @@ impl Rates {
                 };
                 bytes / (self.bandwidth * share)
             }
-            Work::Collective { .. } | Work::Message { .. } => 0.0,
+            _ => 0.0,
         }
     }
 
     /// The time of the best tile. Without a number of cores there are no waves, and no quantisation.
-    fn tiles(&self, batch: usize, m: usize, n: usize, k: usize) -> f64 {
-        let rate = self.peak * self.efficiency;
+    fn tiles(&self, batch: usize, m: usize, n: usize, k: usize, rate: f64) -> f64 {
         let Some(cores) = self.cores else {
             return 2.0 * batch as f64 * m as f64 * n as f64 * k as f64 / rate;
         };
@@ -106,6 +168,16 @@ impl Rates {
             waves * 2.0 * (rows * columns) as f64 * depth / (rate / cores * reached)
         };
         TILES.into_iter().map(time).fold(f64::INFINITY, f64::min)
+    }
+}
+
+/// Bytes of an element of `dtype`.
+pub fn element_bytes(dtype: &str) -> f64 {
+    match dtype {
+        "f32" => 4.0,
+        "fp8" | "int8" => 1.0,
+        "fp4" => 0.5,
+        _ => 2.0,
     }
 }
 
@@ -120,9 +192,10 @@ fn bytes(work: &Work) -> f64 {
             size,
         } => {
             let (m, n, k) = (*m as f64, *n as f64, *k as f64);
-            *batch as f64 * size * (m * n + m * k + n * k)
+            // What is narrower than 2 bytes is summed and written as 2.
+            *batch as f64 * (size.max(2.0) * m * n + size * (m * k + n * k))
         }
         Work::Attention { bytes, .. } | Work::Stream { bytes, .. } => *bytes,
-        Work::Collective { .. } | Work::Message { .. } => 0.0,
+        _ => 0.0,
     }
 }

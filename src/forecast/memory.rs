@@ -1,10 +1,10 @@
 //! Bytes on the fullest chip, by cause.
 
 use super::program::Recompute;
-use super::step::Setting;
+use super::schedule::Pipeline;
+use super::step::{Counts, Setting};
 use crate::cluster::Machine;
 use crate::error::Result;
-use crate::pipeline::Plan;
 
 /// Bytes of a chip by cause.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -17,6 +17,8 @@ pub struct Memory {
     pub optimizer: f64,
     /// What forwards keep for backwards.
     pub activations: f64,
+    /// Keys and values of tokens that were read.
+    pub cache: f64,
     /// The logits of a micro-batch, in f32.
     pub logits: f64,
     /// What the allocator loses.
@@ -30,17 +32,19 @@ impl Memory {
             + self.gradients
             + self.optimizer
             + self.activations
+            + self.cache
             + self.logits
             + self.allocator
     }
 
     /// Names and bytes.
-    pub fn causes(&self) -> [(&'static str, f64); 6] {
+    pub fn causes(&self) -> [(&'static str, f64); 7] {
         [
             ("parameters", self.parameters),
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
             ("activations", self.activations),
+            ("cache", self.cache),
             ("logits", self.logits),
             ("allocator", self.allocator),
         ]
@@ -48,12 +52,13 @@ impl Memory {
 }
 
 /// The memory of the stage that needs most.
-pub(super) fn of(setting: &Setting, machine: &Machine, layers: &[Vec<usize>]) -> Result<Memory> {
+pub(super) fn of(setting: &Setting, machine: &Machine, layers: &[Vec<Counts>]) -> Result<Memory> {
     let lost = machine.stack.value("stack.allocator")?;
-    let plan = setting.plan()?;
-    let held = plan.held().into_iter().enumerate();
-    let memories =
-        held.map(|(stage, held)| one(setting, machine, (&plan, layers), (stage, held), lost));
+    let held = setting
+        .pipeline
+        .held(layers.len(), setting.virtual_stages, setting.micros())?;
+    let stages = held.into_iter().enumerate();
+    let memories = stages.map(|stage| one(setting, machine, layers, stage, lost));
     Ok(memories.fold(
         Memory::default(),
         |a, b| if b.total() > a.total() { b } else { a },
@@ -63,50 +68,71 @@ pub(super) fn of(setting: &Setting, machine: &Machine, layers: &[Vec<usize>]) ->
 fn one(
     setting: &Setting,
     machine: &Machine,
-    (plan, layers): (&Plan, &[Vec<usize>]),
-    (stage, held): (usize, usize),
+    layers: &[Vec<Counts>],
+    (stage, live): (usize, usize),
     lost: f64,
 ) -> Memory {
-    let dp = setting.mesh.size_of("dp") as f64;
-    let count = layers[stage].iter().sum::<usize>() as f64;
-    let first = stage == 0;
-    let last = stage == plan.last_stage();
-    let ends = first as usize + (last && !(first && setting.config.tied)) as usize;
-    let parameters =
-        count * setting.layer_parameters() + ends as f64 * setting.embedding_parameters();
-    let split = |from: u8| if setting.zero >= from { dp } else { 1.0 };
-    let gradient = if machine.stack.word("stack.gradient") == Some("f32") {
-        4.0
-    } else {
-        2.0
+    let chunks = setting.virtual_stages;
+    let (dense, experts) = setting.stage_parameters(layers, stage);
+    let zero = setting.stage();
+    let (dense_shards, expert_shards) = setting.shards();
+    let split = |from: u8| match zero >= from {
+        true => dense / dense_shards + experts / expert_shards,
+        false => dense + experts,
     };
+    let gradient = setting.gradient_bytes(machine);
     let shape = setting.shape(machine);
-    let layer = shape.activation_bytes(setting.recompute);
-    let live = held as f64;
-    let kept = live * layer * count / plan.chunks() as f64;
+    let blocks = || {
+        layers[stage]
+            .iter()
+            .flat_map(Counts::each)
+            .filter(|(_, n)| *n > 0)
+    };
+    let bytes = |recompute, block| shape.activation_bytes(recompute, block);
+    let kept: f64 = blocks()
+        .map(|(block, count)| count as f64 * bytes(setting.recompute, block))
+        .sum();
     // A recomputed layer is there whole while its backward runs.
+    let whole_again = |block| bytes(Recompute::None, block) - bytes(setting.recompute, block);
     let open = match setting.recompute {
         Recompute::None => 0.0,
-        _ => shape.activation_bytes(Recompute::None) - layer,
+        _ => blocks().map(|(b, _)| whole_again(b)).fold(0.0, f64::max),
     };
-    let vocab = setting.config.vocab.div_ceil(setting.mesh.size_of("tp"));
-    let logits = if last {
-        4.0 * (shape.tokens() * vocab) as f64
-    } else {
-        0.0
+    let vocab = setting.model.vocab.div_ceil(setting.along("tp"));
+    let logits = match stage == setting.last_stage() {
+        true => 4.0 * (shape.tokens() * vocab) as f64,
+        false => 0.0,
     };
-    // Of split parameters two layers are there whole: the one that computes and the one that arrives.
-    let whole = if setting.zero == 3 && dp > 1.0 {
-        4.0 * setting.layer_parameters()
+    // Of split parameters two layers are there whole: the one that computes and the one that arrives. Those that are not split
+    // again after their use are all there.
+    let shards = dense_shards.max(expert_shards) > 1.0;
+    let largest = || {
+        let sizes = blocks().map(|(b, _)| setting.block_parameters(b));
+        sizes.map(|(d, e)| d + e).fold(0.0, f64::max)
+    };
+    let parameters = match zero == 3 && shards {
+        true if setting.reshards(machine) => 2.0 * split(3) + 4.0 * largest(),
+        true => 2.0 * split(3) + 2.0 * (dense + experts),
+        false => 2.0 * (dense + experts),
+    };
+    // Two directions need two copies.
+    let copies = if setting.pipeline == Pipeline::DualPipe {
+        2.0
     } else {
-        0.0
+        1.0
+    };
+    let gradients_split = if zero == 3 && !setting.reshards(machine) {
+        split(4)
+    } else {
+        split(2)
     };
     let mut memory = Memory {
-        parameters: 2.0 * parameters / split(3) + whole,
-        gradients: gradient * parameters / split(2),
-        optimizer: 12.0 * parameters / split(1),
-        activations: kept + open,
+        parameters: copies * parameters,
+        gradients: gradient * gradients_split,
+        optimizer: 12.0 * split(1),
+        activations: live as f64 * kept / chunks as f64 + open,
         logits,
+        cache: 0.0,
         allocator: 0.0,
     };
     memory.allocator = lost * (memory.activations + memory.logits);

@@ -1,20 +1,26 @@
 //! The best split of a model over a machine's chips, by pricing those that fit.
+//!
+//! A candidate's busiest stage, all its micro-batches one after the other, is a lower bound of its step and costs a few microseconds;
+//! the pipeline's replay costs a thousand times that. So candidates are bounded first, on all cores, and replayed in the order of
+//! their bounds until no bound lies below the worst of the best.
 
-use super::program::Recompute;
+use super::Architecture;
+use super::program::{ContextParallel, Recompute};
+use super::schedule::Pipeline;
 use super::step::{Forecast, Setting};
 use crate::cluster::Machine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
-use crate::model::Config;
 use crate::pipeline::Schedule;
 use rayon::prelude::*;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What is searched.
 #[derive(Clone, Debug)]
 pub struct Search {
     /// The model.
-    pub config: Config,
+    pub model: Architecture,
     /// Chips to use.
     pub chips: usize,
     /// Sequences of a step.
@@ -32,104 +38,170 @@ pub struct Found {
     pub candidates: usize,
     /// Of these, those that do not fit in memory.
     pub too_large: usize,
+    /// Of these, those whose pipeline was replayed; the others cannot be among the best.
+    pub replayed: usize,
     /// The best, fastest first.
     pub best: Vec<(Setting, Forecast)>,
+    /// For each choice, what the best of all would lose with another: the choice, the other, and the seconds that it takes at least.
+    pub against: Vec<(&'static str, String, f64)>,
+}
+
+/// The choices of a setting by name, as text.
+pub fn choices(s: &Setting) -> [(&'static str, String); 9] {
+    let size = |axis: &str| s.along(axis).to_string();
+    let recompute = match s.recompute {
+        Recompute::None => "none",
+        Recompute::Selective => "selective",
+        Recompute::Full => "full",
+    };
+    [
+        ("tp", size("tp")),
+        ("cp", size("cp")),
+        ("pp", size("pp")),
+        ("ep", size("ep")),
+        ("micro-batch", s.micro_batch.to_string()),
+        ("schedule", s.pipeline.name().into()),
+        ("virtual-stages", s.virtual_stages.to_string()),
+        ("recompute", recompute.into()),
+        ("zero", s.zero.to_string()),
+    ]
+}
+
+/// Powers of two up to `most`.
+fn powers(most: usize) -> impl Iterator<Item = usize> {
+    (0..usize::BITS)
+        .map(|b| 1usize << b)
+        .take_while(move |p| *p <= most)
 }
 
 impl Search {
-    /// All settings whose sizes divide: tp and pp, micro-batch, chunks, recomputation, ZeRO stage; sequence parallelism wherever
-    /// tp > 1, as it costs nothing. The order pp, dp, tp puts tp on the fastest links; with dp and pp exchanged is tried too.
+    /// All settings whose sizes divide: tp, cp, pp and ep, micro-batch, schedule and chunks, recomputation, ZeRO stage; sequence
+    /// parallelism wherever tp > 1, as it costs nothing. The order pp, dp, ep, cp, tp puts tp on the fastest links; with dp outside
+    /// of pp is tried too.
     pub fn candidates(&self) -> Vec<Setting> {
-        let mut all = Vec::new();
-        let c = &self.config;
-        for tp in (1..=c.kv_heads.min(64))
-            .filter(|t| t.is_power_of_two() && self.chips.is_multiple_of(*t))
-        {
-            for pp in (1..=c.layers.min(128)).filter(|p| (self.chips / tp).is_multiple_of(*p)) {
-                let dp = self.chips / tp / pp;
-                for order in [["pp", "dp", "tp"], ["dp", "pp", "tp"]] {
-                    if (pp == 1 || dp == 1) && order[0] == "dp" {
-                        continue;
+        let m = &self.model;
+        let mut meshes = Vec::new();
+        for tp in powers(m.heads.min(64)) {
+            for cp in powers((self.context / 1024).clamp(1, 64)) {
+                for pp in (1..=m.layers.min(256)).filter(|p| self.chips.is_multiple_of(*p)) {
+                    let experts = m.mixture.map_or(1, |e| e.experts);
+                    for ep in (1..=experts).filter(|e| experts.is_multiple_of(*e)) {
+                        let used = tp * cp * pp * ep;
+                        if used > self.chips || !self.chips.is_multiple_of(used) {
+                            continue;
+                        }
+                        let dp = self.chips / used;
+                        if dp * ep > self.global_batch {
+                            continue;
+                        }
+                        for order in [["pp", "dp"], ["dp", "pp"]] {
+                            if (pp == 1 || dp == 1) && order[0] == "dp" {
+                                continue;
+                            }
+                            let outer = order.map(|a| (a, if a == "pp" { pp } else { dp }));
+                            let inner = [("ep", ep), ("cp", cp), ("tp", tp)];
+                            meshes.push(Mesh::new(outer.into_iter().chain(inner)));
+                        }
                     }
-                    let size = |axis| match axis {
-                        "pp" => pp,
-                        "dp" => dp,
-                        _ => tp,
-                    };
-                    let mesh = Mesh::new(order.map(|axis| (axis, size(axis))));
-                    self.of_mesh(&mesh, &mut all);
+                }
+            }
+        }
+        meshes
+            .par_iter()
+            .flat_map_iter(|mesh| self.of_mesh(mesh))
+            .collect()
+    }
+
+    fn of_mesh(&self, mesh: &Mesh) -> Vec<Setting> {
+        let mut all = Vec::new();
+        let schedules = [
+            (Pipeline::ONE_F_ONE_B, 1),
+            (Pipeline::ONE_F_ONE_B, 2),
+            (Pipeline::ONE_F_ONE_B, 3),
+            (Pipeline::ONE_F_ONE_B, 4),
+            (Pipeline::ONE_F_ONE_B, 6),
+            (Pipeline::ONE_F_ONE_B, 8),
+            (Pipeline::Listed(Schedule::ZbH1), 1),
+            (Pipeline::Listed(Schedule::ZbV), 2),
+        ];
+        let alone = mesh.size_of("pp") == 1;
+        let base = Setting {
+            context: self.context,
+            sequence_parallel: mesh.size_of("tp") > 1,
+            context_parallel: ContextParallel::Ring,
+            dtype: self.dtype.clone(),
+            ..Setting::new(self.model.clone(), mesh.clone(), self.global_batch)
+        };
+        for micro_batch in [1, 2, 4, 8] {
+            for (pipeline, virtual_stages) in schedules {
+                if alone && (pipeline, virtual_stages) != schedules[0] {
+                    continue;
+                }
+                let setting = Setting {
+                    micro_batch,
+                    pipeline,
+                    virtual_stages,
+                    ..base.clone()
+                };
+                if setting.check().is_err() {
+                    continue;
+                }
+                for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
+                    for zero in [1, 3] {
+                        all.push(Setting {
+                            recompute,
+                            zero,
+                            ..setting.clone()
+                        });
+                    }
                 }
             }
         }
         all
     }
 
-    fn of_mesh(&self, mesh: &Mesh, all: &mut Vec<Setting>) {
-        let pp = mesh.size_of("pp");
-        for micro_batch in [1, 2, 4, 8] {
-            for virtual_stages in [1, 2, 4, 8] {
-                for recompute in [Recompute::None, Recompute::Full] {
-                    for zero in [1, 3] {
-                        let setting = Setting {
-                            config: self.config.clone(),
-                            mesh: mesh.clone(),
-                            global_batch: self.global_batch,
-                            micro_batch,
-                            context: self.context,
-                            schedule: Schedule::OneForwardOneBackward,
-                            virtual_stages,
-                            recompute,
-                            zero,
-                            sequence_parallel: mesh.size_of("tp") > 1,
-                            dtype: self.dtype.clone(),
-                        };
-                        let sense = virtual_stages == 1 || pp > 1;
-                        if sense && setting.check().is_ok() {
-                            all.push(setting);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
     /// Prices all candidates that fit in memory, on all cores, and keeps the `keep` fastest. `done` counts while it runs.
     ///
     /// # Errors
     /// If nothing divides or nothing fits, with the least memory that was found; if the machine lacks a number.
-    pub fn run(&self, machine: &Machine, keep: usize, done: &AtomicUsize) -> Result<Found> {
+    pub fn run(
+        &self,
+        machine: &Machine,
+        candidates: Vec<Setting>,
+        keep: usize,
+        done: &AtomicUsize,
+    ) -> Result<Found> {
         let capacity = machine.chip.value("memory.capacity")?;
-        let candidates = self.candidates();
         let count = candidates.len();
         if count == 0 {
             let why = format!(
                 "no split of {} chips divides {} sequences, {} layers and {} heads",
-                self.chips, self.global_batch, self.config.layers, self.config.heads
+                self.chips, self.global_batch, self.model.layers, self.model.heads
             );
             return Err(Error::new(ErrorKind::Mesh, why));
         }
-        let price = |setting: Setting| -> Result<std::result::Result<(Setting, Forecast), f64>> {
-            let bytes = setting.memory(machine)?.total();
-            let out = match bytes <= capacity {
-                true => {
-                    Ok((setting.price(machine)?.without_timeline(), setting)).map(|(f, s)| (s, f))
-                }
-                false => Err(bytes),
-            };
-            done.fetch_add(1, Ordering::Relaxed);
-            Ok(out)
-        };
-        let priced: Vec<_> = candidates
-            .into_par_iter()
-            .map(price)
+        let bounded: Vec<(f64, std::result::Result<f64, f64>)> = candidates
+            .par_iter()
+            .map(|setting| {
+                let bytes = setting.memory(machine)?.total();
+                let bound = match bytes <= capacity {
+                    true => Ok(setting.bound(machine)?),
+                    false => {
+                        done.fetch_add(1, Ordering::Relaxed);
+                        Err(bytes)
+                    }
+                };
+                Ok((bytes, bound))
+            })
             .collect::<Result<_>>()?;
-        let least = priced
+        let least = bounded.iter().map(|b| b.0).fold(f64::INFINITY, f64::min);
+        let mut fitting: Vec<(f64, &Setting)> = bounded
             .iter()
-            .filter_map(|p| p.as_ref().err())
-            .fold(f64::INFINITY, |a, b| a.min(*b));
-        let mut best: Vec<_> = priced.into_iter().filter_map(|p| p.ok()).collect();
-        let too_large = count - best.len();
-        if best.is_empty() {
+            .zip(&candidates)
+            .filter_map(|((_, bound), s)| Some((bound.ok()?, s)))
+            .collect();
+        let too_large = count - fitting.len();
+        if fitting.is_empty() {
             let why = format!(
                 "none of {count} splits fits: the smallest needs {:.1} GB a chip of {:.1} GB; use more chips or a smaller context",
                 least / 1e9,
@@ -137,12 +209,81 @@ impl Search {
             );
             return Err(Error::new(ErrorKind::Memory, why));
         }
-        best.sort_by(|a, b| a.1.step_seconds.total_cmp(&b.1.step_seconds));
-        best.truncate(keep);
+        fitting.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let best: Mutex<Vec<(Setting, Forecast)>> = Mutex::new(Vec::new());
+        let replayed = AtomicUsize::new(0);
+        // By pieces, so that the best are known soon and the rest is compared with them.
+        let prices: Vec<f64> = fitting
+            .par_iter()
+            .with_max_len(8)
+            .map(|(bound, setting)| {
+                let worst = {
+                    let best = best.lock().unwrap_or_else(|e| e.into_inner());
+                    match best.len() < keep {
+                        true => f64::INFINITY,
+                        false => best[keep - 1].1.step_seconds,
+                    }
+                };
+                done.fetch_add(1, Ordering::Relaxed);
+                if *bound >= worst {
+                    return Ok(*bound);
+                }
+                let forecast = setting.price_only(machine)?;
+                replayed.fetch_add(1, Ordering::Relaxed);
+                let seconds = forecast.step_seconds;
+                let mut best = best.lock().unwrap_or_else(|e| e.into_inner());
+                keep_best(&mut best, (*setting).clone(), forecast, keep);
+                Ok(seconds)
+            })
+            .collect::<Result<_>>()?;
+        let best = best.into_inner().unwrap_or_else(|e| e.into_inner());
+        let against = against(&best[0].0, &fitting, &prices);
         Ok(Found {
             candidates: count,
             too_large,
+            replayed: replayed.into_inner(),
             best,
+            against,
         })
     }
+}
+
+/// Inserts a candidate in its place. Of two that take as long on the same mesh, such as those whose recomputation has nothing to do,
+/// the one stays that came first or needs less memory.
+fn keep_best(best: &mut Vec<(Setting, Forecast)>, setting: Setting, f: Forecast, keep: usize) {
+    let same = |(s, g): &(Setting, Forecast)| {
+        s.mesh == setting.mesh
+            && s.micro_batch == setting.micro_batch
+            && s.virtual_stages == setting.virtual_stages
+            && s.pipeline == setting.pipeline
+            && (g.step_seconds / f.step_seconds - 1.0).abs() <= 1e-9
+    };
+    if let Some(twin) = best.iter_mut().find(|b| same(b)) {
+        if f.memory.total() < twin.1.memory.total() {
+            *twin = (setting, f);
+        }
+        return;
+    }
+    let at = best.partition_point(|(_, g)| g.step_seconds <= f.step_seconds);
+    best.insert(at, (setting, f));
+    best.truncate(keep.max(1));
+}
+
+/// The best candidate with another value of each choice.
+fn against(
+    best: &Setting,
+    fitting: &[(f64, &Setting)],
+    prices: &[f64],
+) -> Vec<(&'static str, String, f64)> {
+    let mine = choices(best);
+    let all: Vec<_> = fitting.iter().map(|(_, s)| choices(s)).collect();
+    let mut out = Vec::new();
+    for (i, (name, value)) in mine.iter().enumerate() {
+        let others = (0..all.len()).filter(|c| all[*c][i].1 != *value);
+        let other = others.min_by(|a, b| prices[*a].total_cmp(&prices[*b]));
+        if let Some(c) = other {
+            out.push((*name, all[c][i].1.clone(), prices[c]));
+        }
+    }
+    out
 }

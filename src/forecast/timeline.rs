@@ -23,8 +23,8 @@ impl Forecast {
                 let kind = match r.piece.work {
                     Work::Forward => "forward",
                     Work::Backward => "backward",
-                    Work::Inputs => "input gradients",
-                    Work::Weights => "weight gradients",
+                    Work::Inputs => "input gradient",
+                    Work::Weights => "weight gradient",
                 };
                 events.push(json!({
                     "ph": "X", "name": format!("{kind} {}", r.piece.micro), "cat": kind, "pid": stage, "tid": 0,

@@ -3,7 +3,7 @@
 use super::kernel::Rates;
 use super::network::Network;
 use super::work::Work;
-use crate::cluster::Machine;
+use crate::cluster::{Curve, Machine};
 use crate::error::Result;
 use crate::trace::{Event, EventKind, Stream, Trace};
 use std::collections::{BTreeMap, HashMap};
@@ -47,6 +47,8 @@ impl TracePrice {
 pub fn price_trace(trace: &Trace, machine: &Machine, dtype: &str) -> Result<TracePrice> {
     let rates = Rates::of(machine, dtype)?;
     let network = Network::of(machine)?;
+    let measured = Measured(machine.system.curves());
+    let gap = machine.stack.find("stack.gap").unwrap_or(0.0);
     let mut classes = Vec::new();
     for class in &trace.classes {
         let step = class.chip.latest.as_ref().or(class.chip.first.as_ref());
@@ -68,10 +70,33 @@ pub fn price_trace(trace: &Trace, machine: &Machine, dtype: &str) -> Result<Trac
                 }
                 continue;
             }
+            if let Some(busy) = measured.seconds(event) {
+                launches += 1;
+                // A transfer beside computation is over when its wait finds it so.
+                match event.traffic.as_ref().map(|t| t.axis.clone()) {
+                    Some(axis) if beside(event) => {
+                        wire = wire.max(price.seconds) + busy;
+                        if let Some(ticket) = event.ticket {
+                            tickets.insert(ticket, (axis, wire));
+                        }
+                    }
+                    Some(axis) => {
+                        let end = price.seconds + busy;
+                        wait_until(&mut price, axis, end);
+                    }
+                    None => {
+                        price.seconds += busy;
+                        let works = Work::of_event(event);
+                        let name = works.first().map_or("elementwise", |w| w.name());
+                        *price.compute.entry(name).or_default() += busy;
+                    }
+                }
+                continue;
+            }
             for work in Work::of_event(event) {
                 launches += 1;
                 let moves = network.seconds(&trace.mesh, &work)?;
-                match axis(&work) {
+                match work.axis().map(String::from) {
                     Some(axis) if beside(event) => {
                         wire = wire.max(price.seconds) + moves;
                         if let Some(ticket) = event.ticket {
@@ -91,25 +116,49 @@ pub fn price_trace(trace: &Trace, machine: &Machine, dtype: &str) -> Result<Trac
             }
         }
         price.seconds = price.seconds.max(wire);
+        if gap > 0.0 {
+            let between = gap * events.len() as f64;
+            price.seconds += between;
+            *price.compute.entry("launch").or_default() += between;
+        }
         let behind = rates.launch * launches as f64 - price.seconds;
         if behind > 0.0 {
             price.seconds += behind;
-            price.compute.insert("launch", behind);
+            *price.compute.entry("launch").or_default() += behind;
         }
         classes.push(price);
     }
     Ok(TracePrice { classes })
 }
 
-fn beside(event: &Event) -> bool {
-    event.stream == Stream::Communication
+/// Curves of ops by their names, which a machine has that `calibrate` measured.
+struct Measured<'a>(&'a [Curve]);
+
+impl Measured<'_> {
+    fn seconds(&self, event: &Event) -> Option<f64> {
+        let (name, amount) = super::measured::amount(event)?;
+        let chips = event.traffic.as_ref().map(|t| t.chips);
+        // A machine's own all-reduce curves belong to its network.
+        let known = |c: &&Curve| c.kernel == name && chips.is_none_or(|n| n == c.group);
+        let mine = |c: &&Curve| {
+            chips.is_none()
+                || self
+                    .0
+                    .iter()
+                    .any(|o| o.kernel == "matmul" && o.group == c.group)
+        };
+        let curve = self.0.iter().filter(mine).find(known)?;
+        // Below the first point an op costs in proportion too, but never less than half of it.
+        let first = curve.points[0];
+        Some(match amount < first.0 {
+            true => first.1 * (amount / first.0).max(0.5),
+            false => curve.at(amount),
+        })
+    }
 }
 
-fn axis(work: &Work) -> Option<String> {
-    match work {
-        Work::Collective { axis, .. } | Work::Message { axis, .. } => Some(axis.clone()),
-        _ => None,
-    }
+fn beside(event: &Event) -> bool {
+    event.stream == Stream::Communication
 }
 
 fn wait_until(price: &mut ClassPrice, axis: String, end: f64) {

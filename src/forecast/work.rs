@@ -39,6 +39,8 @@ pub enum Work {
         flops: f64,
         /// Bytes read and written.
         bytes: f64,
+        /// Whether it computes gradients.
+        backward: bool,
     },
     /// A kernel that streams.
     Stream {
@@ -51,10 +53,32 @@ pub enum Work {
     Collective {
         /// Which.
         kind: Kind,
-        /// The axis.
+        /// The axis, or several joined by `+`.
         axis: String,
         /// Bytes of the whole tensor: what an all-reduce reduces, what an all-gather leaves behind.
         bytes: f64,
+    },
+    /// Shares of a tensor that travel once round a ring, from neighbour to neighbour.
+    Ring {
+        /// The axis.
+        axis: String,
+        /// Bytes of all shares.
+        bytes: f64,
+    },
+    /// Tokens that every chip sends to the chips of their experts, or gets back from them.
+    Exchange {
+        /// The axis, or several joined by `+`.
+        axis: String,
+        /// Tokens that a chip sends.
+        tokens: f64,
+        /// Experts that a token visits.
+        copies: usize,
+        /// Bytes of a token.
+        token_bytes: f64,
+        /// Groups of experts, and how many of them a token may visit.
+        groups: (usize, usize),
+        /// Whether elements are narrower than 2 bytes.
+        narrow: bool,
     },
     /// A message to a neighbour on a mesh axis.
     Message {
@@ -106,7 +130,20 @@ impl Work {
                 ..
             } => "activation",
             Work::Collective { kind, .. } => kind.name(),
+            Work::Ring { .. } => "ring",
+            Work::Exchange { .. } => "exchange",
             Work::Message { .. } => "message",
+        }
+    }
+
+    /// The axis over which it moves something, if it does.
+    pub fn axis(&self) -> Option<&str> {
+        match self {
+            Work::Collective { axis, .. }
+            | Work::Ring { axis, .. }
+            | Work::Exchange { axis, .. }
+            | Work::Message { axis, .. } => Some(axis),
+            _ => None,
         }
     }
 
@@ -125,6 +162,7 @@ impl Work {
                     // From what the best algorithm sends to the whole tensor.
                     let share = match kind {
                         Kind::AllReduce => 2.0 * (n - 1.0) / n,
+                        Kind::Shift => 1.0 / n,
                         _ => (n - 1.0) / n,
                     };
                     let bytes = if n > 1.0 {
@@ -146,6 +184,7 @@ impl Work {
                 vec![Work::Attention {
                     flops: event.flops as f64,
                     bytes: event.bytes as f64,
+                    backward: event.op.ends_with(".backward"),
                 }]
             }
             _ => {

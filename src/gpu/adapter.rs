@@ -141,9 +141,21 @@ pub fn advice() -> &'static str {
     }
 }
 
-/// Adapter `index`, opened once for the whole process.
+/// Adapter `index`, opened once for the whole process, and again after it failed.
 pub(crate) fn open(index: usize) -> Result<Arc<Device>> {
     static OPEN: OnceLock<Mutex<HashMap<usize, Arc<Device>>>> = OnceLock::new();
+    let open = OPEN.get_or_init(Mutex::default);
+    let mut open = open.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(device) = open.get(&index).filter(|d| d.failure().is_none()) {
+        return Ok(device.clone());
+    }
+    let device = Arc::new(open_anew(index)?);
+    open.insert(index, device.clone());
+    Ok(device)
+}
+
+/// Adapter `index` as a device of its own.
+pub(super) fn open_anew(index: usize) -> Result<Device> {
     let all = found();
     let Some(found) = all.get(index) else {
         let why = match all.len() {
@@ -156,12 +168,5 @@ pub(crate) fn open(index: usize) -> Result<Arc<Device>> {
             format!("there is no gpu:{index}; {why}"),
         ));
     };
-    let open = OPEN.get_or_init(Mutex::default);
-    let mut open = open.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(device) = open.get(&index).filter(|d| d.failure().is_none()) {
-        return Ok(device.clone());
-    }
-    let device = Arc::new(Device::open(&found.adapter, &found.told)?);
-    open.insert(index, device.clone());
-    Ok(device)
+    Device::open(&found.adapter, &found.told)
 }

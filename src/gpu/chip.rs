@@ -6,6 +6,8 @@
 
 use super::adapter::{self, Adapter};
 use super::device::Device;
+use super::tiles::Tiles;
+use super::watch::Watch;
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,6 +16,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub(super) const SLOT: usize = 256;
 /// Dispatches that are recorded before they are submitted: enough to hide the submission, few enough to start early.
 const GATHERED: usize = 64;
+/// Uploads up to this many bytes share staging buffers, which go round; larger ones have their own.
+const STAGED: u64 = 1 << 20;
 
 /// A chip on an adapter. Clones are the same chip.
 #[derive(Clone)]
@@ -43,6 +47,15 @@ pub(super) struct Inner {
     pub(super) numbers: wgpu::Buffer,
     recording: Mutex<Recording>,
     pool: Mutex<Pool>,
+    watch: Mutex<Option<Watch>>,
+    /// How products and attention are cut up here.
+    tiles: Arc<Tiles>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.device.keep_pipelines();
+    }
 }
 
 #[derive(Default)]
@@ -50,6 +63,8 @@ pub(super) struct Recording {
     pub(super) encoder: Option<wgpu::CommandEncoder>,
     /// The numbers of dispatches that are recorded and not submitted, a slot each.
     pub(super) numbers: Vec<u8>,
+    /// Room for uploads, which comes back when the device has read it.
+    belt: Option<wgpu::util::StagingBelt>,
     last: Option<wgpu::SubmissionIndex>,
 }
 
@@ -93,18 +108,63 @@ impl Chip {
     /// [`ErrorKind::Device`] if there is no such adapter or it cannot be opened.
     pub fn open(index: usize) -> Result<Self> {
         let device = adapter::open(index)?;
+        let tiles = Tiles::of(&device)?;
+        Ok(Self::with_tiles(device, tiles))
+    }
+
+    /// The same with products and attention cut up as on another kind of adapter.
+    #[cfg(test)]
+    pub(crate) fn open_as(index: usize, class: super::tiles::Class) -> Result<Self> {
+        Ok(Self::with_tiles(adapter::open(index)?, Tiles::known(class)))
+    }
+
+    /// A chip on a device that nobody else has.
+    #[cfg(test)]
+    pub(crate) fn open_alone(index: usize) -> Result<Self> {
+        let device = adapter::open_anew(index)?;
+        let tiles = Tiles::of(&device)?;
+        Ok(Self::with_tiles(Arc::new(device), tiles))
+    }
+
+    /// Ends the device, as a driver does that resets it.
+    #[cfg(test)]
+    pub(crate) fn lose(&self) {
+        self.device().device.destroy();
+    }
+
+    fn with_tiles(device: Arc<Device>, tiles: Arc<Tiles>) -> Self {
         let numbers = device.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("numbers"),
             size: (GATHERED * SLOT) as u64,
             usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
             mapped_at_creation: false,
         });
-        Ok(Chip(Arc::new(Inner {
+        Chip(Arc::new(Inner {
             device,
             numbers,
             recording: Mutex::default(),
             pool: Mutex::default(),
-        })))
+            watch: Mutex::default(),
+            tiles,
+        }))
+    }
+
+    /// Invocations of a subgroup, where kernels by lanes are the right ones.
+    pub(super) fn lanes(&self) -> Option<u32> {
+        self.device()
+            .lanes()
+            .filter(|_| !self.tiles().lanes.is_empty())
+    }
+
+    pub(super) fn tiles(&self) -> &Tiles {
+        &self.inner().tiles
+    }
+
+    pub(super) fn watch(&self) -> MutexGuard<'_, Option<Watch>> {
+        self.inner()
+            .watch
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The adapter that the chip is on.
@@ -244,7 +304,13 @@ impl Chip {
             queue.write_buffer(&self.inner().numbers, 0, &recording.numbers);
             recording.numbers.clear();
         }
+        if let Some(belt) = &mut recording.belt {
+            belt.finish();
+        }
         recording.last = Some(queue.submit([encoder.finish()]));
+        if let Some(belt) = &mut recording.belt {
+            belt.recall();
+        }
     }
 
     /// Starts what is recorded, and waits until it is done.
@@ -269,6 +335,9 @@ impl Chip {
             return;
         }
         let size = (bytes.len() as u64).next_multiple_of(4);
+        if size <= STAGED && self.device().failure().is_none() {
+            return self.stage(block, bytes, size);
+        }
         let staging = self
             .inner()
             .device
@@ -289,11 +358,37 @@ impl Chip {
         });
     }
 
+    fn stage(&self, block: &Block, bytes: &[u8], size: u64) {
+        let mut recording = self.recording();
+        let device = &self.inner().device.device;
+        let Recording { encoder, belt, .. } = &mut *recording;
+        let encoder = encoder.get_or_insert_with(|| {
+            device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default())
+        });
+        let belt = belt.get_or_insert_with(|| wgpu::util::StagingBelt::new(device.clone(), STAGED));
+        let Some(size) = wgpu::BufferSize::new(size) else {
+            return;
+        };
+        let mut view = belt.write_buffer(encoder, block.buffer.seen(), 0, size);
+        view.slice(..bytes.len()).copy_from_slice(bytes);
+    }
+
+    /// Copies the first `bytes` of a block to another, after what was recorded before.
+    pub(super) fn copy(&self, from: &Block, to: &Block, bytes: u64) {
+        self.record(|encoder, _| {
+            encoder.copy_buffer_to_buffer(from.buffer.seen(), 0, to.buffer.seen(), 0, bytes);
+        });
+    }
+
     /// Copies the block's first bytes to `bytes`, after all that was recorded before.
     ///
     /// # Errors
     /// As [`Chip::finish`].
     pub(crate) fn read(&self, block: &Block, bytes: &mut [u8]) -> Result<()> {
+        self.download(block.buffer.seen(), bytes)
+    }
+
+    pub(super) fn download(&self, buffer: &wgpu::Buffer, bytes: &mut [u8]) -> Result<()> {
         if bytes.is_empty() {
             return Ok(());
         }
@@ -309,7 +404,7 @@ impl Chip {
                 mapped_at_creation: false,
             });
         self.record(|encoder, _| {
-            encoder.copy_buffer_to_buffer(block.buffer.seen(), 0, &staging, 0, size);
+            encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, size);
         });
         let last = {
             let mut recording = self.recording();

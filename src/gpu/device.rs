@@ -1,22 +1,38 @@
 //! An open adapter: its pipelines, each compiled once, and the first thing that went wrong on it.
 
 use super::adapter::Adapter;
+use super::chip::Chip;
+use super::kept::Kept;
+use super::matrices;
 use super::shader::{self, Kernel, Variant, interface};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// A device that has not answered for so long is given up: drivers reset a hanging kernel within seconds, but a software
 /// device may compute for minutes.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
 
+/// What is asked for where an adapter has it.
+const WANTED: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY
+    .union(wgpu::Features::SUBGROUP)
+    .union(wgpu::Features::PIPELINE_CACHE);
+
+/// What cooperative matrices need beside.
+const MATRICES: wgpu::Features = wgpu::Features::SHADER_F16
+    .union(wgpu::Features::SUBGROUP)
+    .union(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+
 pub(crate) struct Device {
     pub(crate) about: Adapter,
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
     pub(crate) limits: wgpu::Limits,
-    pipelines: Mutex<HashMap<(Kernel, Variant), Arc<Pipeline>>>,
+    pipelines: Mutex<HashMap<(Kernel, Variant), Arc<OnceLock<Arc<Pipeline>>>>>,
+    kept: Option<Kept>,
+    /// Whether cooperative matrices were found to be right; not yet asked where it is empty.
+    matrices: OnceLock<bool>,
     failure: Arc<Mutex<Option<Error>>>,
 }
 
@@ -29,14 +45,27 @@ impl Device {
     pub(crate) fn open(adapter: &wgpu::Adapter, about: &Adapter) -> Result<Self> {
         // The adapter's own limits: the defaults stop at 128 MiB a tensor.
         let limits = adapter.limits();
-        let wanted = wgpu::DeviceDescriptor {
+        let mut wanted = wgpu::DeviceDescriptor {
             label: Some("supernode"),
-            required_features: adapter.features() & wgpu::Features::TIMESTAMP_QUERY,
+            required_features: adapter.features() & WANTED,
             required_limits: limits.clone(),
             memory_hints: wgpu::MemoryHints::Performance,
             ..Default::default()
         };
-        let (device, queue) = pollster::block_on(adapter.request_device(&wanted))
+        let plain = wanted.clone();
+        if about.matrices.iter().any(|m| m == matrices::LISTED)
+            && adapter.features().contains(MATRICES)
+        {
+            wanted.required_features |= MATRICES;
+            // SAFETY: what is experimental here is cooperative matrices; their kernel is this crate's own, reads and writes
+            // inside of its operands, and is used only where a first product came out right.
+            #[allow(unsafe_code)]
+            let enabled = unsafe { wgpu::ExperimentalFeatures::enabled() };
+            wanted.experimental_features = enabled;
+        }
+        let open = |wanted| pollster::block_on(adapter.request_device(wanted));
+        let (device, queue) = open(&wanted)
+            .or_else(|_| open(&plain))
             .map_err(|e| Error::new(ErrorKind::Device, format!("{about} cannot be opened: {e}")))?;
         let failure = Arc::new(Mutex::new(None));
         let (kept, name) = (failure.clone(), about.to_string());
@@ -52,12 +81,26 @@ impl Device {
         });
         Ok(Device {
             about: about.clone(),
+            kept: Kept::open(&device, &adapter.get_info()),
             device,
             queue,
             limits,
             pipelines: Mutex::default(),
+            matrices: OnceLock::new(),
             failure,
         })
+    }
+
+    /// Invocations of a subgroup, where cooperative matrices may be used: the first time this multiplies.
+    pub(crate) fn matrices(&self, chip: &Chip) -> Option<u32> {
+        let [least, most] = self.about.subgroup;
+        if least != most || !self.device.features().contains(MATRICES) {
+            return None;
+        }
+        let right = self
+            .matrices
+            .get_or_init(|| matrices::are_right(chip, least));
+        right.then_some(least)
     }
 
     /// The first failure, if there was one.
@@ -73,26 +116,36 @@ impl Device {
         self.about.kind == "software"
     }
 
+    /// Invocations of a subgroup, where a processor runs it as one vector and kernels may count on its size.
+    pub(crate) fn lanes(&self) -> Option<u32> {
+        let [least, most] = self.about.subgroup;
+        let fits = self.is_software() && least == most && [4, 8, 16].contains(&least);
+        (fits && self.device.features().contains(wgpu::Features::SUBGROUP)).then_some(least)
+    }
+
+    /// Writes what was compiled since the device was opened to where the next process finds it.
+    pub(crate) fn keep_pipelines(&self) {
+        if let Some(kept) = &self.kept {
+            kept.save();
+        }
+    }
+
     /// The compiled variant of a kernel.
     pub(crate) fn pipeline(&self, kernel: &Kernel, variant: &Variant) -> Arc<Pipeline> {
         let key = (*kernel, variant.clone());
-        let mut all = self
-            .pipelines
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        all.entry(key)
-            .or_insert_with(|| Arc::new(self.compile(kernel, variant)))
+        let cell = {
+            let all = self.pipelines.lock();
+            let mut all = all.unwrap_or_else(PoisonError::into_inner);
+            all.entry(key).or_default().clone()
+        };
+        // Not under the lock: other chips of the adapter compile others meanwhile.
+        cell.get_or_init(|| Arc::new(self.compile(kernel, variant)))
             .clone()
     }
 
     fn compile(&self, kernel: &Kernel, variant: &Variant) -> Pipeline {
         let source = shader::source(kernel, variant);
-        let module = self
-            .device
-            .create_shader_module(wgpu::ShaderModuleDescriptor {
-                label: Some(kernel.name),
-                source: wgpu::ShaderSource::Wgsl(source.into()),
-            });
+        let module = self.module(kernel, variant, source);
         let visible = |binding: u32, ty: wgpu::BufferBindingType| wgpu::BindGroupLayoutEntry {
             binding,
             visibility: wgpu::ShaderStages::COMPUTE,
@@ -106,7 +159,7 @@ impl Device {
         let mut entries = vec![visible(0, wgpu::BufferBindingType::Uniform)];
         let face = interface(kernel);
         for (i, (slot, bound)) in face.slots.iter().zip(&variant.bound).enumerate() {
-            if let shader::Bound::Own(_) = bound {
+            if *bound != shader::Bound::Absent && !matches!(bound, shader::Bound::Same(_)) {
                 let ty = wgpu::BufferBindingType::Storage {
                     read_only: !slot.written,
                 };
@@ -138,9 +191,29 @@ impl Device {
                     zero_initialize_workgroup_memory: false,
                     ..Default::default()
                 },
-                cache: None,
+                cache: self.kept.as_ref().map(Kept::cache),
             });
+        if let Some(kept) = &self.kept {
+            kept.grew();
+        }
         Pipeline { pipeline, layout }
+    }
+
+    fn module(&self, kernel: &Kernel, variant: &Variant, source: String) -> wgpu::ShaderModule {
+        let described = wgpu::ShaderModuleDescriptor {
+            label: Some(kernel.name),
+            source: wgpu::ShaderSource::Wgsl(source.into()),
+        };
+        if !variant.proven {
+            return self.device.create_shader_module(described);
+        }
+        // SAFETY: only launches of this crate's own kernels are proven: the launch held the largest index that each operand
+        // sees against its size, and the loops of these kernels end with numbers of the launch.
+        #[allow(unsafe_code)]
+        unsafe {
+            self.device
+                .create_shader_module_trusted(described, wgpu::ShaderRuntimeChecks::unchecked())
+        }
     }
 
     /// Waits until all that was submitted is done.

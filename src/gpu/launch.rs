@@ -83,7 +83,10 @@ pub struct Launch {
     operands: Vec<Option<Operand>>,
     numbers: Vec<Option<Number>>,
     constants: Vec<Option<u32>>,
+    /// Slots of which four elements are one access.
+    fours: Vec<bool>,
     group: Option<u32>,
+    proven: bool,
 }
 
 impl Launch {
@@ -95,7 +98,9 @@ impl Launch {
             operands: vec![None; face.slots.len()],
             numbers: vec![None; face.numbers.len()],
             constants: vec![None; face.constants.len()],
+            fours: vec![false; face.slots.len()],
             group: None,
+            proven: false,
             face,
         }
     }
@@ -117,6 +122,21 @@ impl Launch {
             operand.dtype
         );
         self.operands[at] = Some(operand);
+        self
+    }
+
+    /// The slot `name` is read and written four elements at a time, from multiples of four on, if `yes`: one access then moves
+    /// them.
+    pub(crate) fn by_fours(mut self, name: &str, yes: bool) -> Self {
+        let at = self.at(&self.face.slots, name, |s| &s.name);
+        self.fours[at] = yes;
+        self
+    }
+
+    /// The caller has held every index that the kernel can form against the operands' sizes, if `yes`: the driver's checks are
+    /// left out.
+    pub(crate) fn proven(mut self, yes: bool) -> Self {
+        self.proven = yes;
         self
     }
 
@@ -161,7 +181,10 @@ impl Launch {
     /// If the body is of tiles, or the launch lacks a part of its interface.
     pub fn run(self, count: usize) {
         assert!(
-            self.face.entry != Entry::Tiles,
+            !matches!(
+                self.face.entry,
+                Entry::Tiles | Entry::Lanes | Entry::Matrices
+            ),
             "'{}' runs over tiles",
             self.kernel.name
         );
@@ -246,6 +269,10 @@ impl Launch {
             // A tensor cannot be read and written through two bindings.
             Some(operand) => match results(&operand.buffer) {
                 Some(result) if result != i => Bound::Same(result),
+                _ if self.fours[i] => Bound::Fours(operand.dtype),
+                _ if self.face.entry == Entry::Matrices && operand.dtype == DType::F16 => {
+                    Bound::Halves
+                }
                 _ => Bound::Own(operand.dtype),
             },
         });
@@ -256,6 +283,7 @@ impl Launch {
             bound: bound.collect(),
             constants: self.constants.iter().enumerate().map(given).collect(),
             group,
+            proven: self.proven,
         }
     }
 
@@ -289,7 +317,9 @@ impl Launch {
                 }),
             }];
             for (i, (operand, bound)) in self.operands.iter().zip(&variant.bound).enumerate() {
-                if let (Some(operand), Bound::Own(_)) = (operand, bound) {
+                if let (Some(operand), Bound::Own(_) | Bound::Fours(_) | Bound::Halves) =
+                    (operand, bound)
+                {
                     entries.push(wgpu::BindGroupEntry {
                         binding: i as u32 + 1,
                         resource: operand.buffer.seen().as_entire_binding(),
@@ -301,9 +331,14 @@ impl Launch {
                 layout: &pipeline.layout,
                 entries: &entries,
             });
+            let stamps = chip.stamps(self.kernel.name);
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
                 label: Some(self.kernel.name),
-                timestamp_writes: None,
+                timestamp_writes: stamps.as_ref().map(|s| wgpu::ComputePassTimestampWrites {
+                    query_set: &s.set,
+                    beginning_of_pass_write_index: Some(s.first),
+                    end_of_pass_write_index: Some(s.first + 1),
+                }),
             });
             pass.set_pipeline(&pipeline.pipeline);
             pass.set_bind_group(0, &bind, &[]);

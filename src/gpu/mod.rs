@@ -4,28 +4,44 @@
 //! |---|---|
 //! | `adapter`, `device` | what this machine has; pipelines; failures |
 //! | `chip` | memory, and the commands recorded until somebody asks for a value |
-//! | `shader`, `library` | WGSL sources by element type; this crate's own |
-//! | `launch` | running a kernel, a user's own too |
-//! | `rows`, `products` | what ops call |
+//! | `shader`, `template`, `library` | WGSL sources by element type; this crate's own |
+//! | `launch`, `watch` | running a kernel, a user's own too; how long it took |
+//! | `tiles`, `tune`, `kept` | how products are cut up, by kind of adapter; compiled pipelines on disk |
+//! | `limits` | what a device could do at best |
+//! | `rows`, `products`, `matrices`, `attention`, `mixture` | what ops call |
 //!
 //! Kernels use no atomic sums and no order that chance decides: two runs on one adapter give the same bits. Another
 //! adapter may round otherwise, and so does a processor.
 
 mod adapter;
+mod attention;
 mod chip;
 mod device;
+mod kept;
 mod launch;
 mod library;
+mod limits;
+mod matrices;
+mod mixture;
 mod products;
 mod rows;
 mod shader;
+mod template;
 #[cfg(test)]
 mod tests;
+mod tiles;
+mod tune;
+mod watch;
 
 pub use adapter::{Adapter, adapters, advice};
+pub(crate) use attention::*;
 pub use chip::Chip;
 pub(crate) use chip::{Block, fail};
 pub use launch::{Launch, Number, Operand};
+pub(crate) use mixture::*;
 pub(crate) use products::*;
 pub(crate) use rows::*;
 pub use shader::Kernel;
+#[cfg(test)]
+pub(crate) use tiles::Class;
+pub use watch::Timed;

@@ -33,7 +33,7 @@ pub(crate) fn table<T: bytemuck::Pod>(chip: &Chip, dtype: DType, contents: &[T])
     Operand::holding(chip, block, dtype, contents.len())
 }
 
-fn map(kernel: &super::Kernel, y: Operand) -> (Launch, usize) {
+pub(super) fn map(kernel: &super::Kernel, y: Operand) -> (Launch, usize) {
     let n = y.elements;
     let name = super::shader::interface(kernel).slots[0].name.clone();
     (Launch::new(kernel).operand(&name, y), n)

@@ -13,14 +13,19 @@
 //! | `elements` | `fn element(i: u32)` | once for each index below the launch's count |
 //! | `rows` | `fn row(r: u32, lane: u32)` | `WG` invocations for each row |
 //! | `tiles` | `fn tile(group: vec3<u32>, lane: u32)` | as the launch says |
+//! | `lanes` | the same | as the launch says, in groups of one subgroup |
+//! | `matrices` | the same, with the subgroup's number for `lane` | the same, in groups of four subgroups |
 //!
 //! An operand `x` is read by `load_x(i)` and written by `store_x(i, value)`; `x?` may be left out, and `has_x` says so.
+//! `load4_x(i)` and `store4_x(i, four)` move four elements: one access where the launch promised that `i` is then a multiple
+//! of four ([`Bound::Fours`]), four of them elsewhere.
 //! f16 and bf16 live in u32 words, two elements each: a single one is stored by two atomic operations on its half of the
 //! word, which neither lose nor order anything, and a `map` writes whole words. `E` is f32, or u32 where `map y` is of
 //! indices. Numbers are in `numbers.width`. An operand may be the same tensor as a result: both then have one binding.
 //!
-//! `#unroll i N` to `#end` repeats lines with `@i` as 0, 1, .. below the constant N; `#include name` brings another file.
+//! How lines are repeated and files included stands in `template`.
 
+use super::template::expand;
 use crate::dtype::DType;
 use std::collections::HashMap;
 use std::fmt::Write;
@@ -42,6 +47,8 @@ pub(crate) enum Entry {
     Elements,
     Rows,
     Tiles,
+    Lanes,
+    Matrices,
 }
 
 /// One operand of a body.
@@ -77,6 +84,10 @@ pub(crate) enum Bound {
     Absent,
     /// A tensor of this type.
     Own(DType),
+    /// The same, of which four elements are one access: they begin at multiples of four.
+    Fours(DType),
+    /// A tensor of f16 as such, for cooperative matrices.
+    Halves,
     /// The same tensor as the result in this slot.
     Same(usize),
 }
@@ -88,11 +99,12 @@ pub(crate) struct Variant {
     pub(crate) constants: Vec<u32>,
     /// Invocations of a group.
     pub(crate) group: u32,
+    /// The launch proves that no access is out of bounds: the driver's checks may be left out.
+    pub(crate) proven: bool,
 }
 
 const PRELUDE: &str = include_str!("../../shaders/prelude.wgsl");
 const ROWS: &str = include_str!("../../shaders/rows.wgsl");
-const SEES: &str = include_str!("../../shaders/attention_sees.wgsl");
 
 /// The interface of a kernel, read once.
 pub(crate) fn interface(kernel: &Kernel) -> Arc<Interface> {
@@ -113,6 +125,8 @@ fn parse(kernel: &Kernel) -> Interface {
             "elements" => Entry::Elements,
             "rows" => Entry::Rows,
             "tiles" => Entry::Tiles,
+            "lanes" => Entry::Lanes,
+            "matrices" => Entry::Matrices,
             _ => return None,
         })
     };
@@ -163,6 +177,9 @@ pub(crate) fn source(kernel: &Kernel, variant: &Variant) -> String {
     let face = interface(kernel);
     let mut out = String::new();
     let mut line = |text: String| writeln!(out, "{text}").expect("a string takes any text");
+    if face.entry == Entry::Matrices {
+        line("enable f16;\nenable wgpu_cooperative_matrix;".into());
+    }
     line(format!("const WG = {}u;", variant.group));
     for (name, value) in face.constants.iter().zip(&variant.constants) {
         line(format!("const {name} = {value}u;"));
@@ -189,7 +206,7 @@ pub(crate) fn source(kernel: &Kernel, variant: &Variant) -> String {
     if face.entry == Entry::Rows {
         line(ROWS.into());
     }
-    line(expand(kernel, &face, variant));
+    line(expand(kernel, &face.constants, &variant.constants));
     line(entry(&face, variant));
     out
 }
@@ -201,37 +218,49 @@ fn result_of_indices(face: &Interface, variant: &Variant) -> bool {
     first.is_some_and(|(_, bound)| *bound == Bound::Own(DType::U32))
 }
 
-/// Declaration, load and store of one operand.
+/// Declaration, loads and stores of one operand.
 fn operand(face: &Interface, i: usize, slot: &Slot, bound: Bound) -> String {
     let name = &slot.name;
     let has = format!("const has_{name} = {};\n", bound != Bound::Absent);
-    let dtype = match bound {
+    match bound {
         Bound::Absent => {
             let ty = if slot.dtype == Some(DType::U32) {
                 "u32"
             } else {
                 "f32"
             };
-            return format!(
-                "{has}fn load_{name}(i: u32) -> {ty} {{ return {ty}(0); }}\nfn store_{name}(i: u32, x: {ty}) {{}}"
-            );
+            format!(
+                "{has}fn load_{name}(i: u32) -> {ty} {{ return {ty}(0); }}\nfn store_{name}(i: u32, x: {ty}) {{}}\n\
+                 fn load4_{name}(i: u32) -> vec4<{ty}> {{ return vec4<{ty}>(); }}\nfn store4_{name}(i: u32, x: vec4<{ty}>) {{}}"
+            )
         }
         Bound::Same(other) => {
             let other = &face.slots[other].name;
-            return format!("{has}fn load_{name}(i: u32) -> f32 {{ return load_{other}(i); }}");
+            format!(
+                "{has}fn load_{name}(i: u32) -> f32 {{ return load_{other}(i); }}\n\
+                 fn load4_{name}(i: u32) -> vec4<f32> {{ return load4_{other}(i); }}"
+            )
         }
-        Bound::Own(dtype) => dtype,
-    };
+        Bound::Own(dtype) => has + &by_one(i, slot, dtype),
+        Bound::Fours(dtype) => has + &by_four(i, slot, dtype),
+        Bound::Halves => has + &declared(i, slot, "f16"),
+    }
+}
+
+fn declared(i: usize, slot: &Slot, word: &str) -> String {
+    let access = if slot.written { "read_write" } else { "read" };
+    let (at, name) = (i + 1, &slot.name);
+    format!("@group(0) @binding({at}) var<storage, {access}> data_{name}: array<{word}>;\n")
+}
+
+fn by_one(i: usize, slot: &Slot, dtype: DType) -> String {
+    let name = &slot.name;
     let narrow = dtype.size() == 2;
     let word = match (narrow, slot.written, dtype) {
         (true, true, _) => "atomic<u32>",
         (true, false, _) | (_, _, DType::U32) => "u32",
         _ => "f32",
     };
-    let access = if slot.written { "read_write" } else { "read" };
-    let at = i + 1;
-    let declared =
-        format!("@group(0) @binding({at}) var<storage, {access}> data_{name}: array<{word}>;");
     let (ty, load, store) = if narrow {
         let word = if slot.written {
             format!("atomicLoad(&data_{name}[i >> 1u])")
@@ -252,10 +281,51 @@ fn operand(face: &Interface, i: usize, slot: &Slot, bound: Bound) -> String {
             format!("data_{name}[i] = x;"),
         )
     };
-    let mut text =
-        format!("{has}{declared}\nfn load_{name}(i: u32) -> {ty} {{ return {load}; }}\n");
+    let mut text = declared(i, slot, word);
+    text += &format!(
+        "fn load_{name}(i: u32) -> {ty} {{ return {load}; }}\n\
+         fn load4_{name}(i: u32) -> vec4<{ty}> {{ return vec4<{ty}>(load_{name}(i), load_{name}(i + 1u), load_{name}(i + 2u), load_{name}(i + 3u)); }}\n"
+    );
     if slot.written {
-        text += &format!("fn store_{name}(i: u32, x: {ty}) {{ {store} }}\n");
+        text += &format!(
+            "fn store_{name}(i: u32, x: {ty}) {{ {store} }}\n\
+             fn store4_{name}(i: u32, x: vec4<{ty}>) {{ store_{name}(i, x.x); store_{name}(i + 1u, x.y); store_{name}(i + 2u, x.z); store_{name}(i + 3u, x.w); }}\n"
+        );
+    }
+    text
+}
+
+/// Words of four elements. Single ones may be read; a store of one is written for code that never runs, since another
+/// invocation may own the word's other three.
+fn by_four(i: usize, slot: &Slot, dtype: DType) -> String {
+    let name = &slot.name;
+    if dtype.size() == 4 {
+        let ty = if dtype == DType::U32 { "u32" } else { "f32" };
+        let mut text = declared(i, slot, &format!("vec4<{ty}>"));
+        text += &format!(
+            "fn load_{name}(i: u32) -> {ty} {{ return data_{name}[i >> 2u][i & 3u]; }}\n\
+             fn load4_{name}(i: u32) -> vec4<{ty}> {{ return data_{name}[i >> 2u]; }}\n"
+        );
+        if slot.written {
+            text += &format!(
+                "fn store_{name}(i: u32, x: {ty}) {{ data_{name}[i >> 2u][i & 3u] = x; }}\n\
+                 fn store4_{name}(i: u32, x: vec4<{ty}>) {{ data_{name}[i >> 2u] = x; }}\n"
+            );
+        }
+        return text;
+    }
+    let mut text = declared(i, slot, "vec2<u32>");
+    text += &format!(
+        "fn load_{name}(i: u32) -> f32 {{ return {dtype}_to_f32((data_{name}[i >> 2u][(i >> 1u) & 1u] >> ((i & 1u) * 16u)) & 0xffffu); }}\n\
+         fn load4_{name}(i: u32) -> vec4<f32> {{ let w = data_{name}[i >> 2u]; \
+         return vec4<f32>({dtype}_to_f32(w.x & 0xffffu), {dtype}_to_f32(w.x >> 16u), {dtype}_to_f32(w.y & 0xffffu), {dtype}_to_f32(w.y >> 16u)); }}\n"
+    );
+    if slot.written {
+        text += &format!(
+            "fn store4_{name}(i: u32, x: vec4<f32>) {{ data_{name}[i >> 2u] = vec2<u32>(f32_to_{dtype}(x.x) | (f32_to_{dtype}(x.y) << 16u), \
+             f32_to_{dtype}(x.z) | (f32_to_{dtype}(x.w) << 16u)); }}\n\
+             fn store_{name}(i: u32, x: f32) {{ var four = load4_{name}(i & 0xfffffffcu); four[i & 3u] = x; store4_{name}(i & 0xfffffffcu, four); }}\n"
+        );
     }
     text
 }
@@ -283,60 +353,15 @@ fn entry(face: &Interface, variant: &Variant) -> String {
         Entry::Rows => {
             "    let r = group.y * groups.x + group.x;\n    if (r < numbers.count) { row(r, lane); }".into()
         }
-        Entry::Tiles => "    tile(group, lane);".into(),
+        Entry::Tiles | Entry::Lanes | Entry::Matrices => "    tile(group, lane);".into(),
+    };
+    let lane = match face.entry {
+        Entry::Lanes => "subgroup_invocation_id",
+        Entry::Matrices => "subgroup_id",
+        _ => "local_invocation_index",
     };
     format!(
         "@compute @workgroup_size(WG)\nfn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, \
-         @builtin(local_invocation_index) lane: u32) {{\n{body}\n}}"
+         @builtin({lane}) lane: u32) {{\n{body}\n}}"
     )
-}
-
-/// The body with what it includes, loops unrolled.
-fn expand(kernel: &Kernel, face: &Interface, variant: &Variant) -> String {
-    let mut text = kernel.source.to_string();
-    if text.contains("#include attention_sees") {
-        text = text.replace("#include attention_sees", SEES);
-    }
-    let constant = |name: &str| {
-        let at = face.constants.iter().position(|c| c == name);
-        let at = at.unwrap_or_else(|| {
-            panic!(
-                "shader '{}' unrolls over '{name}', which is no constant of it",
-                kernel.name
-            )
-        });
-        variant.constants[at]
-    };
-    let lines: Vec<&str> = text.lines().collect();
-    let mut out = String::new();
-    unroll(kernel, &lines, &constant, &mut out);
-    out
-}
-
-fn unroll(kernel: &Kernel, lines: &[&str], constant: &impl Fn(&str) -> u32, out: &mut String) {
-    let mut at = 0;
-    while at < lines.len() {
-        let Some(head) = lines[at].strip_prefix("#unroll ") else {
-            *out += lines[at];
-            *out += "\n";
-            at += 1;
-            continue;
-        };
-        let (letter, name) = head
-            .split_once(' ')
-            .unwrap_or_else(|| panic!("shader '{}': '{}'", kernel.name, lines[at]));
-        let mut depth = 1;
-        let inside = lines[at + 1..].iter().position(|l| {
-            depth += l.starts_with("#unroll ") as i32 - (*l == "#end") as i32;
-            depth == 0
-        });
-        let end = at + 1 + inside.unwrap_or_else(|| panic!("shader '{}' lacks #end", kernel.name));
-        let block = lines[at + 1..end].join("\n");
-        for i in 0..constant(name) {
-            let text = block.replace(&format!("@{letter}"), &i.to_string());
-            let lines: Vec<&str> = text.lines().collect();
-            unroll(kernel, &lines, constant, out);
-        }
-        at = end + 1;
-    }
 }

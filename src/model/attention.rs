@@ -7,6 +7,9 @@ use crate::spmd::{Chip, Init, Sharded};
 
 impl Transformer {
     pub(super) fn attention(&self, chip: &Chip, name: &str, x: &Sharded) -> Sharded {
+        if let Some(latent) = &self.config.latent {
+            return self.latent_attention(chip, name, latent, x);
+        }
         let (c, h, g, d) = (
             self.config.hidden,
             self.config.heads,
@@ -29,15 +32,7 @@ impl Transformer {
         let k = self.turn(chip, &format!("{name}.k_norm"), project('k', g));
         let v = project('v', g);
         drop(x);
-        let by_tokens = q.placements().clone();
-        let [q, k, v] = [q, k, v].map(|x| all_tokens_of_some_heads(chip, x));
-        let op = ops::Attention {
-            causal: true,
-            ..Default::default()
-        };
-        let o = chip.apply_one(op, &[&q, &k, &v]);
-        drop((q, k, v));
-        let o = o.redistribute(by_tokens).reshape([b, t, c]);
+        let o = self.attend(chip, name, [q, k, v]).reshape([b, t, c]);
         self.row(
             chip,
             &format!("{name}.wo"),
@@ -45,6 +40,25 @@ impl Transformer {
             [c, c],
             &o,
         )
+    }
+
+    /// Causal attention of queries, keys and values [b, t, h, d]; the result lies as the queries do.
+    pub(super) fn attend(&self, chip: &Chip, name: &str, [q, k, v]: [Sharded; 3]) -> Sharded {
+        if let Some(past) = &self.past {
+            return self.attend_past(chip, name, [q, k, v], past);
+        }
+        let op = ops::Attention {
+            causal: true,
+            ..Default::default()
+        };
+        if let Some(ring) = self.ring(chip, &q) {
+            return chip.ring_attention(&op, &[&q, &k, &v], &ring);
+        }
+        let by_tokens = q.placements().clone();
+        let [q, k, v] = [q, k, v].map(|x| all_tokens_of_some_heads(chip, x));
+        let o = chip.apply_one(op, &[&q, &k, &v]);
+        drop((q, k, v));
+        o.redistribute(by_tokens)
     }
 
     /// Queries or keys as attention takes them: normalized per head and turned by their position, if the model does so.
@@ -67,7 +81,13 @@ impl Transformer {
             x
         };
         match &self.rotary {
-            Some(rotary) => chip.apply_one(rotary.clone(), &[&x]),
+            Some(rotary) => {
+                let rotary = ops::Rotary {
+                    positions: self.rotary_positions(chip, &x),
+                    ..rotary.clone()
+                };
+                chip.apply_one(rotary, &[&x])
+            }
             None => x,
         }
     }

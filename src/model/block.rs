@@ -52,8 +52,9 @@ impl Transformer {
             let x = x.add(&self.dropout(chip, &format!("{name}.attention.dropout"), &y));
             drop(y);
             let n = self.norm(chip, &format!("{name}.norm2"), &x);
-            let y = chip.scope("mlp", || {
-                self.feed_forward(chip, &format!("{name}.mlp"), &n)
+            let y = chip.scope("mlp", || match self.mixture_of(layer) {
+                Some(mixture) => self.mixture(chip, layer, mixture, &n),
+                None => self.feed_forward(chip, &format!("{name}.mlp"), &n),
             });
             drop(n);
             x.add(&self.dropout(chip, &format!("{name}.mlp.dropout"), &y))
@@ -103,6 +104,7 @@ impl Transformer {
                 ops::Dropout {
                     p,
                     name: format!("{name}@{draw}"),
+                    order: self.order_of(chip, x),
                 },
                 &[x],
             ),

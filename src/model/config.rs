@@ -1,5 +1,6 @@
 //! What a transformer is made of, and the ones with a name.
 
+use super::{Latent, Mixture};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
 use crate::ops::{Activation, RotaryScaling};
@@ -89,6 +90,12 @@ pub struct Config {
     pub qk_norm: bool,
     /// Probability with which dropout zeroes an element of the embedding and of each block's two contributions.
     pub dropout: f32,
+    /// Latent attention in place of heads of keys and values of their own.
+    #[serde(default)]
+    pub latent: Option<Latent>,
+    /// A mixture of experts in place of feed-forward parts.
+    #[serde(default)]
+    pub mixture: Option<Mixture>,
 }
 
 impl Config {
@@ -110,6 +117,8 @@ impl Config {
             tied: true,
             qk_norm: false,
             dropout: 0.0,
+            latent: None,
+            mixture: None,
         }
     }
 
@@ -165,11 +174,25 @@ impl Config {
         let bias = self.bias as usize;
         let norm_bias = (self.bias && self.norm == Norm::LayerNorm) as usize;
         let norm = c * (1 + norm_bias);
-        let attention =
-            2 * c * c + 2 * c * kv + bias * (2 * c + 2 * kv) + if self.qk_norm { 2 * d } else { 0 };
-        let feed_forward = match self.feed_forward {
-            FeedForward::SwiGlu => 3 * c * f,
-            _ => 2 * c * f + bias * (c + f),
+        let attention = match &self.latent {
+            Some(latent) => latent.parameters(c, self.heads) + bias * c,
+            None => {
+                let norms = if self.qk_norm { 2 * d } else { 0 };
+                2 * c * c + 2 * c * kv + bias * (2 * c + 2 * kv) + norms
+            }
+        };
+        let (matrices, biases) = match self.feed_forward {
+            FeedForward::SwiGlu => (3, 0),
+            _ => (2, bias * (c + f)),
+        };
+        let dense = matrices * c * f + biases;
+        let feed_forward = match &self.mixture {
+            Some(m) => {
+                let dense_layers = m.dense_layers.min(self.layers);
+                let mixtures = (self.layers - dense_layers) * m.parameters(c, matrices);
+                dense_layers * dense + mixtures
+            }
+            None => self.layers * dense,
         };
         let positions = if self.positions == Positions::Learned {
             self.context * c
@@ -177,8 +200,42 @@ impl Config {
             0
         };
         let head = if self.tied { 0 } else { v * c };
-        (v * c + positions + self.layers * (2 * norm + attention + feed_forward) + norm + head)
-            as u64
+        let blocks = self.layers * (2 * norm + attention) + feed_forward;
+        (v * c + positions + blocks + norm + head) as u64
+    }
+
+    /// Heads of keys as attention has them: those of a latent are one for each query head.
+    pub fn key_heads(&self) -> usize {
+        match self.latent {
+            Some(_) => self.heads,
+            None => self.kv_heads,
+        }
+    }
+
+    /// Checks what belongs to latent attention and to a mixture.
+    fn check_parts(&self, mesh: &Mesh) -> Result<()> {
+        if let Some(latent) = &self.latent {
+            if !matches!(self.positions, Positions::Rotary { .. }) {
+                return Err(Error::new(
+                    ErrorKind::Input,
+                    "latent attention turns part of its heads by their position; it goes with rotary positions, not with \
+                     learned ones",
+                ));
+            }
+            latent.check()?;
+        }
+        let ep = mesh.size_of("ep");
+        match &self.mixture {
+            Some(mixture) => mixture.check(self.layers, mesh),
+            None if ep > 1 => Err(Error::new(
+                ErrorKind::Mesh,
+                format!(
+                    "mesh axis ep={ep} splits experts, and the model has none; dp={ep} splits the same batch, or give the model \
+                     experts"
+                ),
+            )),
+            None => Ok(()),
+        }
     }
 
     /// Checks the numbers against each other and against a mesh.
@@ -215,13 +272,15 @@ impl Config {
                 nearest_divisor(self.heads, self.kv_heads)
             ));
         }
-        if self.head_dim() > 256 {
+        if self.latent.is_none() && self.head_dim() > 256 {
             return input(format!(
                 "heads of {} elements; at most 256 are supported: use more heads",
                 self.head_dim()
             ));
         }
-        if matches!(self.positions, Positions::Rotary { .. }) && !self.head_dim().is_multiple_of(2)
+        if matches!(self.positions, Positions::Rotary { .. })
+            && self.latent.is_none()
+            && !self.head_dim().is_multiple_of(2)
         {
             return input(format!(
                 "rotary positions turn pairs, heads of {} elements are odd",
@@ -234,25 +293,19 @@ impl Config {
                 self.dropout
             ));
         }
-        let (tp, cp) = (mesh.size_of("tp"), mesh.size_of("cp"));
+        self.check_parts(mesh)?;
+        let dense = self.mixture.as_ref().is_none_or(|m| m.dense_layers > 0);
+        let tp = mesh.size_of("tp");
         let split = [
             ("heads", self.heads),
-            ("kv-heads", self.kv_heads),
-            ("ffn", self.ffn),
+            ("kv-heads", self.key_heads()),
+            ("ffn", if dense { self.ffn } else { 0 }),
         ];
         let refuse = |why: String| Err(Error::new(ErrorKind::Mesh, why));
-        if let Some((name, n)) = split.iter().find(|(_, n)| n % tp != 0) {
-            return refuse(format!(
+        match split.iter().find(|(_, n)| n % tp != 0) {
+            Some((name, n)) => refuse(format!(
                 "mesh axis tp={tp} does not divide {n} {name}; tp={} does",
                 nearest_divisor(*n, tp)
-            ));
-        }
-        // In attention cp splits the heads that tp leaves.
-        match split[..2].iter().find(|(_, n)| (n / tp) % cp != 0) {
-            Some((name, n)) => refuse(format!(
-                "mesh axis cp={cp} does not divide the {} {name} that tp={tp} leaves of {n}; cp={} does",
-                n / tp,
-                nearest_divisor(n / tp, cp)
             )),
             None => Ok(()),
         }

@@ -45,7 +45,7 @@ impl Transformer {
                     "positions",
                     tokens.shape(),
                     &placed,
-                    &positions(tokens.shape()[1]),
+                    &repeated(self.positions(chip, tokens)),
                 );
                 x.add(&chip.apply_one(op, &[&table, &at]))
             }
@@ -54,7 +54,7 @@ impl Transformer {
     }
 }
 
-/// Position of each token of [b, t], by its index in the batch.
-fn positions(tokens: usize) -> FromIndex<impl Fn(u64) -> u32> {
-    FromIndex(move |i| (i % tokens as u64) as u32)
+/// The numbers of `row` over and over, by an element's index.
+fn repeated(row: Vec<u32>) -> FromIndex<impl Fn(u64) -> u32> {
+    FromIndex(move |i| row[i as usize % row.len()])
 }

@@ -54,6 +54,11 @@ impl Transformer {
         chip.parameter_as(name, shapes, placements, init, self.dtype)
     }
 
+    /// How projections that end in the residual stream begin: GPT-2 scales them by the number of them.
+    pub(super) fn last_init(&self) -> Init {
+        Init::normal(0.02 / (2.0 * self.config.layers as f32).sqrt())
+    }
+
     /// `x w + b` with w split by rows: partial sums are reduced over tp, and the bias is added once, behind it.
     pub(super) fn row(
         &self,
@@ -63,9 +68,8 @@ impl Transformer {
         shape: [usize; 2],
         x: &Sharded,
     ) -> Sharded {
-        // GPT-2 scales the projections that end in the residual stream by the number of them.
-        let init = Init::normal(0.02 / (2.0 * self.config.layers as f32).sqrt());
-        let weight = self.weight(chip, name, &shape, chip.placed(&[("tp", Shard(0))]), init);
+        let placed = chip.placed(&[("tp", Shard(0))]);
+        let weight = self.weight(chip, name, &shape, placed, self.last_init());
         let bias = bias.filter(|_| self.config.bias);
         let bias =
             bias.map(|b| self.weight(chip, b, &shape[1..], chip.replicated(), Init::zeros()));

@@ -1,4 +1,4 @@
-//! The transformer, written once over sharded tensors: the same code on one chip and on any mesh of dp, fsdp, cp, tp and
+//! The transformer, written once over sharded tensors: the same code on one chip and on any mesh of dp, fsdp, ep, cp, tp and
 //! pp.
 //!
 //! Tensor parallelism is Megatron's (Shoeybi et al. 2019, arXiv:1909.08053): the first matrix of each pair is split by
@@ -8,16 +8,21 @@
 //!
 //! Sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198) also splits over tp what lies between those pairs: the
 //! residual stream, norms and dropout are cut by tokens, and each all-reduce becomes a reduce-scatter and an all-gather, of
-//! the same bytes. Context parallelism is Ulysses' (Jacobs et al. 2023, arXiv:2309.14509): tokens are split over cp
-//! everywhere but in attention, which has all tokens of some heads; all-to-alls lead there and back.
+//! the same bytes. Context parallelism splits tokens over cp everywhere: attention is a ring (see [`Ring`](crate::spmd::Ring)), or
+//! Ulysses' (Jacobs et al. 2023, arXiv:2309.14509), which has all tokens of some heads, all-to-alls leading there and back, or
+//! both together.
 
 //!
 //! | file | what it holds |
 //! |---|---|
 //! | `config` | sizes and choices, and the models with a name |
+//! | `context` | how cp splits a sequence |
+//! | `decode` | a text that grows, over a cache |
 //! | `embedding` | tokens and positions become the residual stream |
 //! | `block` | norm, attention, norm, feed-forward; dropout |
 //! | `attention`, `feed_forward` | the two halves of a block |
+//! | `latent` | multi-head latent attention |
+//! | `mixture`, `experts` | a mixture of experts: what it is made of, and what it does |
 //! | `linear` | weights split by columns and by rows |
 //! | `head` | the last norm, logits and the loss |
 //!
@@ -26,14 +31,24 @@
 mod attention;
 mod block;
 mod config;
+mod context;
+mod decode;
 mod embedding;
+mod experts;
 mod feed_forward;
 mod head;
+mod latent;
 mod linear;
+mod mixture;
 
 pub(crate) use config::nearest_divisor;
 pub use config::{Config, FeedForward, Norm, Positions};
+pub use context::ContextMethod;
+pub use decode::Past;
 pub(crate) use embedding::EMBEDDING;
+pub(crate) use experts::{CLOSE, bias_name, load_name};
+pub use latent::{KeyLatent, Latent};
+pub use mixture::{Balance, Mixture, Score};
 
 use crate::dtype::DType;
 use crate::error::Result;
@@ -51,6 +66,9 @@ pub struct Transformer {
     recompute: bool,
     sequence_parallel: bool,
     draw: Option<u64>,
+    context_method: Option<ContextMethod>,
+    past: Option<Past>,
+    share: f32,
     rotary: Option<ops::Rotary>,
 }
 
@@ -75,6 +93,9 @@ impl Transformer {
             recompute: false,
             sequence_parallel: false,
             draw: None,
+            context_method: None,
+            past: None,
+            share: 1.0,
             rotary,
         })
     }
@@ -98,12 +119,29 @@ impl Transformer {
         self
     }
 
-    /// The same model with dropout on. Each forward of a run has its own `draw`, which decides what is left out.
+    /// The same model with dropout on, and with what balances a mixture's experts: the balance loss joins the backward, and
+    /// loads are counted. Each forward of a run has its own `draw`, which decides what is left out.
     pub fn training(&self, draw: u64) -> Self {
         Transformer {
             draw: Some(draw),
             ..self.clone()
         }
+    }
+
+    /// What share of a step's sequences one forward has, so that balance losses count as if all were one batch; 1 unless said.
+    /// They join a backward that starts from the mean over the step's labels.
+    pub fn with_share(mut self, share: f32) -> Self {
+        self.share = share;
+        self
+    }
+
+    /// The same model with a slot for every token: its mixtures drop nothing. For decoding, where a token must not miss its
+    /// experts because others were there before it.
+    pub fn without_capacity(mut self) -> Self {
+        if let Some(mixture) = &mut self.config.mixture {
+            mixture.capacity_factor = None;
+        }
+        self
     }
 
     /// Whether tp also splits the tokens of what lies between its pairs of matrices.
@@ -126,12 +164,15 @@ impl Transformer {
         self.config.vocab.next_multiple_of(chip.size_of("tp"))
     }
 
-    /// Placement of a batch of token numbers or labels [b, t]: sequences split over dp and fsdp, tokens over cp.
+    /// Placement of a batch of token numbers or labels [b, t]: sequences split over dp, fsdp and ep, tokens over cp, which keeps
+    /// them in the order of [`Transformer::token_order`]: see [`Transformer::batch`].
     pub fn batch_placement(chip: &Chip) -> Placements {
-        chip.placed(&[("dp", Shard(0)), ("fsdp", Shard(0)), ("cp", Shard(1))])
+        let sequences = ["dp", "fsdp", "ep"].map(|axis| (axis, Shard(0)));
+        chip.placed(&[&sequences[..], &[("cp", Shard(1))]].concat())
     }
 
-    /// Logits [b, t, v padded], split as the tokens are and over tp by vocabulary, from token numbers [b, t].
+    /// Logits [b, t, v padded], split as the tokens are and over tp by vocabulary, from token numbers [b, t] as
+    /// [`Transformer::batch`] gives them.
     #[track_caller]
     pub fn logits(&self, chip: &Chip, tokens: &Sharded) -> Sharded {
         let x = self.embed(chip, tokens);

@@ -10,10 +10,12 @@ use crate::cpu::attention::{
     Geometry, Heads, HeadsMut, attention_backward, attention_forward, attention_scratch,
 };
 use crate::cpu::memory::with_scratch;
+use crate::cpu::rows::parallel::{part, part_mut};
 use crate::dtype::{DType, Slice, SliceMut};
 #[cfg(feature = "gpu")]
 use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
+use std::sync::Arc;
 
 /// `o = softmax(mask(cap(scale q k^T))) v` for each batch and head (Vaswani et al. 2017; tiled as Dao et al. 2022).
 ///
@@ -23,6 +25,14 @@ use crate::tensor::{Tensor, TensorType};
 ///
 /// Query t stands at position `offset + t`, key s at s. A query that sees nothing gives 0, its log-sum-exp is -inf and its
 /// gradients are 0.
+///
+/// Fewer queries than keys continue a sequence whose keys were kept: with `offset` the number of keys before the first query.
+/// One query row a key head, or up to 64, against more than 1024 keys: the keys are cut into chunks for the threads.
+///
+/// In f32 the result has the same bits on every instruction set and any number of threads. In bf16 on a processor whose AMX
+/// unit may be used, weights and the gradients of logits are rounded to bf16 before the next product, and the unit sums in
+/// an order of its own: the same bits on any number of threads, but not those of a processor without it. The environment
+/// variable `SUPERNODE_MATRIX_UNITS=off` leaves the unit out. A soft cap, or a scale that is not positive, does without it.
 ///
 /// Letters: `bThD,bShD,bShD,bT,bS->bThD,bhT`: batch and heads may be split. A single key head (g = 1 < h) stays whole
 /// while h is split. Backward: `dv = p^T do`, `dp = do v^T`, `ds = p (dp - rowsum(do o))`, `dq = scale ds k`,
@@ -35,6 +45,9 @@ pub struct Attention {
     pub window: Option<usize>,
     /// Position of the first query.
     pub offset: usize,
+    /// Position of the first query of each sequence [b], in place of `offset`: sequences of a cache are of different lengths.
+    /// Without backward.
+    pub offsets: Option<Arc<[usize]>>,
     /// What multiplies q k^T; `1 / sqrt(d)` if none.
     pub scale: Option<f32>,
     /// c, which turns a logit l into `c tanh(l / c)`, before the mask (Gemma 2, 2024).
@@ -44,7 +57,7 @@ pub struct Attention {
 }
 
 impl Attention {
-    fn geometry<'a>(
+    pub(super) fn geometry<'a>(
         &self,
         q: &TensorType,
         k: &TensorType,
@@ -82,10 +95,57 @@ impl Attention {
         }
     }
 
+    /// Pairs of one head of `batch` sequences; of sequences with positions of their own the mean share, rounded up.
+    fn pairs_of(&self, batch: usize, queries: usize, keys: usize) -> u64 {
+        let Some(offsets) = &self.offsets else {
+            return batch as u64 * self.pairs(queries, keys);
+        };
+        let of = |offset: &usize| self.at(*offset).pairs(queries, keys);
+        let all: u64 = offsets.iter().map(of).sum();
+        (all * batch as u64).div_ceil(offsets.len().max(1) as u64)
+    }
+
+    /// The same for one sequence whose first query stands at `offset`.
+    fn at(&self, offset: usize) -> Self {
+        Attention {
+            offset,
+            offsets: None,
+            ..self.clone()
+        }
+    }
+
     fn products(&self, inputs: &[TensorType]) -> u64 {
         let (q, k) = (&inputs[0], &inputs[1]);
-        let pairs = self.pairs(q.shape[1], k.shape[1]);
-        2 * pairs * (q.shape[0] * q.shape[2] * q.shape[3]) as u64
+        let pairs = self.pairs_of(q.shape[0], q.shape[1], k.shape[1]);
+        2 * pairs * (q.shape[2] * q.shape[3]) as u64
+    }
+
+    /// Each sequence by itself, at its own position.
+    fn forward_apart(
+        &self,
+        offsets: &[usize],
+        inputs: &[&Tensor],
+        o: &mut Tensor,
+        lse: &mut Tensor,
+    ) {
+        let (q, k) = (inputs[0].ty().clone(), inputs[1].ty().clone());
+        let one = |ty: &TensorType| TensorType::new([&[1][..], &ty.shape[1..]].concat(), ty.dtype);
+        let (one_q, one_k) = (one(&q), one(&k));
+        let [rows_q, rows_k] = [&one_q, &one_k].map(TensorType::elements);
+        let rows_lse = q.shape[1] * q.shape[2];
+        let cut =
+            |i: usize, b: usize, rows: usize| part(inputs[i].slice(), b * rows..(b + 1) * rows);
+        let (mut o, lse) = (o.slice_mut(), lse.slice_mut().typed::<f32>());
+        for (b, &offset) in offsets.iter().enumerate() {
+            attention_forward(
+                &self.at(offset).geometry(&one_q, &one_k, None),
+                heads(cut(0, b, rows_q), &one_q),
+                heads(cut(1, b, rows_k), &one_k),
+                heads(cut(2, b, rows_k), &one_k),
+                heads_mut(part_mut(&mut o, b * rows_q..(b + 1) * rows_q), &one_q),
+                &mut lse[b * rows_lse..(b + 1) * rows_lse],
+            );
+        }
     }
 }
 
@@ -101,14 +161,14 @@ fn clamped_sum(x: i128, n: usize, most: usize) -> u64 {
 }
 
 /// Strides of [b, t, h, d] by (b, h, t).
-fn heads<'a>(data: Slice<'a>, ty: &TensorType) -> Heads<'a> {
+pub(super) fn heads<'a>(data: Slice<'a>, ty: &TensorType) -> Heads<'a> {
     Heads {
         data,
         strides: strides(ty),
     }
 }
 
-fn heads_mut<'a>(data: SliceMut<'a>, ty: &TensorType) -> HeadsMut<'a> {
+pub(super) fn heads_mut<'a>(data: SliceMut<'a>, ty: &TensorType) -> HeadsMut<'a> {
     HeadsMut {
         data,
         strides: strides(ty),
@@ -186,6 +246,14 @@ impl Op for Attention {
                 return wrong("documents in u32: [b, t] for q and [b, s] for k");
             }
         }
+        if let Some(offsets) = &self.offsets
+            && (offsets.len() != q.shape[0] || self.documents)
+        {
+            return wrong(&format!(
+                "as many sequences as positions, {}, and no documents beside them",
+                offsets.len()
+            ));
+        }
         let lse = TensorType::new([q.shape[0], q.shape[2], q.shape[1]], DType::F32);
         Ok(vec![q.clone(), lse])
     }
@@ -199,17 +267,29 @@ impl Op for Attention {
 
     fn cost(&self, inputs: &[TensorType], outputs: &[TensorType]) -> Cost {
         let g = self.geometry(&inputs[0], &inputs[1], None);
+        // Of a cache only what some query may see is read.
+        let unseen = self.offsets.as_ref().map_or(0, |offsets| {
+            let seen = offsets.iter().max().map_or(0, |o| o + inputs[0].shape[1]);
+            let keys = inputs[1].shape[1];
+            let unseen = keys.saturating_sub(seen) as u64;
+            traffic(&inputs[1..3]) / keys.max(1) as u64 * unseen
+        });
         Cost {
             flops: 2 * self.products(inputs),
-            bytes: traffic(inputs) + traffic(outputs),
+            bytes: traffic(inputs) + traffic(outputs) - unseen,
             scratch: attention_scratch(&g).0 as u64,
         }
     }
 
-    fn forward(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+    fn forward(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
         let [o, lse] = outputs else {
             unreachable!("infer gives two results")
         };
+        if let Some(offsets) = &self.offsets {
+            let first = site.inputs[0].start[0];
+            let mine = &offsets[first..first + inputs[0].shape()[0]];
+            return self.forward_apart(mine, inputs, o, lse);
+        }
         let documents = self
             .documents
             .then(|| (inputs[3].slice().typed(), inputs[4].slice().typed()));
@@ -249,6 +329,10 @@ impl Op for Attention {
     }
 
     fn backward(&self, _: &Site, backward: &mut Backward) {
+        assert!(
+            self.offsets.is_none(),
+            "attention of sequences at positions of their own is for inference; it has no backward"
+        );
         let dout = backward.only_gradient("attention");
         let (q, k, v) = (backward.input(0), backward.input(1), backward.input(2));
         let (o, lse) = (backward.output(0), backward.output(1));
@@ -283,6 +367,10 @@ impl Op for Attention {
 
     #[cfg(feature = "gpu")]
     fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        assert!(
+            self.offsets.is_none(),
+            "attention of sequences at positions of their own has no kernel for graphics processors yet; run it on cpu"
+        );
         let [o, lse] = outputs else {
             unreachable!("infer gives two results")
         };

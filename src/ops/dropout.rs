@@ -8,13 +8,14 @@ use crate::cpu::rows;
 use crate::dtype::{Slice, SliceMut};
 #[cfg(feature = "gpu")]
 use crate::gpu;
+use crate::placement::TokenOrder;
 use crate::random::Stream;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = x / (1 - p)` with probability `1 - p`, else 0 (Srivastava et al. 2014).
 ///
-/// Which elements stay is a function of the run's seed, the name, and the element's index in the whole tensor (see
-/// [`Stream`]): chips and the backward agree without sending or storing a mask. Give every use its own name, with the step
+/// Which elements stay is a function of the run's seed, the name, and the element's index in the whole tensor, tokens in the
+/// order of the text (see [`Stream`]): chips and the backward agree without sending or storing a mask. Give every use its own name, with the step
 /// in it. Backward: the same function of dy.
 #[derive(Clone, Debug)]
 pub struct Dropout {
@@ -22,12 +23,14 @@ pub struct Dropout {
     pub p: f32,
     /// The name of the stream of random numbers.
     pub name: String,
+    /// In which order tokens, axis 1, are kept.
+    pub order: TokenOrder,
 }
 
 impl Dropout {
     fn apply(&self, site: &Site, x: Slice, y: SliceMut) {
         let stream = Stream::new(site.seed, &self.name);
-        let (run, start) = site.inputs[0].runs();
+        let (run, start) = site.inputs[0].runs_in(&self.order);
         rows::dropout(x, y, self.p, stream, run, start);
     }
 }
@@ -36,7 +39,7 @@ impl Dropout {
 impl Dropout {
     fn apply_gpu(&self, site: &Site, x: gpu::Operand, y: gpu::Operand) {
         let stream = Stream::new(site.seed, &self.name);
-        let (run, start) = site.inputs[0].runs();
+        let (run, start) = site.inputs[0].runs_in(&self.order);
         gpu::dropout(x, y, self.p, stream, run, start);
     }
 }

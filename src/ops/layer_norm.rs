@@ -1,13 +1,11 @@
 //! Layer normalisation over the last axis.
 
-#[cfg(feature = "gpu")]
-use super::device::{read, write};
 use super::gradient::optional_in_f32;
+#[cfg(feature = "gpu")]
+use super::standardize::Norm;
 use super::{Axes, Backward, Cost, Op, Saved, Site, letters_besides, misfit, traffic};
 use crate::cpu::rows;
 use crate::dtype::DType;
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = (x - mean) rstd weight + bias` of each row, with `rstd = 1 / sqrt(variance + eps)` (Ba et al. 2016).
@@ -166,49 +164,24 @@ impl Op for LayerNorm {
 
     #[cfg(feature = "gpu")]
     fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
-        let [y, mean, rstd] = outputs else {
-            unreachable!("infer gives three results")
-        };
-        let statistics = gpu::NormStatistics {
-            mean: Some(write(mean)),
-            rstd: write(rstd),
-        };
-        let weight = self.weight.then(|| read(inputs[1]));
-        let bias = self.bias.then(|| read(inputs[self.bias_at()]));
-        gpu::norm(
-            read(inputs[0]),
-            weight,
-            bias,
-            self.eps,
-            write(y),
-            statistics,
-        );
+        self.norm().forward(inputs, outputs);
     }
 
     #[cfg(feature = "gpu")]
     fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
-        let dy = read(backward.only_gradient("layer_norm"));
-        let x = read(backward.input(0));
-        let statistics = gpu::NormStatistics {
-            mean: Some(read(backward.output(1))),
-            rstd: read(backward.output(2)),
-        };
-        let weight = self.weight.then(|| read(backward.input(1)));
-        if let Some(dx) = backward.want(0) {
-            let (dx, _) = dx.operand();
-            gpu::norm_dx(x.clone(), dy.clone(), weight, statistics.clone(), dx);
-        }
-        if self.weight
-            && let Some(dweight) = backward.want(1)
-        {
-            let (dweight, add) = dweight.operand();
-            gpu::norm_dweight(x, dy.clone(), statistics, dweight, add);
-        }
-        if self.bias
-            && let Some(dbias) = backward.want(self.bias_at())
-        {
-            let (dbias, add) = dbias.operand();
-            gpu::column_sum(dy, dbias, add);
+        self.norm().backward(backward);
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl LayerNorm {
+    fn norm(&self) -> Norm {
+        Norm {
+            name: "layer_norm",
+            eps: self.eps,
+            mean: true,
+            weight: self.weight,
+            bias: self.bias.then(|| self.bias_at()),
         }
     }
 }

@@ -21,13 +21,14 @@ use crate::tensor::{Tensor, TensorType};
 /// `c[i,j] = f(sum over p of a[i,p] b[p,j] + bias[j])`.
 ///
 /// - a: [.., m, k], or [.., k, m] with `transpose_a`;
-/// - b: [k, n], or [n, k] with `transpose_b`, shared by all leading axes of a (which are then rows; `transpose_a` wants a
-///   with two axes); or with a's leading axes: one product for each of their indices;
+/// - b: [k, n], or [n, k] with `transpose_b`, behind none, some or all of a's leading axes, from the first on: one product
+///   for each of their indices, and a's other leading axes are rows of it (`transpose_a` wants all of them in b);
 /// - bias: `[n]`, a third operand, with `bias`;
 /// - result 0: c [.., m, n] in `output`, or in the type of a;
 /// - result 1, with an `activation`: the preactivation `a b + bias`, in the type of c, kept for backward.
 ///
-/// The sum is in f32 whatever the types, which may differ. Letters of a 3-axis a: `abk,kn->abn`; batched: `amk,akn->amn`.
+/// The sum is in f32 whatever the types, which may differ. Letters of a 3-axis a: `amk,kn->amn`; batched: `amk,akn->amn`;
+/// the experts of a mixture, each with rows of its own: `abmk,akn->abmn`.
 /// A split k gives a partial sum, but with a bias or an activation it may not be split: they come after the reduction
 /// ([`AddBias`](super::AddBias), [`Activate`](super::Activate)).
 ///
@@ -75,30 +76,23 @@ impl Matmul {
                 (true, true) => "a [.., k, m] and b [n, k] or [.., n, k] with the same k",
             });
         }
-        let lead: usize = a_lead.iter().product();
+        let Some(rows) = a_lead.strip_prefix(b_lead) else {
+            return Err("leading axes of b that are the first of a's");
+        };
+        if self.transpose_a && !rows.is_empty() {
+            return Err(
+                "a transposed a of two axes where b has two, and the same leading axes otherwise",
+            );
+        }
         let mut shape = a_lead.to_vec();
         shape.extend([m, n]);
-        let sizes = if b_lead.is_empty() && !self.transpose_a {
-            // Leading axes of a are more rows of one product.
-            Sizes {
-                batch: 1,
-                m: lead * m,
-                n,
-                k,
-                b_stride: 0,
-            }
-        } else if a_lead == b_lead {
-            Sizes {
-                batch: lead,
-                m,
-                n,
-                k,
-                b_stride: k * n,
-            }
-        } else if b_lead.is_empty() {
-            return Err("a transposed a of two axes where b has two");
-        } else {
-            return Err("the same leading axes for a and b, or a b of two axes");
+        let sizes = Sizes {
+            batch: b_lead.iter().product(),
+            // Leading axes of a that b lacks are more rows of one product.
+            m: rows.iter().product::<usize>() * m,
+            n,
+            k,
+            b_stride: if b_lead.is_empty() { 0 } else { k * n },
         };
         Ok((sizes, shape))
     }
@@ -189,7 +183,7 @@ impl Op for Matmul {
         let lead = letters_besides(inputs[0].rank() - 2, "kmn");
         let a = pair('m', k, self.transpose_a);
         let b = pair(k, 'n', self.transpose_b);
-        let b_lead = if inputs[1].rank() == 2 { "" } else { &lead };
+        let b_lead = &lead[..inputs[1].rank() - 2];
         let bias = if self.bias { ",n" } else { "" };
         let mut letters = format!("{lead}{a},{b_lead}{b}{bias}->{lead}mn");
         if self.activation.is_some() {

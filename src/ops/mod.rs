@@ -9,6 +9,7 @@
 //! invents its own communication.
 
 use crate::dtype::{DType, TensorType};
+use crate::placement::TokenOrder;
 use crate::tensor::Tensor;
 use std::fmt;
 
@@ -16,6 +17,7 @@ mod activation;
 mod adamw;
 mod add;
 mod attention;
+pub(crate) mod attention_part;
 mod bias;
 mod cast;
 mod concatenate;
@@ -24,17 +26,24 @@ pub(crate) mod device;
 mod dropout;
 mod embedding;
 mod gradient;
+mod join_heads;
 mod layer_norm;
 mod matmul;
+mod mixture;
 mod multiply;
 mod norm;
+mod pad;
+mod pick_token;
 mod ratio;
 mod rms_norm;
 mod rotary;
 mod scale;
 mod sgd;
+mod sigmoid;
 mod slice;
 mod softmax;
+#[cfg(feature = "gpu")]
+mod standardize;
 mod sum;
 mod swiglu;
 mod transpose;
@@ -51,15 +60,20 @@ pub use concatenate::Concatenate;
 pub use cross_entropy::CrossEntropy;
 pub use dropout::Dropout;
 pub use embedding::Embedding;
+pub use join_heads::JoinHeads;
 pub use layer_norm::LayerNorm;
 pub use matmul::Matmul;
+pub use mixture::{BalanceBias, BalanceLoss, Combine, Dispatch, JoinLoss, NONE, Route, Slots};
 pub use multiply::Multiply;
 pub use norm::ClipFactor;
+pub use pad::Pad;
+pub use pick_token::PickToken;
 pub use ratio::Ratio;
 pub use rms_norm::RmsNorm;
-pub use rotary::{Rotary, RotaryScaling, RotaryStyle, RotaryTable};
+pub use rotary::{Rotary, RotaryPositions, RotaryScaling, RotaryStyle, RotaryTable};
 pub use scale::{Scale, ScaleBy};
 pub use sgd::Sgd;
+pub use sigmoid::Sigmoid;
 pub use slice::SliceAxis;
 pub use softmax::Softmax;
 pub use sum::{CountLabels, Sum, SumOfSquares, scalar};
@@ -229,11 +243,24 @@ impl Local {
     /// Splits the share into runs of elements that are consecutive in the whole: (length of a run, function from the
     /// number of the run to the whole's row-major index of its first element).
     pub fn runs(&self) -> (usize, impl Fn(usize) -> u64 + Sync + '_) {
+        self.runs_in(&TokenOrder::Ascending)
+    }
+
+    /// [`Local::runs`] where tokens, axis 1, are kept in `order`: indices are those of the whole in the text's order.
+    pub fn runs_in(&self, order: &TokenOrder) -> (usize, impl Fn(usize) -> u64 + Sync + '_) {
         let rank = self.ty.rank();
-        // Axes from the last on join a run while the share covers them whole.
+        let positions = match order {
+            TokenOrder::ZigZag { .. } if rank > 1 => {
+                let held = self.start[1]..self.start[1] + self.ty.shape[1];
+                Some(order.positions(held))
+            }
+            _ => None,
+        };
+        // Axes from the last on join a run while the share covers them whole; tokens out of order begin one each.
+        let least = if positions.is_some() { 2 } else { 0 };
         let mut first = rank;
         let mut run = 1;
-        while first > 0 {
+        while first > least {
             first -= 1;
             run *= self.ty.shape[first];
             if self.ty.shape[first] != self.global[first] {
@@ -250,7 +277,11 @@ impl Local {
                     rest /= self.ty.shape[axis];
                     at
                 };
-                index += (self.start[axis] + at) as u64 * stride;
+                let place = match &positions {
+                    Some(positions) if axis == 1 => positions[at],
+                    _ => self.start[axis] + at,
+                };
+                index += place as u64 * stride;
                 stride *= self.global[axis] as u64;
             }
             index

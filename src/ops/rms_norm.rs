@@ -1,13 +1,11 @@
 //! Root-mean-square normalisation over the last axis.
 
-#[cfg(feature = "gpu")]
-use super::device::{read, write};
 use super::gradient::optional_in_f32;
 use super::layer_norm::{infer_norm, norm_axes};
+#[cfg(feature = "gpu")]
+use super::standardize::Norm;
 use super::{Axes, Backward, Cost, Op, Saved, Site, traffic};
 use crate::cpu::rows;
-#[cfg(feature = "gpu")]
-use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 
 /// `y = x rstd weight` of each row, with `rstd = 1 / sqrt(mean of x^2 + eps)` (Zhang and Sennrich 2019).
@@ -113,42 +111,24 @@ impl Op for RmsNorm {
 
     #[cfg(feature = "gpu")]
     fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
-        let [y, rstd] = outputs else {
-            unreachable!("infer gives two results")
-        };
-        let statistics = gpu::NormStatistics {
-            mean: None,
-            rstd: write(rstd),
-        };
-        let weight = self.weight.then(|| read(inputs[1]));
-        gpu::norm(
-            read(inputs[0]),
-            weight,
-            None,
-            self.eps,
-            write(y),
-            statistics,
-        );
+        self.norm().forward(inputs, outputs);
     }
 
     #[cfg(feature = "gpu")]
     fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
-        let dy = read(backward.only_gradient("rms_norm"));
-        let x = read(backward.input(0));
-        let statistics = gpu::NormStatistics {
-            mean: None,
-            rstd: read(backward.output(1)),
-        };
-        let weight = self.weight.then(|| read(backward.input(1)));
-        if let Some(dx) = backward.want(0) {
-            let (dx, _) = dx.operand();
-            gpu::norm_dx(x.clone(), dy.clone(), weight, statistics.clone(), dx);
-        }
-        if self.weight
-            && let Some(dweight) = backward.want(1)
-        {
-            let (dweight, add) = dweight.operand();
-            gpu::norm_dweight(x, dy, statistics, dweight, add);
+        self.norm().backward(backward);
+    }
+}
+
+#[cfg(feature = "gpu")]
+impl RmsNorm {
+    fn norm(&self) -> Norm {
+        Norm {
+            name: "rms_norm",
+            eps: self.eps,
+            mean: false,
+            weight: self.weight,
+            bias: None,
         }
     }
 }

@@ -5,11 +5,12 @@
 
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
-use super::{Axes, Backward, Cost, Linear, Op, Site, misfit};
+use super::{Axes, Backward, Cost, Linear, Local, Op, Site, misfit};
 use crate::cpu::rows;
 use crate::dtype::{Slice, SliceMut};
 #[cfg(feature = "gpu")]
 use crate::gpu;
+use crate::placement::TokenOrder;
 use crate::tensor::{Tensor, TensorType};
 use std::f64::consts::TAU;
 use std::fmt;
@@ -30,8 +31,8 @@ pub struct Rotary {
     pub rotary_dim: Option<usize>,
     /// Which elements are a pair.
     pub style: RotaryStyle,
-    /// Position of the first token of the whole tensor.
-    pub offset: usize,
+    /// Where the tokens of the whole tensor stand.
+    pub positions: RotaryPositions,
     /// How the frequencies are changed to stretch the context.
     pub scaling: RotaryScaling,
     /// The last table that this op or a clone of it used; leave it at its default.
@@ -44,9 +45,51 @@ impl Default for Rotary {
             theta: 10_000.0,
             rotary_dim: None,
             style: RotaryStyle::Halves,
-            offset: 0,
+            positions: RotaryPositions::default(),
             scaling: RotaryScaling::None,
             table: RotaryTable::default(),
+        }
+    }
+}
+
+/// Where the tokens of a tensor [b, t, h, d] stand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RotaryPositions {
+    /// Token t of every sequence stands at `offset` and its place in the order in which tokens are kept.
+    Alike {
+        /// Position of the first token.
+        offset: usize,
+        /// The order.
+        order: TokenOrder,
+    },
+    /// The first token of each sequence stands at its own position [b], and the others behind it.
+    From(Arc<[usize]>),
+}
+
+impl Default for RotaryPositions {
+    fn default() -> Self {
+        RotaryPositions::Alike {
+            offset: 0,
+            order: TokenOrder::Ascending,
+        }
+    }
+}
+
+impl RotaryPositions {
+    /// How many tables of angles a share has: one, or one for each sequence; and the positions of all their tokens.
+    fn of(&self, local: &Local) -> (usize, Vec<usize>) {
+        let (batch, tokens) = (local.ty.shape[0], local.ty.shape[1]);
+        let held = local.start[1]..local.start[1] + tokens;
+        match self {
+            RotaryPositions::Alike { offset, order } => {
+                let positions = order.positions(held);
+                (1, positions.into_iter().map(|p| offset + p).collect())
+            }
+            RotaryPositions::From(starts) => {
+                let mine = &starts[local.start[0]..local.start[0] + batch];
+                let row = |start: &usize| held.clone().map(move |t| start + t).collect::<Vec<_>>();
+                (batch, mine.iter().flat_map(row).collect())
+            }
         }
     }
 }
@@ -107,7 +150,7 @@ impl fmt::Debug for RotaryTable {
 
 /// Cosines and sines [tokens, rotary_dim / 2] and what they were computed for.
 struct Angles {
-    key: (u64, usize, RotaryScaling, usize, usize),
+    key: (u64, usize, RotaryScaling, Vec<usize>),
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
@@ -117,8 +160,8 @@ impl Rotary {
         self.rotary_dim.unwrap_or(head_dim)
     }
 
-    fn angles(&self, dim: usize, first: usize, tokens: usize) -> Arc<Angles> {
-        let key = (self.theta.to_bits(), dim, self.scaling, first, tokens);
+    fn angles(&self, dim: usize, positions: Vec<usize>) -> Arc<Angles> {
+        let key = (self.theta.to_bits(), dim, self.scaling, positions);
         let mut kept = self.table.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(angles) = kept.as_ref().filter(|a| a.key == key) {
             return angles.clone();
@@ -129,8 +172,10 @@ impl Rotary {
                     .apply(self.theta.powf(-2.0 * i as f64 / dim as f64))
             })
             .collect();
-        let (cos, sin) = (first..first + tokens)
-            .flat_map(|position| frequencies.iter().map(move |f| position as f64 * f))
+        let (cos, sin) = key
+            .3
+            .iter()
+            .flat_map(|&position| frequencies.iter().map(move |f| position as f64 * f))
             .map(|angle| (angle.cos() as f32, angle.sin() as f32))
             .unzip();
         let angles = Arc::new(Angles { key, cos, sin });
@@ -144,10 +189,12 @@ impl Rotary {
             unreachable!("infer wants four axes")
         };
         let dim = self.turning(d);
-        let angles = self.angles(dim, self.offset + local.start[1], t);
+        // Sequences with positions of their own are one sequence to the kernel.
+        let (tables, positions) = self.positions.of(local);
+        let angles = self.angles(dim, positions);
         let shape = rows::Rotary {
-            batch: b,
-            tokens: t,
+            batch: b / tables.max(1),
+            tokens: t * tables,
             heads: h,
             head_dim: d,
             rotary_dim: dim,
@@ -169,9 +216,10 @@ impl Rotary {
         if dim == 0 {
             return gpu::cast(x, y);
         }
-        let angles = self.angles(dim, self.offset + local.start[1], tokens);
+        let (tables, positions) = self.positions.of(local);
+        let angles = self.angles(dim, positions);
         let turn = gpu::Turn {
-            tokens,
+            tokens: tokens * tables,
             heads,
             head_dim,
             half: dim / 2,
@@ -198,6 +246,12 @@ impl Op for Rotary {
                     );
                     return Err(misfit("rotary", wants, inputs));
                 }
+                if let RotaryPositions::From(starts) = &self.positions
+                    && starts.len() != x.shape[0]
+                {
+                    let wants = format!("as many sequences as positions, {}", starts.len());
+                    return Err(misfit("rotary", wants, inputs));
+                }
                 Ok(vec![x.clone()])
             }
             _ => Err(misfit("rotary", "one float operand [b, t, h, d]", inputs)),
@@ -211,7 +265,11 @@ impl Op for Rotary {
     fn cost(&self, inputs: &[TensorType], outputs: &[TensorType]) -> Cost {
         let x = &inputs[0];
         let dim = self.turning(x.last());
-        let table = 4 * (x.shape[1] * dim) as u64;
+        let tables = match &self.positions {
+            RotaryPositions::Alike { .. } => 1,
+            RotaryPositions::From(_) => x.shape[0],
+        };
+        let table = 4 * (tables * x.shape[1] * dim) as u64;
         let mut cost = Cost::elementwise(inputs, outputs, 0);
         cost.flops = 3 * (x.rows() * dim) as u64;
         cost.bytes += table;

@@ -18,6 +18,7 @@ mod attention;
 mod gradient;
 mod loss;
 mod matmul;
+mod mixture;
 mod norm;
 mod optimizer;
 mod rotary;
@@ -33,6 +34,10 @@ pub use attention::{Attention, attention, attention_backward};
 pub use gradient::{assert_gradient, normals};
 pub use loss::{cross_entropy, cross_entropy_backward, mean_loss, softmax, softmax_backward};
 pub use matmul::{column_sum, linear, linear_backward, matmul, matmul_backward, transposed};
+pub use mixture::{
+    Experts, NONE, Route, Slotted, balance_loss, balance_loss_backward, combine, combine_backward,
+    dispatch, dispatch_backward, mixture, route, route_backward, sigmoid, sigmoid_backward, slots,
+};
 pub use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
 pub use optimizer::{AdamW, Sgd, adamw, clip, global_norm, sgd};
 pub use rotary::{

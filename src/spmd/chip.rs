@@ -16,7 +16,7 @@ use crate::tape::{Gradients, Tape, ValueId};
 use crate::tensor::{Memory, Tensor};
 use crate::trace::{ChipTrace, Phase, Recorder};
 use std::cell::{Cell, Ref, RefCell, RefMut};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::panic::Location;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -36,6 +36,8 @@ pub(super) struct Inner {
     memory: Memory,
     seed: u64,
     algorithm: Algorithm,
+    /// The kind of every chip, by rank, as a number; empty where all are alike.
+    pub(super) kinds: Arc<[usize]>,
     began: Instant,
     pub(super) lane: Option<Lane>,
     pub(super) staging: Pool,
@@ -48,12 +50,14 @@ pub(super) struct Inner {
     pub(super) beside: RefCell<Option<Beside>>,
     next_value: Cell<ValueId>,
     parameters: RefCell<Vec<Parameter>>,
+    pub(super) counts: RefCell<Vec<super::count::Counted>>,
     source: RefCell<Option<Source>>,
     pub(super) state_names: RefCell<Vec<&'static str>>,
     pub(super) sequence: RefCell<Vec<u64>>,
     pub(super) tickets: Cell<u64>,
     pub(super) open_tickets: RefCell<BTreeSet<u64>>,
     pub(super) zero: Cell<Option<(super::Zero, usize)>>,
+    pub(super) caches: RefCell<HashMap<String, super::cache::Cache>>,
     overlap: RefCell<Overlap>,
 }
 
@@ -64,6 +68,7 @@ pub(super) struct Setup {
     pub memory: Memory,
     pub seed: u64,
     pub algorithm: Algorithm,
+    pub kinds: Arc<[usize]>,
     pub began: Instant,
     pub lane: Option<Lane>,
 }
@@ -84,6 +89,7 @@ impl Chip {
             memory: setup.memory,
             seed: setup.seed,
             algorithm: setup.algorithm,
+            kinds: setup.kinds,
             began: setup.began,
             lane: setup.lane,
             staging: Pool::new(None),
@@ -96,12 +102,14 @@ impl Chip {
             beside: RefCell::new(None),
             next_value: Cell::new(0),
             parameters: RefCell::default(),
+            counts: RefCell::default(),
             source: RefCell::new(None),
             state_names: RefCell::default(),
             sequence: RefCell::new(vec![0; axes + 1]),
             tickets: Cell::new(0),
             open_tickets: RefCell::default(),
             zero: Cell::new(None),
+            caches: RefCell::default(),
             overlap: RefCell::default(),
         }))
     }

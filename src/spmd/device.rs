@@ -3,6 +3,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::Memory;
 use std::fmt;
+use std::sync::Arc;
 
 /// What the chips of a mesh compute on. Several chips may share one adapter.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,29 +46,29 @@ impl Device {
     }
 
     /// Reads devices by name, separated by commas, which chips take in turn: `cpu`, `gpu` (the first one), `gpu:1`, or
-    /// `gpu:0,gpu:1`.
+    /// `cpu,gpu:0`. Chips of several kinds that hold the same parameter take it from the first of them after each update,
+    /// because division and square root differ between kinds in the last bit.
     ///
     /// # Errors
-    /// For any other name, with the names there are, and for a mixture of both kinds: between a processor and a graphics
-    /// processor division and square root differ in the last bit, so replicated parameters would drift apart.
+    /// For any other name, with the names there are.
     pub fn parse(names: &str) -> Result<Self> {
-        let kinds: Vec<Kind> = names.split(',').map(one).collect::<Result<_>>()?;
-        let device = Device { kinds };
-        if device.is_cpu() != device.kinds.contains(&Kind::Cpu) {
-            return Err(Error::new(
-                ErrorKind::Input,
-                format!(
-                    "device '{names}' mixes processors and graphics processors, whose results differ in the last bit: \
-                     parameters that both hold would drift apart; choose one kind"
-                ),
-            ));
-        }
-        Ok(device)
+        let kinds = names.split(',').map(one).collect::<Result<_>>()?;
+        Ok(Device { kinds })
     }
 
     /// True if every chip is a slice of the processor.
     pub fn is_cpu(&self) -> bool {
         self.kinds.iter().all(|k| *k == Kind::Cpu)
+    }
+
+    /// The kind of each of `chips` chips as a number, alike for chips that compute the same bits.
+    pub(super) fn kinds(&self, chips: usize) -> Arc<[usize]> {
+        let kind = |rank: usize| match self.kinds[rank % self.kinds.len()] {
+            Kind::Cpu => 0,
+            #[cfg(feature = "gpu")]
+            Kind::Gpu(index) => 1 + first_alike(index),
+        };
+        (0..chips).map(kind).collect()
     }
 
     /// The memory of the chip of this rank.
@@ -90,6 +91,17 @@ impl fmt::Display for Device {
         let names: Vec<String> = self.kinds.iter().map(Kind::to_string).collect();
         f.write_str(&names.join(","))
     }
+}
+
+/// The first adapter with the name and driver of this one.
+#[cfg(feature = "gpu")]
+fn first_alike(index: usize) -> usize {
+    let all = crate::gpu::adapters();
+    let alike = |a: &crate::gpu::Adapter| {
+        all.get(index)
+            .is_some_and(|b| (&a.name, &a.driver, &a.backend) == (&b.name, &b.driver, &b.backend))
+    };
+    all.iter().position(alike).unwrap_or(index)
 }
 
 fn one(name: &str) -> Result<Kind> {
@@ -137,8 +149,13 @@ mod tests {
         let two = Device::parse("gpu:0,gpu:3").unwrap();
         assert_eq!(two.to_string(), "gpu:0,gpu:3");
         assert!(!two.is_cpu());
-        let why = Device::parse("cpu,gpu").unwrap_err().to_string();
-        assert!(why.contains("last bit"), "{why}");
+        let mixed = Device::parse("cpu,gpu").unwrap();
+        assert_eq!(
+            (mixed.to_string().as_str(), mixed.is_cpu()),
+            ("cpu,gpu:0", false)
+        );
+        assert_eq!(mixed.kinds(4)[..], [0, 1, 0, 1]);
+        assert_eq!(Device::cpu().kinds(2)[..], [0, 0]);
         let why = Device::gpu(99).check(None).unwrap_err();
         assert_eq!(why.kind(), ErrorKind::Device);
         assert!(why.to_string().contains("there is no gpu:99"), "{why}");

@@ -100,6 +100,7 @@ impl Ghost {
                 memory: Memory::ghost(self.budget),
                 seed: self.seed,
                 algorithm: self.algorithm,
+                kinds: Arc::from([]),
                 began: Instant::now(),
                 lane: None,
             });

@@ -169,6 +169,18 @@ impl Chip {
             .reduce(|sum, more| self.accumulate(sum, more, target, site))
     }
 
+    /// The settled gradient of a node's result; none if nothing was contributed to it.
+    pub(super) fn settle_value(
+        &self,
+        gradients: &mut Gradients,
+        result: &Settled,
+        site: &'static Location<'static>,
+    ) -> Option<Tensor> {
+        let contributions = gradients.take(result.value);
+        let target = result.placements.gradient();
+        self.settle(contributions, &target, &result.global, site)
+    }
+
     /// Adds a contribution to the gradient of a value or parameter.
     pub(super) fn contribute(
         &self,
@@ -216,6 +228,13 @@ impl Chip {
             (None, None) => {}
         }
     }
+}
+
+/// A value whose gradient is to be settled.
+pub(super) struct Settled {
+    pub value: ValueId,
+    pub global: Vec<usize>,
+    pub placements: Placements,
 }
 
 struct Operand {
@@ -463,7 +482,7 @@ impl Applied {
 
 impl Chip {
     /// A gradient in the type that its value's gradients have.
-    fn gradient_as(
+    pub(super) fn gradient_as(
         &self,
         dy: &Tensor,
         dtype: DType,

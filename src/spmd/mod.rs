@@ -9,9 +9,12 @@
 //! | `sharded` | a tensor over the mesh and the ops on it |
 //! | `apply`, `resolve` | one op on placed operands: shapes, placements, event |
 //! | `gradient`, `recompute`, `segment` | backward: settling, adding, computing again, tapes apart |
+//! | `count` | statistics that a program keeps for the loop around its steps |
 //! | `zero`, `update` | what belongs to a parameter split over the batch's axis; changing parameters |
 //! | `redistribute` | moving between placements; collectives as events |
 //! | `grid` | matmul on a grid of chips: 1-D, SUMMA, 2.5-D |
+//! | `cache` | what a chip keeps between forwards of a text that grows |
+//! | `context` | attention over a sequence that chips share: ring, USP |
 //! | `started`, `message` | transfers beside the program; messages to one peer |
 //! | `overlap` | parameters gathered a block ahead, gradients reduced a block behind |
 //! | `execute` | walks a collective's list of steps over a wire |
@@ -20,7 +23,10 @@
 //! | `threads`, `ghost` | the worlds |
 
 mod apply;
+mod cache;
 mod chip;
+mod context;
+mod count;
 mod device;
 mod exchange;
 mod execute;
@@ -28,6 +34,7 @@ mod ghost;
 mod gradient;
 mod grid;
 mod message;
+mod mixed;
 mod overlap;
 mod parameter;
 mod recompute;
@@ -42,6 +49,7 @@ mod update;
 mod zero;
 
 pub use chip::{Chip, Contents, FromIndex};
+pub use context::{InOrder, Ring};
 pub use device::Device;
 pub use ghost::Ghost;
 pub use grid::{Cut, Grid};

@@ -13,6 +13,7 @@ use super::execute::Call;
 use super::{Chip, Sharded};
 use crate::collective::{self, Algorithm, Counts, Kind, Reduce};
 use crate::dtype::TensorType;
+use crate::mesh::Group;
 use crate::ops::Cost;
 use crate::placement::{Placement, Placements, Transition, plan, split};
 use crate::tensor::Tensor;
@@ -30,6 +31,8 @@ pub(super) struct Request {
     pub algorithm: Algorithm,
     pub reduce: Reduce,
     pub axis: usize,
+    /// The members that take part, if not all along the axis.
+    pub group: Option<Group>,
     pub counts: Counts,
     pub result: TensorType,
     pub before: Placements,
@@ -203,6 +206,7 @@ impl Chip {
             algorithm: self.algorithm(),
             reduce: Reduce::Sum,
             axis,
+            group: None,
             counts,
             result: ty,
             before: before.clone(),
@@ -292,7 +296,7 @@ impl Chip {
             request.site
         );
         let lane = self.inner().lane.clone()?;
-        let group = self.group(request.axis);
+        let group = request.group.unwrap_or_else(|| self.group(request.axis));
         let schedule = collective::schedule(
             request.kind,
             request.algorithm,
@@ -336,7 +340,8 @@ impl Chip {
         began: Option<u64>,
     ) {
         let axis = &self.mesh().axes()[request.axis];
-        let (n, size) = (axis.size(), input.dtype().size() as u64);
+        let n = request.group.map_or(axis.size(), |g| g.size());
+        let size = input.dtype().size() as u64;
         // The mean over the group: shares may be uneven, the class of chips is one.
         let per_chip = |elements: u64| (elements * size).div_ceil(n as u64);
         let sent = collective::sent_elements(request.kind, request.algorithm, &request.counts, n);
@@ -389,6 +394,7 @@ impl Chip {
             algorithm: self.algorithm(),
             reduce: Reduce::Max,
             axis: number,
+            group: None,
             counts: Counts::Len(x.tensor.elements()),
             result: x.tensor.ty().clone(),
             before: x.placements.clone(),
@@ -420,7 +426,7 @@ impl Chip {
         Sharded::unrecorded(self, tensor, x.global.clone(), x.placements.clone())
     }
 
-    fn whole_group(&self, x: &Tensor, axis: &str, kind: Kind, site: Site) -> Tensor {
+    pub(super) fn whole_group(&self, x: &Tensor, axis: &str, kind: Kind, site: Site) -> Tensor {
         if self.size_of(axis) == 1 {
             return x.clone();
         }
@@ -431,6 +437,7 @@ impl Chip {
             algorithm: self.algorithm(),
             reduce: Reduce::Sum,
             axis: self.mesh().axis_index(axis),
+            group: None,
             counts: Counts::Len(x.elements()),
             result: x.ty().clone(),
             before: p.clone(),
@@ -443,7 +450,7 @@ impl Chip {
 }
 
 /// A tensor seen as [outer, len, inner]: what is before a dimension, the dimension, and the bytes behind it.
-struct Cut {
+pub(super) struct Cut {
     outer: usize,
     len: usize,
     /// Bytes of one index of the dimension.
@@ -452,7 +459,7 @@ struct Cut {
 }
 
 impl Cut {
-    fn of(ty: &TensorType, dim: usize) -> Self {
+    pub(super) fn of(ty: &TensorType, dim: usize) -> Self {
         let size = ty.dtype.size();
         let inner: usize = ty.shape[dim + 1..].iter().product();
         Cut {
@@ -463,12 +470,22 @@ impl Cut {
         }
     }
 
+    /// Product of the sizes before the dimension: 1 if its pieces are runs of memory.
+    pub(super) fn outer(&self) -> usize {
+        self.outer
+    }
+
+    /// Bytes of `len` indices of the dimension.
+    pub(super) fn bytes_of(&self, len: usize) -> usize {
+        self.outer * len * self.inner
+    }
+
     /// Elements per index of the dimension.
     fn rest(&self) -> usize {
         self.outer * (self.inner / self.size)
     }
 
-    fn take(&self, from: &[u8], range: Range<usize>, to: &mut [u8]) {
+    pub(super) fn take(&self, from: &[u8], range: Range<usize>, to: &mut [u8]) {
         let run = range.len() * self.inner;
         for (o, piece) in to.chunks_exact_mut(run.max(1)).enumerate() {
             let at = (o * self.len + range.start) * self.inner;
@@ -476,7 +493,7 @@ impl Cut {
         }
     }
 
-    fn put(&self, from: &[u8], range: Range<usize>, to: &mut [u8]) {
+    pub(super) fn put(&self, from: &[u8], range: Range<usize>, to: &mut [u8]) {
         let run = range.len() * self.inner;
         for (o, piece) in from.chunks_exact(run.max(1)).enumerate() {
             let at = (o * self.len + range.start) * self.inner;

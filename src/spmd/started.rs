@@ -40,6 +40,16 @@ pub(super) struct Moving {
     running: Running,
 }
 
+/// A collective of a share by itself, under way: no placement changes and no tape knows of it.
+#[must_use = "a started transfer has to be waited for"]
+pub(super) struct Passing {
+    ticket: u64,
+    after: Placements,
+    site: Site,
+    input: Tensor,
+    running: Running,
+}
+
 struct Running {
     done: Arc<AtomicBool>,
     slot: Slot,
@@ -106,20 +116,7 @@ impl Chip {
         site: Site,
     ) -> Moving {
         let (input, request) = self.prepare(tensor, global, axis, transition, from, to, site);
-        let output = self.allocate(&request.result);
-        let ticket = self.open_ticket();
-        let running = match self.call(&input, &request) {
-            Some(call) => self.start(call, input.clone(), output),
-            // A ghost's result is allocated and waits for nothing.
-            None => Running::finished(output),
-        };
-        self.tell_collective(
-            &input,
-            &request,
-            Stream::Communication,
-            Some(ticket),
-            self.now(),
-        );
+        let (ticket, running) = self.launch(&input, &request);
         Moving {
             request,
             ticket,
@@ -130,11 +127,34 @@ impl Chip {
         }
     }
 
-    /// Waits for a tensor that is on its way.
-    pub(super) fn finish_move(&self, moving: Moving, site: Site) -> Tensor {
-        self.arrive("wait", site);
-        let began = self.now();
-        let running = moving.running;
+    /// Starts a collective of a share by itself.
+    pub(super) fn start_collective(&self, input: Tensor, request: Request) -> Passing {
+        let (ticket, running) = self.launch(&input, &request);
+        Passing {
+            ticket,
+            after: request.after,
+            site: request.site,
+            input,
+            running,
+        }
+    }
+
+    /// Starts a collective and writes its event.
+    fn launch(&self, input: &Tensor, request: &Request) -> (u64, Running) {
+        let output = self.allocate(&request.result);
+        let ticket = self.open_ticket();
+        let running = match self.call(input, request) {
+            Some(call) => self.start(call, input.clone(), output),
+            // A ghost's result is allocated and waits for nothing.
+            None => Running::finished(output),
+        };
+        let (stream, began) = (Stream::Communication, self.now());
+        self.tell_collective(input, request, stream, Some(ticket), began);
+        (ticket, running)
+    }
+
+    /// Waits for a started transfer.
+    fn take(&self, ticket: u64, running: Running) -> Tensor {
         if let Some(lane) = &self.inner().lane {
             lane.wait_done(&running.done, &running.header)
                 .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
@@ -145,10 +165,34 @@ impl Chip {
             .unwrap_or_else(|broken| broken.into_inner())
             .take();
         let (result, time) = delivered.expect("a transfer that is done has delivered");
-        self.close_ticket(moving.ticket);
+        self.close_ticket(ticket);
         if !self.is_ghost() {
-            self.recorder().complete(moving.ticket, time);
+            self.recorder().complete(ticket, time);
         }
+        result
+    }
+
+    /// Writes the event of a wait that began at `began` and brought `value`.
+    fn tell_wait(&self, ticket: u64, value: Value, site: Site, began: Option<u64>) {
+        self.tell(Told {
+            kind: EventKind::Wait,
+            op: "wait".into(),
+            site,
+            inputs: vec![],
+            outputs: vec![value],
+            cost: Cost::default(),
+            traffic: None,
+            stream: Stream::Compute,
+            ticket: Some(ticket),
+            began,
+        });
+    }
+
+    /// Waits for a tensor that is on its way.
+    pub(super) fn finish_move(&self, moving: Moving, site: Site) -> Tensor {
+        self.arrive("wait", site);
+        let began = self.now();
+        let result = self.take(moving.ticket, moving.running);
         drop(moving.input);
         let (axis, after) = (moving.request.axis, moving.request.after);
         let tensor = self.unpack(
@@ -163,18 +207,7 @@ impl Chip {
             ty: tensor.ty().clone(),
             placement: after,
         };
-        self.tell(Told {
-            kind: EventKind::Wait,
-            op: "wait".into(),
-            site,
-            inputs: vec![],
-            outputs: vec![value],
-            cost: Cost::default(),
-            traffic: None,
-            stream: Stream::Compute,
-            ticket: Some(moving.ticket),
-            began,
-        });
+        self.tell_wait(moving.ticket, value, site, began);
         tensor
     }
 
@@ -251,6 +284,22 @@ impl Running {
             slot: Arc::new(Mutex::new(Some((output, time)))),
             header: Arc::new(header),
         }
+    }
+}
+
+impl Passing {
+    /// Waits for the transfer and returns what arrived.
+    pub(super) fn wait(self, chip: &Chip) -> Tensor {
+        chip.arrive("wait", self.site);
+        let began = chip.now();
+        let result = chip.take(self.ticket, self.running);
+        drop(self.input);
+        let value = Value {
+            ty: result.ty().clone(),
+            placement: self.after,
+        };
+        chip.tell_wait(self.ticket, value, self.site, began);
+        result
     }
 }
 

@@ -234,6 +234,7 @@ impl Threads {
                 memory: memory.clone(),
                 seed: self.seed,
                 algorithm: self.algorithm,
+                kinds: self.device.kinds(self.mesh.chips()),
                 began,
                 lane: Some(exchange.lane(rank)),
             });

@@ -251,13 +251,38 @@ impl Chip {
             let p = &self.parameters()[index];
             (p.padded.clone(), p.placements.clone(), p.kept.clone())
         };
+        let decides = self.decides(&kept);
+        let change = |value: &mut Tensor, state: &mut [Tensor]| {
+            if decides != Some(false) {
+                change(value, state);
+            }
+        };
+        // Chips of several kinds that hold the same take it from the one that decides.
+        let agreed = |x: &mut Tensor| {
+            if decides.is_some() {
+                *x = self.from_the_decider(x, &kept, site);
+            }
+        };
+        let agree_on_state = || {
+            let mut state = std::mem::take(&mut self.parameters_mut()[index].state);
+            state.iter_mut().for_each(agreed);
+            self.parameters_mut()[index].state = state;
+        };
         if used == kept {
-            let p = &mut self.parameters_mut()[index];
-            return change(&mut p.value, &mut p.state);
+            {
+                let p = &mut self.parameters_mut()[index];
+                change(&mut p.value, &mut p.state);
+            }
+            let mut value = self.parameters()[index].value.clone();
+            agreed(&mut value);
+            self.parameters_mut()[index].value = value;
+            return agree_on_state();
         }
         let whole = self.parameters()[index].value.clone();
         let mut piece = self.move_tensor(whole, &global, &used, &kept, "slice", site);
         change(&mut piece, &mut self.parameters_mut()[index].state);
+        agreed(&mut piece);
+        agree_on_state();
         // The old value goes before the new one comes: a step takes room for one.
         self.parameters_mut()[index].value = piece.clone();
         let whole = self.move_tensor(piece, &global, &kept, &used, "gather of a parameter", site);

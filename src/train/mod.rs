@@ -10,6 +10,7 @@
 //! | `stages` | a step over the stages of a pipeline |
 //! | `trainer` | the loop, with `evaluate`, `persist` and `generate` |
 
+mod balance;
 mod batch;
 pub mod checkpoint;
 pub mod data;
@@ -23,6 +24,8 @@ pub mod schedule;
 mod stages;
 mod trainer;
 
+pub use balance::ExpertLoads;
+pub use generate::{Generate, Generated, Trained};
 pub use layout::{Layout, Move, Row};
 pub use optimizer::{AdamW, Optimizer};
 pub use trainer::{Finished, Options, Report, Training};

@@ -179,11 +179,11 @@ impl Stages {
         self.shares_embedding && is_embedding(chip, index) && chip.coordinate(AXIS) != 0
     }
 
-    /// The sum of what each stage has of a scalar.
-    pub(super) fn summed(&self, chip: &Chip, scalar: Sharded) -> Sharded {
+    /// The sum of what each stage has of a value.
+    pub(super) fn summed(&self, chip: &Chip, value: Sharded) -> Sharded {
         match self.plan.stages() {
-            1 => scalar,
-            _ => scalar.as_summand(AXIS).redistribute(chip.replicated()),
+            1 => value,
+            _ => value.as_summand(AXIS).redistribute(chip.replicated()),
         }
     }
 }
@@ -320,9 +320,11 @@ impl Stage<'_> {
         let model = match self.at {
             At::Step(step) => {
                 let draw = step * self.plan.micros() as u64 + micro as u64;
-                self.training.model.training(draw)
+                let share = self.stages.rows as f32 / batches.rows() as f32;
+                self.training.model.training(draw).with_share(share)
             }
-            _ => self.training.model.clone(),
+            At::Validation(_) => self.training.model.clone(),
+            At::Prompt(_) => self.training.model.clone().without_capacity(),
         };
         let is_last = part + 1 == self.plan.parts();
         let tokens = (part == 0).then(|| self.half(micro, false));
@@ -374,8 +376,8 @@ impl Stage<'_> {
             if labels { "labels" } else { "tokens" },
             [rows, batches.context()],
         );
-        let placed = Transformer::batch_placement(self.chip);
-        Some(self.chip.input(name, shape, placed, &contents))
+        let model = &self.training.model;
+        Some(model.batch(self.chip, name, shape, &contents))
     }
 }
 

@@ -4,6 +4,7 @@
 //! once, clips, updates. The loop around the step is the only place that reads a number from a chip. Evaluation, saving and
 //! sampling are in `evaluate`, `persist` and `generate`.
 
+use super::balance::{Counted, ExpertLoads};
 use super::data::Batches;
 use super::optimizer::{AdamW, Optimizer};
 use super::persist::Persist;
@@ -90,6 +91,8 @@ pub enum Report {
         ms: f64,
         /// Highest bytes of tensors on this chip so far.
         peak_bytes: u64,
+        /// What a mixture's experts were asked to take; none without one.
+        experts: Option<ExpertLoads>,
     },
     /// The validation loss after a step: the mean over all windows of the validation split.
     Validation {
@@ -142,8 +145,8 @@ impl Training {
     /// # Errors
     /// [`ErrorKind::Mesh`] or [`ErrorKind::Input`]: which number stands in the way, and the nearest that works.
     pub fn check(&self, mesh: &Mesh) -> Result<()> {
-        self.model.config().check(mesh)?;
-        let known = |name: &str| matches!(name, "dp" | "fsdp" | "cp" | "tp" | "pp");
+        self.model.check(mesh)?;
+        let known = |name: &str| matches!(name, "dp" | "fsdp" | "ep" | "cp" | "tp" | "pp");
         if let Some(axis) = mesh
             .axes()
             .iter()
@@ -152,7 +155,7 @@ impl Training {
             return Err(Error::new(
                 ErrorKind::Mesh,
                 format!(
-                    "the training loop splits over dp, fsdp, cp, tp and pp; it does not know mesh axis {}={}",
+                    "the training loop splits over dp, fsdp, ep, cp, tp and pp; it does not know mesh axis {}={}",
                     axis.name(),
                     axis.size()
                 ),
@@ -210,13 +213,14 @@ impl Training {
 
     fn check_batch(&self, mesh: &Mesh) -> Result<()> {
         let mut left = self.batches.rows();
-        for axis in ["dp", "fsdp"] {
+        let mut before: Vec<&str> = Vec::new();
+        for axis in REPLICAS {
             let (size, batch) = (mesh.size_of(axis), self.batches.rows());
             if !left.is_multiple_of(size) {
-                let others = if left == batch {
-                    String::new()
-                } else {
-                    format!("the {left} that dp leaves of ")
+                let others = match (&before[..], left == batch) {
+                    (_, true) | ([], _) => String::new(),
+                    ([one], _) => format!("the {left} that {one} leaves of "),
+                    (several, _) => format!("the {left} that {} leave of ", several.join(" and ")),
                 };
                 return Err(Error::new(
                     ErrorKind::Mesh,
@@ -229,6 +233,9 @@ impl Training {
                 ));
             }
             left /= size;
+            if size > 1 {
+                before.push(axis);
+            }
         }
         Ok(())
     }
@@ -372,7 +379,7 @@ impl Training {
         tell: &impl Fn(Report),
     ) -> (f64, f64) {
         let began = Instant::now();
-        let (loss, norm) = chip.step(number, || self.step(chip, stages, optimizer, number));
+        let (loss, norm, loads) = chip.step(number, || self.step(chip, stages, optimizer, number));
         let loss = number_of(&loss);
         if !loss.is_finite() {
             chip.fail(Error::new(
@@ -388,6 +395,7 @@ impl Training {
             lr: self.options.learning_rate.at(number - 1),
             ms: began.elapsed().as_secs_f64() * 1e3,
             peak_bytes: chip.memory().count().peak,
+            experts: loads.as_ref().and_then(ExpertLoads::read),
         });
         (loss, norm)
     }
@@ -415,17 +423,18 @@ impl Training {
         Some(loss)
     }
 
-    /// Step `number`, from 1: mean loss and gradient norm, [1] each, on every chip.
+    /// Step `number`, from 1: mean loss and gradient norm, [1] each, and what a mixture's experts did, on every chip.
     fn step(
         &self,
         chip: &Chip,
         stages: &Stages,
         optimizer: &mut Optimizer,
         number: u64,
-    ) -> (Sharded, Sharded) {
+    ) -> (Sharded, Sharded, Option<Counted>) {
         let loss = stages.run(self, chip, number);
         let lr = self.options.learning_rate.at(number - 1);
-        (loss, optimizer.step_over(chip, lr, Some(stages)))
+        let norm = optimizer.step_over(chip, lr, Some(stages));
+        (loss, norm, self.balance(chip, stages))
     }
 
     pub(super) fn stages(&self, chip: &Chip) -> Stages {
@@ -435,8 +444,11 @@ impl Training {
 
 /// Into how many parts the mesh splits the sequences of a batch.
 pub(super) fn replicas(mesh: &Mesh) -> usize {
-    mesh.size_of("dp") * mesh.size_of("fsdp")
+    REPLICAS.iter().map(|axis| mesh.size_of(axis)).product()
 }
+
+/// The axes that split the sequences of a batch.
+const REPLICAS: [&str; 3] = ["dp", "fsdp", "ep"];
 
 /// The number in a scalar.
 pub(super) fn number_of(scalar: &Sharded) -> f64 {

@@ -97,6 +97,8 @@ impl Fixture {
             tied: c["tied"].as_bool().unwrap(),
             qk_norm: false,
             dropout: 0.0,
+            latent: None,
+            mixture: None,
         };
         Transformer::new(config, mesh).expect("the fixture's model fits the mesh")
     }

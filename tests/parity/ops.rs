@@ -12,30 +12,72 @@ use supernode::reference::{self, Activation, Attention, RotaryScaling, RotarySty
 const IGNORED: u32 = u32::MAX;
 
 /// One case: its tensors by name, and its parameters.
-struct Case {
-    name: String,
+pub(super) struct Case {
+    pub(super) name: String,
     floats: BTreeMap<String, Vec<f64>>,
     ids: BTreeMap<String, Vec<u32>>,
     parameters: Value,
 }
 
 impl Case {
-    fn tensor(&self, name: &str) -> &[f64] {
+    pub(super) fn tensor(&self, name: &str) -> &[f64] {
         let found = self.floats.get(name);
         found.unwrap_or_else(|| panic!("{} has no tensor {name}", self.name))
     }
 
-    fn optional(&self, name: &str) -> Option<&[f64]> {
+    pub(super) fn optional(&self, name: &str) -> Option<&[f64]> {
         self.floats.get(name).map(Vec::as_slice)
     }
 
-    fn number(&self, name: &str) -> f64 {
+    pub(super) fn number(&self, name: &str) -> f64 {
         let found = self.parameters[name].as_f64();
         found.unwrap_or_else(|| panic!("{} has no number {name}", self.name))
     }
 
-    fn size(&self, name: &str) -> usize {
+    pub(super) fn size(&self, name: &str) -> usize {
         self.number(name) as usize
+    }
+
+    pub(super) fn flag(&self, name: &str) -> bool {
+        let found = self.parameters[name].as_bool();
+        found.unwrap_or_else(|| panic!("{} has no flag {name}", self.name))
+    }
+
+    /// A number that the case may leave out.
+    pub(super) fn maybe(&self, name: &str) -> Option<f64> {
+        self.parameters[name].as_f64()
+    }
+
+    pub(super) fn has_documents(&self) -> bool {
+        self.ids.contains_key("query_documents")
+    }
+
+    /// Rounds every tensor.
+    pub(super) fn round(&mut self, round: impl Fn(f64) -> f64) {
+        let all = self.floats.values_mut().flatten();
+        all.for_each(|x| *x = round(*x));
+    }
+
+    /// What an attention case attends to.
+    pub(super) fn attention(&self) -> Attention<'_> {
+        let documents = self
+            .ids
+            .get("query_documents")
+            .map(|q| (&q[..], &self.ids["key_documents"][..]));
+        Attention {
+            batch: self.size("batch"),
+            heads: self.size("heads"),
+            kv_heads: self.size("kv_heads"),
+            queries: self.size("queries"),
+            keys: self.size("keys"),
+            head_dim: self.size("head_dim"),
+            scale: self.number("scale"),
+            soft_cap: self.maybe("soft_cap"),
+            causal: self.flag("causal"),
+            window: self.maybe("window").map(|w| w as usize),
+            offset: self.size("offset"),
+            documents,
+        }
     }
 
     /// Panics unless `got` is the tensor `name` to 1e-10 of its largest entry.
@@ -48,7 +90,7 @@ impl Case {
 }
 
 /// All cases of the file.
-fn cases() -> Vec<Case> {
+pub(super) fn cases() -> Vec<Case> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/ops.safetensors");
     let bytes = std::fs::read(path).unwrap();
     let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
@@ -88,7 +130,7 @@ fn cases() -> Vec<Case> {
 }
 
 /// The part of a case's name before the dot: which op it tests.
-fn op(case: &Case) -> &str {
+pub(super) fn op(case: &Case) -> &str {
     case.name.split('.').next().unwrap()
 }
 
@@ -127,24 +169,7 @@ fn the_textbook_agrees_with_pytorch() {
 }
 
 fn attention(case: &Case) {
-    let documents = case
-        .ids
-        .get("query_documents")
-        .map(|q| (&q[..], &case.ids["key_documents"][..]));
-    let g = Attention {
-        batch: case.size("batch"),
-        heads: case.size("heads"),
-        kv_heads: case.size("kv_heads"),
-        queries: case.size("queries"),
-        keys: case.size("keys"),
-        head_dim: case.size("head_dim"),
-        scale: case.number("scale"),
-        soft_cap: case.parameters["soft_cap"].as_f64(),
-        causal: case.parameters["causal"].as_bool().unwrap(),
-        window: case.parameters["window"].as_u64().map(|w| w as usize),
-        offset: case.size("offset"),
-        documents,
-    };
+    let g = case.attention();
     let [q, k, v] = ["q", "k", "v"].map(|x| case.tensor(x));
     let (o, lse) = reference::attention(&g, q, k, v);
     case.expect("y", &o);

@@ -8,8 +8,8 @@
 //! path from the tokens to a gradient ([`longest_sum`]). The magnitudes are those of the sequences' own gradients, each from
 //! a run of its own. Both meshes err, so their difference is at most twice as large.
 
-use super::{pipeline, splits};
-use crate::tiny::{CONTEXT, VOCAB, gpt2, llama, training, weights, world};
+use super::{context, pipeline, splits};
+use crate::tiny::{CONTEXT, Cut, VOCAB, gpt2, llama, training, weights, world};
 use safetensors::SafeTensors;
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
@@ -54,10 +54,16 @@ fn gradients(plain: &Training, mesh: &Mesh, steps: u64) -> Gradients {
 
 /// Terms on the longest path of sums from a batch to a gradient: in a layer the inner lengths of its products (c for queries,
 /// keys and values, d for scores, t for their weighted sum, c for the projection, c and f for the feed-forward part) and of
-/// two norms, forward and backward; the head's forward and backward; the tokens of the batch.
+/// two norms, forward and backward; the head's forward and backward; the tokens of the batch. A mixture adds its router and,
+/// of experts, those of a token; latent attention its latents.
 fn longest_sum(config: &Config) -> usize {
     let (c, d) = (config.hidden, config.head_dim());
-    let layer = 3 * c + config.ffn + d + CONTEXT + 2 * c;
+    let mixed = config.mixture.as_ref().map_or(0, |m| {
+        m.experts + (m.experts_per_token + m.shared_experts) * (m.expert_ffn + c)
+    });
+    let latent = config.latent.as_ref();
+    let latent = latent.map_or(0, |l| l.q_rank.unwrap_or(0) + l.kv_rank + l.head_dim());
+    let layer = 3 * c + config.ffn + d + CONTEXT + 2 * c + mixed + latent;
     2 * config.layers * layer + 2 * (c + VOCAB) + ROWS * CONTEXT
 }
 
@@ -68,43 +74,53 @@ fn gamma(n: usize) -> f64 {
 #[test]
 fn gathered_gradients_are_those_of_one_chip() {
     for (name, config) in [("gpt2", gpt2()), ("llama", llama())] {
-        let single = Mesh::single();
-        let plain = training(config.clone(), ROWS, 1);
-        let want = gradients(&plain, &single, 1);
-        // Row r of the batch is the only row of step r in a run with one row.
-        let alone: Vec<Gradients> = (1..=ROWS as u64)
-            .map(|steps| gradients(&training(config.clone(), 1, 1), &single, steps))
-            .collect();
-        let bound = |parameter: &str| {
-            // Softmax does not change when all keys are shifted: the gradient of keys' biases is 0 but for rounding, and
-            // the magnitude of its terms is that of the values'.
-            let parameter = &parameter.replace(".bk", ".bv");
-            let sum = |i: usize| -> f64 {
-                let each = alone.iter().map(|g| f64::from(g[parameter][i].abs()));
-                each.sum::<f64>() / ROWS as f64
-            };
-            let most = (0..want[parameter].len()).map(sum).fold(0.0, f64::max);
-            2.0 * gamma(longest_sum(&config)) * most
-        };
-        let bounds: BTreeMap<&String, f64> = want.keys().map(|p| (p, bound(p))).collect();
-        let mut worst: f64 = 0.0;
-        let cases = splits::all().chain(pipeline::all());
-        for (mesh, what, training) in cases.map(|split| split(&plain)) {
-            let got = gradients(&training, &mesh, 1);
-            assert!(got.keys().eq(want.keys()), "{name} on {what}");
-            for (parameter, want) in &want {
-                let bound = bounds[parameter];
-                assert!(bound > 0.0 && got[parameter].len() == want.len());
-                for (a, b) in got[parameter].iter().zip(want) {
-                    let error = f64::from((a - b).abs());
-                    assert!(
-                        error <= bound,
-                        "{name} {parameter} on {what}: {a}, {b}, bound {bound:e}"
-                    );
-                    worst = worst.max(error / bound);
-                }
+        let cuts = splits::all().chain(pipeline::all()).chain(context::all());
+        agree(name, &config, cuts);
+    }
+}
+
+/// Every parameter's gradient on every cut within its bound of one chip's.
+pub(crate) fn agree(name: &str, config: &Config, cuts: impl Iterator<Item = Cut>) {
+    let single = Mesh::single();
+    let plain = training(config.clone(), ROWS, 1);
+    let want = gradients(&plain, &single, 1);
+    let bounds = bounds(config, &want);
+    let mut worst: f64 = 0.0;
+    for (mesh, what, training) in cuts.map(|cut| cut(&plain)) {
+        let got = gradients(&training, &mesh, 1);
+        assert!(got.keys().eq(want.keys()), "{name} on {what}");
+        for (parameter, want) in &want {
+            let bound = bounds[parameter];
+            assert!(bound > 0.0 && got[parameter].len() == want.len());
+            for (a, b) in got[parameter].iter().zip(want) {
+                let error = f64::from((a - b).abs());
+                assert!(
+                    error <= bound,
+                    "{name} {parameter} on {what}: {a}, {b}, bound {bound:e}"
+                );
+                worst = worst.max(error / bound);
             }
         }
-        println!("{name}: at most {worst:.3} of the bound");
     }
+    println!("{name}: at most {worst:.3} of the bound");
+}
+
+/// The bound of each parameter's gradient.
+fn bounds(config: &Config, want: &Gradients) -> BTreeMap<String, f64> {
+    // Row r of the batch is the only row of step r in a run with one row.
+    let alone: Vec<Gradients> = (1..=ROWS as u64)
+        .map(|steps| gradients(&training(config.clone(), 1, 1), &Mesh::single(), steps))
+        .collect();
+    let bound = |parameter: &str| {
+        // Softmax does not change when all keys are shifted: the gradient of keys' biases is 0 but for rounding, and
+        // the magnitude of its terms is that of the values'.
+        let parameter = &parameter.replace(".bk", ".bv");
+        let sum = |i: usize| -> f64 {
+            let each = alone.iter().map(|g| f64::from(g[parameter][i].abs()));
+            each.sum::<f64>() / ROWS as f64
+        };
+        let most = (0..want[parameter].len()).map(sum).fold(0.0, f64::max);
+        2.0 * gamma(longest_sum(config)) * most
+    };
+    want.keys().map(|p| (p.clone(), bound(p))).collect()
 }

@@ -4,16 +4,16 @@
 use crate::tiny::{Cut, assert_close, bits, gpt2, llama, losses, models_of_three, training, world};
 use std::sync::atomic::AtomicBool;
 use supernode::mesh::Mesh;
-use supernode::model::Config;
+use supernode::model::{Config, ContextMethod};
 use supernode::spmd::Zero;
 use supernode::train::Training;
 use supernode::{DType, World};
 
-const STEPS: u64 = 10;
-const ROWS: usize = 8;
+pub(crate) const STEPS: u64 = 10;
+pub(crate) const ROWS: usize = 8;
 
 /// A mesh, ZeRO's stage if it is given, and whether tp splits tokens between its pairs.
-type Case = (&'static str, Option<usize>, bool);
+pub(crate) type Case = (&'static str, Option<usize>, bool);
 
 /// Each way by itself, on two and four chips.
 const ALONE: [Case; 12] = [
@@ -64,7 +64,7 @@ const MORE: [Case; 13] = [
     ("dp=2,fsdp=2,tp=2,cp=2", None, false),
 ];
 
-fn split(training: &Training, (_, zero, sequence): Case) -> Training {
+pub(crate) fn split(training: &Training, (_, zero, sequence): Case) -> Training {
     let mut training = training.clone();
     training.options.zero = zero.map(|n| Zero::stage(n).expect("a stage"));
     training.model = training.model.with_sequence_parallel(sequence);
@@ -72,7 +72,7 @@ fn split(training: &Training, (_, zero, sequence): Case) -> Training {
 }
 
 /// Losses within `bound` of one chip's, and events, bytes and memory as the ghost has them.
-fn agree(name: &str, plain: &Training, cases: &[Case], bound: f64) {
+pub(crate) fn agree(name: &str, plain: &Training, cases: &[Case], bound: f64) {
     let single = losses(plain, &world(&Mesh::single()));
     let learnt = single[0] - single[single.len() - 1];
     assert!(learnt > 0.05, "{name} learns: {single:?}");
@@ -166,8 +166,12 @@ fn bf16_agrees_within_its_rounding() {
 
 /// Every case: its mesh, its name, and the training split so.
 pub(crate) fn all() -> impl Iterator<Item = Cut> {
-    let cases = ALONE.into_iter().chain(PAIRS).chain(MORE);
-    cases.map(|case| -> Cut {
+    cuts(ALONE.into_iter().chain(PAIRS).chain(MORE))
+}
+
+/// Cases as [`super::gradients::agree`] takes them.
+pub(crate) fn cuts(cases: impl IntoIterator<Item = Case>) -> impl Iterator<Item = Cut> {
+    cases.into_iter().map(|case| -> Cut {
         Box::new(move |plain| {
             let mesh = Mesh::parse(case.0).expect("a mesh");
             (mesh, format!("{case:?}"), split(plain, case))
@@ -226,8 +230,10 @@ fn samples_do_not_depend_on_the_mesh() {
 #[test]
 fn impossible_splits_say_what_stands_in_the_way() {
     let refused = |mesh: &'static str, zero| {
-        let training = split(&training(llama(), ROWS, 1), (mesh, zero, false));
+        let mut training = split(&training(llama(), ROWS, 1), (mesh, zero, false));
         let mesh = Mesh::parse(mesh).expect("a mesh");
+        let ulysses = mesh.has("cp").then_some(ContextMethod::Ulysses);
+        training.model = training.model.with_context_method(ulysses);
         training.check(&mesh).expect_err("refused").to_string()
     };
     let cases: [(&'static str, Option<usize>, &[&str]); 5] = [

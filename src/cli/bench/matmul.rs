@@ -107,7 +107,7 @@ impl Product {
             dtype,
             budget: Duration::from_secs(1),
         };
-        measure(&demand, || call.forward())
+        measure(chip, &demand, || call.forward())
     }
 
     /// Every row by Freivalds' check, which shows whatever is wrong by more than a row's rounding, and some elements against

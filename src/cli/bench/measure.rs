@@ -1,11 +1,14 @@
 //! Times something repeatedly, in turn with what the machine could do at best.
 //!
 //! The best batch is taken, not the mean: whatever else runs can only make it slower. A batch is long enough that reading
-//! the clock and waking threads do not count.
+//! the clock and waking threads do not count. On a graphics processor a batch ends when the device has done all of it.
 
 use std::time::{Duration, Instant};
 use supernode::DType;
 use supernode::kernels::{MemoryStream, peak_flops};
+use supernode::spmd::Chip;
+#[cfg(feature = "gpu")]
+use supernode::{Result, gpu};
 
 /// Shortest batch of runs.
 const BATCH: Duration = Duration::from_millis(50);
@@ -44,7 +47,7 @@ impl Bound {
 }
 
 /// What was found.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Measured {
     /// Seconds of a run, in the best batch.
     pub(super) seconds: f64,
@@ -53,17 +56,21 @@ pub(super) struct Measured {
     /// Seconds at the limit / seconds.
     pub(super) fraction_of_peak: f64,
     pub(super) bound: Bound,
+    /// On a graphics processor with timestamps: what each kernel of one run took on the device.
+    #[cfg(feature = "gpu")]
+    pub(super) kernels: Vec<gpu::Timed>,
 }
 
-/// Times `run` on the threads of the current pool. It has run before, to be verified, and is warm.
-pub(super) fn measure(demand: &Demand, mut run: impl FnMut()) -> Measured {
-    let mut limit = Limit::new(demand);
+/// Times `run` on the chip. It has run before, to be verified, and is warm.
+pub(super) fn measure(chip: &Chip, demand: &Demand, mut run: impl FnMut()) -> Measured {
+    let mut limit = Limit::new(chip, demand);
     let (mut best, mut spent, mut runs) = (f64::INFINITY, Duration::ZERO, 1u64);
     while spent < demand.budget || best == f64::INFINITY {
         let began = Instant::now();
         for _ in 0..runs {
             run();
         }
+        settle(chip);
         let elapsed = began.elapsed();
         if elapsed < BATCH {
             // Too short to count. Beyond the goal, so that a slightly faster batch is long enough as well.
@@ -80,24 +87,55 @@ pub(super) fn measure(demand: &Demand, mut run: impl FnMut()) -> Measured {
         gflops: demand.flops / best / 1e9,
         fraction_of_peak: limit.seconds / best,
         bound: limit.bound,
+        #[cfg(feature = "gpu")]
+        kernels: kernels(chip, run),
+    }
+}
+
+/// Waits for what a graphics processor still computes.
+fn settle(chip: &Chip) {
+    #[cfg(feature = "gpu")]
+    if let Some(device) = chip.memory().gpu_chip() {
+        device.finish().unwrap_or_else(|e| chip.fail(e));
+    }
+    let _ = chip;
+}
+
+#[cfg(feature = "gpu")]
+fn kernels(chip: &Chip, run: impl FnOnce()) -> Vec<gpu::Timed> {
+    let device = chip.memory().gpu_chip();
+    let timed = device
+        .filter(|d| d.adapter().timestamps)
+        .map(|d| d.timed(run));
+    match timed {
+        None => Vec::new(),
+        Some(timed) => timed.unwrap_or_else(|e| chip.fail(e)).1,
     }
 }
 
 /// The fewest seconds that a run could take.
-struct Limit {
+struct Limit<'a> {
+    // Only graphics processors are asked.
+    #[cfg_attr(not(feature = "gpu"), allow(dead_code))]
+    chip: &'a Chip,
     demand: Demand,
     bound: Bound,
-    stream: MemoryStream,
+    stream: Option<MemoryStream>,
     seconds: f64,
 }
 
-impl Limit {
+impl<'a> Limit<'a> {
     /// Finds out which of the two limits is the nearer one.
-    fn new(demand: &Demand) -> Self {
+    fn new(chip: &'a Chip, demand: &Demand) -> Self {
+        #[cfg(feature = "gpu")]
+        let on_processor = chip.memory().gpu_chip().is_none();
+        #[cfg(not(feature = "gpu"))]
+        let on_processor = true;
         let mut limit = Limit {
+            chip,
             demand: *demand,
             bound: Bound::Compute,
-            stream: MemoryStream::new(demand.reads, demand.writes),
+            stream: on_processor.then(|| MemoryStream::new(demand.reads, demand.writes)),
             seconds: f64::INFINITY,
         };
         let compute = limit.one();
@@ -111,11 +149,19 @@ impl Limit {
     }
 
     fn one(&mut self) -> f64 {
-        match self.bound {
-            Bound::Compute => self.demand.flops / peak_flops(self.demand.dtype),
-            Bound::Memory => {
-                (self.demand.reads + self.demand.writes) as f64 / self.stream.bytes_per_second()
-            }
+        let (chip, bytes) = (self.chip, self.demand.reads + self.demand.writes);
+        #[cfg(feature = "gpu")]
+        if let Some(device) = chip.memory().gpu_chip() {
+            let told = |r: Result<f64>| r.unwrap_or_else(|e| chip.fail(e));
+            return match self.bound {
+                Bound::Compute => self.demand.flops / told(device.peak_flops()),
+                Bound::Memory => bytes as f64 / told(device.bytes_per_second(bytes)),
+            };
+        }
+        let _ = chip;
+        match (self.bound, &mut self.stream) {
+            (Bound::Memory, Some(stream)) => bytes as f64 / stream.bytes_per_second(),
+            _ => self.demand.flops / peak_flops(self.demand.dtype),
         }
     }
 
@@ -127,7 +173,16 @@ impl Limit {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::cell::Cell;
+    use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+    use supernode::mesh::Mesh;
+    use supernode::spmd::{Device, World};
+
+    /// Times `run` on a chip of the processor.
+    fn timed(demand: Demand, run: impl Fn() + Sync) -> Measured {
+        let world = World::threads(&Mesh::single(), Device::cpu()).unwrap();
+        let run = world.run(|chip| measure(chip, &demand, &run)).unwrap();
+        run.into_outputs().remove(0)
+    }
 
     fn demand(flops: f64, reads: u64) -> Demand {
         Demand {
@@ -141,13 +196,14 @@ mod tests {
 
     #[test]
     fn a_sleep_takes_its_time_and_is_repeated_until_batches_are_long() {
-        let calls = Cell::new(0);
-        let measured = measure(&demand(5e6, 4), || {
-            calls.set(calls.get() + 1);
+        let calls = AtomicU32::new(0);
+        let measured = timed(demand(5e6, 4), || {
+            calls.fetch_add(1, Relaxed);
             std::thread::sleep(Duration::from_millis(5));
         });
         assert!(measured.seconds >= 5e-3, "{measured:?}");
-        assert!(calls.get() >= 11, "{} runs of 5 ms", calls.get());
+        let calls = calls.into_inner();
+        assert!(calls >= 11, "{calls} runs of 5 ms");
         assert!(
             measured.gflops > 0.0 && measured.gflops <= 1.0,
             "{measured:?}"
@@ -157,7 +213,7 @@ mod tests {
     #[test]
     fn the_nearer_limit_is_named() {
         let pause = || std::thread::sleep(Duration::from_millis(51));
-        assert_eq!(measure(&demand(1e12, 4), pause).bound, Bound::Compute);
-        assert_eq!(measure(&demand(1.0, 1 << 20), pause).bound, Bound::Memory);
+        assert_eq!(timed(demand(1e12, 4), pause).bound, Bound::Compute);
+        assert_eq!(timed(demand(1.0, 1 << 20), pause).bound, Bound::Memory);
     }
 }

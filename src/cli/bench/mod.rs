@@ -2,7 +2,8 @@
 //!
 //! A case is an object a line, the same that other libraries are timed with, so that both sides can be compared in one run.
 //! Everything runs on one chip with the case's number of threads, through the ops that programs use, on random numbers:
-//! zeros would flatter some processors. A result is checked against the textbook before it is timed.
+//! zeros would flatter some processors. A result is checked against the textbook before it is timed. On a graphics processor the
+//! device's own clock then says what each kernel took.
 
 mod attention;
 mod cases;
@@ -11,6 +12,8 @@ mod measure;
 mod operands;
 mod table;
 mod train_step;
+#[cfg(feature = "gpu")]
+mod tune;
 
 use cases::{Case, Cases, Op};
 use std::path::PathBuf;
@@ -27,9 +30,13 @@ pub(super) struct Arguments {
     /// Print each case with its results as one JSON object a line, instead of a table
     #[arg(long)]
     json: bool,
-    /// What computes
-    #[arg(long, default_value = "cpu", value_name = "cpu")]
+    /// What computes; on a graphics processor the case's threads wait for it
+    #[arg(long, default_value = "cpu", value_name = "cpu|gpu|gpu:N")]
     backend: String,
+    /// Instead of cases, time every way to cut up products on a graphics processor and write the table of the best to FILE
+    #[cfg(feature = "gpu")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["cases", "op", "dtype", "threads", "json"])]
+    tune: Option<PathBuf>,
     /// Only cases of this op
     #[arg(long, value_enum)]
     op: Option<Op>,
@@ -44,6 +51,10 @@ pub(super) struct Arguments {
 /// Runs the command.
 pub(super) fn run(a: &Arguments) -> Result<()> {
     let device = backend(&a.backend)?;
+    #[cfg(feature = "gpu")]
+    if let Some(path) = &a.tune {
+        return tune::run(&device, path);
+    }
     if a.threads == Some(0) {
         return Err(input("--threads 0: a case needs at least one thread"));
     }
@@ -63,7 +74,8 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
     for case in wanted {
         let world = World::threads(&Mesh::single(), device.clone())?.with_threads(case.threads);
         let run = world.run(|chip| case.run(chip));
-        let measured = run.map_err(|e| e.within(&case.origin))?.into_outputs()[0];
+        let run = run.map_err(|e| e.within(&case.origin))?;
+        let measured = run.into_outputs().remove(0);
         match a.json {
             true => table::print_line(case, &device.to_string(), &measured),
             false => table::print_row(&case, &measured),
@@ -81,10 +93,10 @@ impl Arguments {
 }
 
 fn backend(name: &str) -> Result<Device> {
-    match Device::parse(name)? {
-        device if device.is_cpu() => Ok(device),
-        _ => Err(input(&format!(
-            "--backend {name}: cases are timed on the CPU only; leave it out or say --backend cpu"
+    match name.contains(',') {
+        false => Device::parse(name),
+        true => Err(input(&format!(
+            "--backend {name}: cases are timed on one chip; name one of these"
         ))),
     }
 }

@@ -105,6 +105,10 @@ impl<'a, O: Op> Call<'a, O> {
             outputs: &self.output_locals,
             seed: 0,
         };
+        #[cfg(feature = "gpu")]
+        if self.outputs[0].is_on_gpu() {
+            return self.op.forward_gpu(&site, &self.inputs, &mut self.outputs);
+        }
         self.op.forward(&site, &self.inputs, &mut self.outputs);
     }
 

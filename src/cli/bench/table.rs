@@ -27,6 +27,15 @@ pub(super) fn print_row(case: &Case, measured: &Measured) {
         measured.fraction_of_peak * 100.0,
         measured.bound.name()
     ));
+    #[cfg(feature = "gpu")]
+    for one in &measured.kernels {
+        print_text(&format!(
+            "  {:<NAME$} {:>11} x {:>11.4}\n",
+            one.kernel,
+            one.launches,
+            one.seconds * 1e3
+        ));
+    }
 }
 
 /// The case's object with the results in it, on a line.
@@ -37,6 +46,14 @@ pub(super) fn print_line(case: Case, backend: &str, measured: &Measured) {
     fields.set("gflops", measured.gflops);
     fields.set("fraction_of_peak", measured.fraction_of_peak);
     fields.set("bound", measured.bound.name());
+    #[cfg(feature = "gpu")]
+    if !measured.kernels.is_empty() {
+        let kernels = serde_json::to_value(&measured.kernels);
+        fields.set(
+            "kernels",
+            kernels.expect("names are text and numbers are finite"),
+        );
+    }
     let line = serde_json::to_string(&fields).expect("names are text and numbers are finite");
     print_text(&format!("{line}\n"));
 }

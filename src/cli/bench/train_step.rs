@@ -107,7 +107,7 @@ impl Step {
             "the loss of the first step of {self} is {first}; new weights give about {even:.2}"
         );
         let mut last = first;
-        let measured = measure(&demand, || last = trainer.step());
+        let measured = measure(chip, &demand, || last = trainer.step());
         assert!(
             last < first,
             "the same batch again and again: the loss of {self} went from {first} to {last}"

@@ -12,11 +12,12 @@ use super::forward::{load, load_transposed};
 use super::heads::OutRows;
 use super::mask::{SCORES, SIDE, Sight, Tile};
 use super::tile::{BAND, LINE, Left, Part, Product, Start, padded, pitch};
-use super::{Fold, Geometry, Heads};
+use super::{Fold, Geometry, Heads, Inputs, Unit};
 use crate::cpu::memory::with_scratch_f32;
-use crate::cpu::polynomial::{exp2, tanh};
+use crate::cpu::polynomial::{exp2_normal, tanh};
 use crate::cpu::rows::lanes::{map, narrow_into, sums, widen, widen_into};
 use crate::cpu::simd::{Isa, Kernel, Simd, dispatch, isa};
+use crate::dtype::DType;
 use rayon::prelude::*;
 use std::f32::consts::LOG2_E;
 use std::ops::Range;
@@ -33,27 +34,42 @@ pub(super) struct Arguments<'a> {
     pub(super) lse: &'a [f32],
 }
 
+impl Arguments<'_> {
+    /// The unit that multiplies tiles, if it serves this case.
+    fn unit(&self) -> Unit {
+        let Arguments { g, q, k, v, .. } = *self;
+        let narrow = self.dout.data.dtype() == DType::Bf16;
+        narrow.then(|| Inputs { g, q, k, v }.unit()).flatten()
+    }
+}
+
 /// f32 of scratch that a pass over `keys` keys needs.
 pub(super) fn scratch(head_dim: usize, keys: usize) -> usize {
     let line = pitch(head_dim);
+    #[cfg(target_arch = "x86_64")]
+    let unit = super::amx::backward::scratch(head_dim, keys);
+    #[cfg(not(target_arch = "x86_64"))]
+    let unit = 0;
     let blocks = keys.next_multiple_of(SIDE);
     // K, V, dK, dV; Q, dO, dQ; Q and dO transposed; P and dS; rows to transpose, and one.
-    4 * blocks * line
+    let vectors = 4 * blocks * line
         + 3 * SIDE * line
         + 2 * head_dim * SCORES
         + 2 * SIDE * SCORES
-        + (LINE + 1) * head_dim
+        + (LINE + 1) * head_dim;
+    vectors.max(unit)
 }
 
 /// Computes all three gradients.
 pub(super) fn run(arguments: &Arguments, dq: &OutRows, dk: &OutRows, dv: &OutRows) {
     let (g, isa) = (arguments.g, isa());
+    let matrix_unit = arguments.unit();
     let (units, threads) = (g.batch * g.kv_heads, rayon::current_num_threads());
     let blocks = g.keys.div_ceil(SIDE);
     let tiles = g.rows().div_ceil(SIDE);
     let task = |unit, tiles, blocks, dq, dkv| {
         one_pass(
-            isa,
+            (isa, matrix_unit),
             Pass {
                 arguments,
                 unit,
@@ -98,34 +114,39 @@ pub(super) fn run(arguments: &Arguments, dq: &OutRows, dk: &OutRows, dv: &OutRow
 }
 
 /// Some tiles of a key head against some of its blocks of keys.
-struct Pass<'a> {
-    arguments: &'a Arguments<'a>,
-    unit: usize,
-    tiles: Range<usize>,
-    blocks: Range<usize>,
-    dq: Option<&'a OutRows<'a>>,
-    dkv: Option<(&'a OutRows<'a>, &'a OutRows<'a>)>,
+pub(super) struct Pass<'a> {
+    pub(super) arguments: &'a Arguments<'a>,
+    pub(super) unit: usize,
+    pub(super) tiles: Range<usize>,
+    pub(super) blocks: Range<usize>,
+    pub(super) dq: Option<&'a OutRows<'a>>,
+    pub(super) dkv: Option<(&'a OutRows<'a>, &'a OutRows<'a>)>,
 }
 
-fn one_pass(isa: Isa, pass: Pass) {
+fn one_pass((isa, matrix_unit): (Isa, Unit), pass: Pass) {
     let g = pass.arguments.g;
     let keys = (pass.blocks.end * SIDE).min(g.keys) - pass.blocks.start * SIDE;
     with_scratch_f32(scratch(g.head_dim, keys), |scratch| {
-        dispatch(
-            isa,
-            Run {
-                pass,
-                keys,
-                scratch,
-            },
-        );
+        let run = Run {
+            pass,
+            keys,
+            scratch,
+        };
+        match matrix_unit {
+            #[cfg(target_arch = "x86_64")]
+            Some(unit) => unit.run(super::amx::backward::OnUnit(run)),
+            #[cfg(not(target_arch = "x86_64"))]
+            Some(none) => match none {},
+            None => dispatch(isa, run),
+        }
     });
 }
 
-struct Run<'a> {
-    pass: Pass<'a>,
-    keys: usize,
-    scratch: &'a mut [f32],
+/// A pass over `keys` keys, with its scratch.
+pub(super) struct Run<'a> {
+    pub(super) pass: Pass<'a>,
+    pub(super) keys: usize,
+    pub(super) scratch: &'a mut [f32],
 }
 
 /// Keys, values and their gradients of a pass, in rows of `pitch(d)`.
@@ -314,7 +335,7 @@ fn work<S: Simd>(
 }
 
 #[inline(always)]
-fn scaled<S: Simd>(s: S, x: &[f32], factor: f32, y: &mut [f32]) {
+pub(super) fn scaled<S: Simd>(s: S, x: &[f32], factor: f32, y: &mut [f32]) {
     map(
         s,
         [x],
@@ -465,7 +486,7 @@ impl Kernel for Step<'_> {
             let n = n.min(self.ends[at / BAND]);
             let rows = self.p.chunks_exact_mut(SCORES);
             for (p, ds) in rows.zip(self.ds.chunks_exact_mut(SCORES)).take(n) {
-                let x = exp2(s, s.sub(s.load(&p[at..]), lse));
+                let x = exp2_normal(s, s.sub(s.load(&p[at..]), lse));
                 s.store(&mut p[at..], x);
                 let dp = s.load(&ds[at..]);
                 s.store(&mut ds[at..], s.mul(x, s.sub(dp, d)));

@@ -1,36 +1,85 @@
-//! Forward: a task is a tile of query rows, which meets the blocks of keys in ascending order.
+//! Forward: a task is some tiles of query rows of one key head, which meet the blocks of keys in ascending order.
+//!
+//! The tiles of a task share a block of keys and values, which is copied once for them: tile by tile, the copies alone took 16 %
+//! of the time. A maximum that grows by less than a factor of 256 is left as it was, since the exponentials still fit: so
+//! outputs are almost never scaled again (after Zadouri et al. 2026, "FlashAttention-4").
 
-// Each task writes the output rows of its own tile.
+// Each task writes the output rows of its own tiles.
 #![allow(unsafe_code)]
 
 use super::heads::OutRows;
 use super::mask::{SCORES, SIDE, Sight, Tile};
 use super::tile::{BAND, LINE, Left, Part, Product, Start, padded, pitch};
-use super::{Fold, Geometry, Heads};
-use crate::cpu::polynomial::{exp2, ln, tanh};
+use super::{Fold, Geometry, Heads, Inputs, Unit};
+use crate::cpu::polynomial::{exp2_normal, ln, tanh};
 use crate::cpu::rows::lanes::{map, narrow_into, widen_into};
-use crate::cpu::simd::{Kernel, Simd};
+use crate::cpu::simd::{Isa, Kernel, Simd, dispatch};
 use crate::dtype::{Slice, SliceMut};
 use std::f32::consts::LN_2;
 use std::ops::Range;
 
+/// Tiles of a task at most.
+pub(super) const TILES: usize = 8;
+
 /// f32 of scratch that a task needs.
-pub(super) fn scratch(head_dim: usize) -> usize {
-    let d = pitch(head_dim);
-    // Q transposed, scores; O, K, V; rows to transpose.
-    head_dim * SCORES + SIDE * SCORES + 3 * SIDE * d + LINE * head_dim
+pub(super) fn scratch(head_dim: usize, tiles: usize) -> usize {
+    let line = pitch(head_dim);
+    #[cfg(target_arch = "x86_64")]
+    let unit = super::amx::forward::scratch(head_dim, tiles);
+    #[cfg(not(target_arch = "x86_64"))]
+    let unit = 0;
+    // Q transposed and O of each tile; K, V; scores; rows to transpose.
+    let vectors = tiles * (head_dim * SCORES + SIDE * line)
+        + 2 * SIDE * line
+        + SIDE * SCORES
+        + LINE * head_dim;
+    vectors.max(unit)
 }
 
-/// One tile of query rows against all keys that it sees.
+/// Where a task leaves its results.
+pub(super) enum Sink<'a> {
+    /// Outputs and log-sum-exps.
+    Rows(&'a OutRows<'a>, &'a OutRows<'a>),
+    /// Sums over the task's keys alone, to be merged with those of others: a tile's [`partial`] each.
+    Partial(&'a mut [f32]),
+}
+
+/// f32 of a tile's sums over some of the keys: for each row a maximum and a sum of exponentials, then rows of outputs.
+pub(super) const fn partial(head_dim: usize) -> usize {
+    SIDE * (2 + padded(head_dim))
+}
+
+/// Some tiles of query rows of a key head against the blocks of keys that they see, of those in `blocks`.
 pub(super) struct Forward<'a> {
-    pub(super) g: &'a Geometry<'a>,
-    pub(super) q: Heads<'a>,
-    pub(super) k: Heads<'a>,
-    pub(super) v: Heads<'a>,
-    pub(super) o: &'a OutRows<'a>,
-    pub(super) lse: &'a OutRows<'a>,
-    pub(super) tile: Tile,
+    pub(super) inputs: Inputs<'a>,
+    pub(super) unit: usize,
+    pub(super) tiles: Range<usize>,
+    pub(super) blocks: Range<usize>,
+    pub(super) sink: Sink<'a>,
     pub(super) scratch: &'a mut [f32],
+}
+
+impl Forward<'_> {
+    /// Runs on the unit that multiplies tiles if there is one, else on vectors. `scratch` holds [`scratch`] f32.
+    pub(super) fn run(self, isa: Isa, unit: Unit) {
+        match unit {
+            #[cfg(target_arch = "x86_64")]
+            Some(unit) => unit.run(super::amx::forward::OnUnit(self)),
+            #[cfg(not(target_arch = "x86_64"))]
+            Some(none) => match none {},
+            None => dispatch(isa, self),
+        }
+    }
+}
+
+/// A tile of queries on its way through the keys.
+struct Query<'a> {
+    tile: Tile,
+    /// Queries, scaled, as columns.
+    qt: &'a mut [f32],
+    /// Sums of the values, not yet divided.
+    o: &'a mut [f32],
+    online: Online,
 }
 
 impl Kernel for Forward<'_> {
@@ -38,97 +87,232 @@ impl Kernel for Forward<'_> {
 
     #[inline(always)]
     fn call<S: Simd>(self, s: S) {
-        let (g, tile) = (self.g, self.tile);
+        let Inputs { g, q, k, v } = self.inputs;
         let (d, line) = (g.head_dim, pitch(g.head_dim));
         let fold = Fold::new(g);
-        let (qt, rest) = self.scratch.split_at_mut(d * SCORES);
+        let (k_block, rest) = self.scratch.split_at_mut(SIDE * line);
+        let (v_block, rest) = rest.split_at_mut(SIDE * line);
         let (scores, rest) = rest.split_at_mut(SIDE * SCORES);
-        let (o, rest) = rest.split_at_mut(SIDE * line);
-        let (k, rest) = rest.split_at_mut(SIDE * line);
-        let (v, row) = rest.split_at_mut(SIDE * line);
-        load_transposed(s, g, self.q, tile, fold.query, qt, row);
-        let row = &mut row[..d];
-        o.fill(0.0);
-        let mut online = Online::new();
-        for block in tile.blocks(g) {
-            let keys = block * SIDE..((block + 1) * SIDE).min(g.keys);
-            let sight = tile.sight(g, &keys);
-            if sight == Sight::Nothing {
-                continue;
+        let (row, mut rest) = rest.split_at_mut(LINE * d);
+        let mut queries: [Option<Query>; TILES] = [const { None }; TILES];
+        let mut seen = self.blocks.end..self.blocks.start;
+        for (query, index) in queries.iter_mut().zip(self.tiles.clone()) {
+            let tile = g.tile(self.unit, index);
+            let (qt, after) = rest.split_at_mut(d * SCORES);
+            let (o, after) = after.split_at_mut(SIDE * line);
+            rest = after;
+            load_transposed(s, g, q, tile, fold.query, qt, row);
+            o.fill(0.0);
+            let blocks = tile.blocks(g);
+            if !blocks.is_empty() {
+                seen = seen.start.min(blocks.start)..seen.end.max(blocks.end);
             }
-            let ends = &tile.ends(g, &keys);
-            let k = rows(s, self.k, tile, keys.clone(), d, k);
-            let v = rows(s, self.v, tile, keys.clone(), d, v);
-            s.run(Product {
-                m: keys.len(),
-                n: padded(tile.rows),
-                k: d,
-                a: k,
-                b: qt,
-                b_pitch: SCORES,
-                c: scores,
-                c_pitch: SCORES,
-                start: Start::Zero,
-                part: Part::Scores(ends),
-            });
-            s.run(Step {
-                g,
+            let online = Online::new();
+            *query = Some(Query {
                 tile,
-                fold,
-                sight,
-                keys: keys.clone(),
-                ends,
-                scores,
-                online: &mut online,
-            });
-            // While no maximum moves, nothing has to be scaled.
-            let start = if online.rescale[..tile.rows].iter().all(|&x| x == 1.0) {
-                Start::Resume
-            } else {
-                Start::Scaled(&online.rescale)
-            };
-            s.run(Product {
-                m: tile.rows,
-                n: padded(d),
-                k: keys.len(),
-                a: Left {
-                    data: scores,
-                    pitch: SCORES,
-                    transposed: true,
-                },
-                b: v.data,
-                b_pitch: v.pitch,
-                c: o,
-                c_pitch: line,
-                start,
-                part: Part::Keys(ends),
+                qt,
+                o,
+                online,
             });
         }
-        let lse = online.finish(s);
-        for r in 0..tile.rows {
-            let (t, h) = tile.token(g, r);
-            let factor = s.splat(if online.sum[r] > 0.0 || online.sum[r].is_nan() {
-                1.0 / online.sum[r]
-            } else {
-                0.0
-            });
-            let acc = &o[r * line..][..d];
-            map(
-                s,
-                [acc],
-                row,
-                #[inline(always)]
-                |[x]| s.mul(x, factor),
-            );
-            // SAFETY: tiles of distinct tasks have distinct rows, and this one is written once.
-            unsafe {
-                narrow_into(s, row, self.o.row(tile.batch, h, t));
-                if let SliceMut::F32(to) = self.lse.row(tile.batch, h, t) {
-                    to[0] = lse[r];
+        for block in seen.start.max(self.blocks.start)..seen.end.min(self.blocks.end) {
+            let keys = block * SIDE..((block + 1) * SIDE).min(g.keys);
+            let sees = |q: &Query| {
+                let inside = q.tile.blocks(g).contains(&block);
+                if inside {
+                    q.tile.sight(g, &keys)
+                } else {
+                    Sight::Nothing
+                }
+            };
+            if queries.iter().flatten().all(|q| sees(q) == Sight::Nothing) {
+                continue;
+            }
+            let any = g.tile(self.unit, self.tiles.start);
+            let k = rows(s, k, any, keys.clone(), d, k_block);
+            let v = rows(s, v, any, keys.clone(), d, v_block);
+            let next = keys.end..(keys.end + SIDE).min(g.keys);
+            for (i, query) in queries.iter_mut().flatten().enumerate() {
+                ask(
+                    s,
+                    [self.inputs.k, self.inputs.v],
+                    any,
+                    part(&next, i, self.tiles.len()),
+                    d,
+                );
+                let sight = sees(query);
+                if sight != Sight::Nothing {
+                    query.meet(s, g, fold, sight, &keys, k, v, scores);
+                }
+            }
+        }
+        let mut sink = self.sink;
+        for (i, query) in queries.iter().flatten().enumerate() {
+            match &mut sink {
+                Sink::Rows(o, lse) => query.finish(s, g, o, lse, &mut row[..d]),
+                Sink::Partial(to) => {
+                    let each = partial(d);
+                    query.leave(s, d, &mut to[i * each..][..each]);
                 }
             }
         }
     }
+}
+
+/// Bytes of a cache line.
+const CACHE_LINE: usize = 64;
+
+fn address(x: Slice) -> *const u8 {
+    match x {
+        Slice::F32(x) => x.as_ptr().cast(),
+        Slice::Bf16(x) => x.as_ptr().cast(),
+        Slice::F16(x) => x.as_ptr().cast(),
+        Slice::U32(x) => x.as_ptr().cast(),
+    }
+}
+
+/// Part i of n of a range.
+pub(super) fn part(range: &Range<usize>, i: usize, n: usize) -> Range<usize> {
+    let edge = |i: usize| range.start + range.len() * i / n;
+    edge(i)..edge(i + 1)
+}
+
+/// Asks for some rows of keys and values: rows of tokens lie a page apart, where the processor itself does not look ahead.
+#[inline(always)]
+pub(super) fn ask<S: Simd>(s: S, x: [Heads; 2], tile: Tile, keys: Range<usize>, d: usize) {
+    for key in keys {
+        for x in x {
+            let bytes = d * x.data.dtype().size();
+            let first = address(x.row(tile.batch, tile.kv_head, key, d));
+            for at in (0..bytes).step_by(CACHE_LINE) {
+                s.prefetch(first.wrapping_add(at));
+            }
+        }
+    }
+}
+
+impl Query<'_> {
+    /// Adds what the tile sees of a block of keys.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    fn meet<S: Simd>(
+        &mut self,
+        s: S,
+        g: &Geometry,
+        fold: Fold,
+        sight: Sight,
+        keys: &Range<usize>,
+        k: Left,
+        v: Left,
+        scores: &mut [f32],
+    ) {
+        let (tile, d) = (self.tile, g.head_dim);
+        let ends = &tile.ends(g, keys);
+        s.run(Product {
+            m: keys.len(),
+            n: padded(tile.rows),
+            k: d,
+            a: k,
+            b: self.qt,
+            b_pitch: SCORES,
+            c: scores,
+            c_pitch: SCORES,
+            start: Start::Zero,
+            part: Part::Scores(ends),
+        });
+        let moved = s.run(Step {
+            g,
+            tile,
+            fold,
+            sight,
+            keys: keys.clone(),
+            ends,
+            scores,
+            online: &mut self.online,
+        });
+        let start = if moved {
+            Start::Scaled(&self.online.rescale)
+        } else {
+            Start::Resume
+        };
+        s.run(Product {
+            m: tile.rows,
+            n: padded(d),
+            k: keys.len(),
+            a: Left {
+                data: scores,
+                pitch: SCORES,
+                transposed: true,
+            },
+            b: v.data,
+            b_pitch: v.pitch,
+            c: self.o,
+            c_pitch: pitch(d),
+            start,
+            part: Part::Keys(ends),
+        });
+    }
+
+    /// Divides by the sums and writes outputs and log-sum-exps.
+    #[inline(always)]
+    fn finish<S: Simd>(&self, s: S, g: &Geometry, o: &OutRows, lse: &OutRows, row: &mut [f32]) {
+        let (d, line, sum) = (g.head_dim, pitch(g.head_dim), &self.online.sum);
+        let ln_sum = log_sum_exp(s, &self.online.max, sum);
+        for r in 0..self.tile.rows {
+            let (t, h) = self.tile.token(g, r);
+            divide(s, &self.o[r * line..][..d], sum[r], row);
+            // SAFETY: tiles of distinct tasks have distinct rows, and this one is written once.
+            unsafe {
+                narrow_into(s, row, o.row(self.tile.batch, h, t));
+                if let SliceMut::F32(to) = lse.row(self.tile.batch, h, t) {
+                    to[0] = ln_sum[r];
+                }
+            }
+        }
+    }
+
+    /// Leaves maxima, sums and outputs as they are.
+    #[inline(always)]
+    fn leave<S: Simd>(&self, s: S, d: usize, to: &mut [f32]) {
+        let (max, rest) = to.split_at_mut(SIDE);
+        let (sum, rows) = rest.split_at_mut(SIDE);
+        max.copy_from_slice(&self.online.max);
+        sum.copy_from_slice(&self.online.sum);
+        let from = self.o.chunks_exact(pitch(d)).take(self.tile.rows);
+        for (from, to) in from.zip(rows.chunks_exact_mut(padded(d))) {
+            for at in (0..padded(d)).step_by(S::LANES) {
+                s.store(&mut to[at..], s.load(&from[at..]));
+            }
+        }
+    }
+}
+
+/// row = o / sum; 0 where nothing was visible, NaN with a NaN.
+#[inline(always)]
+pub(super) fn divide<S: Simd>(s: S, o: &[f32], sum: f32, row: &mut [f32]) {
+    let seen = sum > 0.0 || sum.is_nan();
+    let factor = s.splat(if seen { 1.0 / sum } else { 0.0 });
+    map(
+        s,
+        [o],
+        row,
+        #[inline(always)]
+        |[x]| s.mul(x, factor),
+    );
+}
+
+/// ln sum e^logit of each row; minus infinity where nothing was visible.
+#[inline(always)]
+pub(super) fn log_sum_exp<S: Simd>(s: S, max: &[f32], sum: &[f32]) -> [f32; SIDE] {
+    let mut lse = [0f32; SIDE];
+    map(
+        s,
+        [max, sum],
+        &mut lse,
+        #[inline(always)]
+        |[max, sum]| s.fma(max, s.splat(LN_2), ln(s, sum)),
+    );
+    lse
 }
 
 /// Widens rows `keys` of a key head to `to`, `pitch(d)` apart, padded with zeros to whole lines.
@@ -211,39 +395,28 @@ pub(super) fn load_transposed<S: Simd>(
     }
 }
 
-/// The state of an online softmax, a query row each: maximum (in powers of two), sum of exponentials, and the factor by
-/// which the last block scaled what came before it.
+/// How far, in powers of two, a logit may lie above what is taken for the maximum: 2^8 times 64 keys is far from infinity.
+pub(super) const SLACK: f32 = 8.0;
+
+/// The state of an online softmax, a query row each: what is taken for the maximum (in powers of two), sum of exponentials, and
+/// the factor by which the last block scaled what came before it.
 pub(super) struct Online {
-    max: [f32; SIDE],
-    sum: [f32; SIDE],
-    rescale: [f32; SIDE],
+    pub(super) max: [f32; SIDE],
+    pub(super) sum: [f32; SIDE],
+    pub(super) rescale: [f32; SIDE],
 }
 
 impl Online {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Online {
             max: [f32::NEG_INFINITY; SIDE],
             sum: [0.0; SIDE],
             rescale: [0.0; SIDE],
         }
     }
-
-    /// ln sum e^logit of each row; minus infinity where nothing was visible.
-    #[inline(always)]
-    fn finish<S: Simd>(&self, s: S) -> [f32; SIDE] {
-        let mut lse = [0f32; SIDE];
-        map(
-            s,
-            [&self.max, &self.sum],
-            &mut lse,
-            #[inline(always)]
-            |[max, sum]| s.fma(max, s.splat(LN_2), ln(s, sum)),
-        );
-        lse
-    }
 }
 
-/// Scores [keys, rows] become e^(logit - maximum), and the state moves on by one block.
+/// Scores [keys, rows] become e^(logit - maximum), and the state moves on by one block. True if a maximum moved.
 struct Step<'a> {
     g: &'a Geometry<'a>,
     tile: Tile,
@@ -256,10 +429,10 @@ struct Step<'a> {
 }
 
 impl Kernel for Step<'_> {
-    type Output = ();
+    type Output = bool;
 
     #[inline(always)]
-    fn call<S: Simd>(self, s: S) {
+    fn call<S: Simd>(self, s: S) -> bool {
         let n = self.keys.len();
         let columns = padded(self.tile.rows);
         if let Some(cap) = self.fold.cap {
@@ -275,22 +448,18 @@ impl Kernel for Step<'_> {
             self.tile.hide(s, self.g, &self.keys, self.scores);
         }
         let none = s.splat(f32::NEG_INFINITY);
+        let mut moved = false;
         for at in (0..columns).step_by(S::LANES) {
             let n = n.min(self.ends[at / BAND]);
-            // Four maxima at once hide the latency of each; a maximum does not depend on the order.
-            let mut parts = [none; 4];
-            for (j, row) in self.scores.chunks_exact(SCORES).take(n).enumerate() {
-                parts[j % 4] = s.max(parts[j % 4], s.load(&row[at..]));
-            }
-            let block = s.max(s.max(parts[0], parts[1]), s.max(parts[2], parts[3]));
+            let block = maximum(s, self.scores, at, n);
             let old = s.load(&self.online.max[at..]);
-            let max = s.max(old, block);
+            let max = s.select(s.lt(s.add(old, s.splat(SLACK)), block), block, old);
             // While nothing is visible, 0 stands in for the maximum, so that infinities are not subtracted.
             let base = s.select(s.eq(max, none), s.zero(), max);
-            let rescale = exp2(s, s.sub(old, base));
+            let rescale = exp2_normal(s, s.sub(old, base));
             let mut sum = s.zero();
-            for row in self.scores.chunks_exact_mut(SCORES).take(n) {
-                let p = exp2(s, s.sub(s.load(&row[at..]), base));
+            for row in &mut self.scores.as_chunks_mut::<SCORES>().0[..n] {
+                let p = exp2_normal(s, s.sub(s.load(&row[at..]), base));
                 s.store(&mut row[at..], p);
                 sum = s.add(sum, p);
             }
@@ -298,6 +467,28 @@ impl Kernel for Step<'_> {
             s.store(&mut self.online.sum[at..], s.fma(before, rescale, sum));
             s.store(&mut self.online.max[at..], max);
             s.store(&mut self.online.rescale[at..], rescale);
+            moved |= self.online.rescale[at..at + S::LANES]
+                .iter()
+                .any(|&x| x != 1.0);
+        }
+        moved
+    }
+}
+
+/// The greatest of the first n rows of scores, in the columns from `at` on.
+#[inline(always)]
+pub(super) fn maximum<S: Simd>(s: S, scores: &[f32], at: usize, n: usize) -> S::V {
+    // Four maxima at once hide the latency of each; a maximum does not depend on the order.
+    let mut parts = [s.splat(f32::NEG_INFINITY); 4];
+    let rows = &scores.as_chunks::<SCORES>().0[..n];
+    let (fours, rest) = rows.as_chunks::<4>();
+    for rows in fours {
+        for (part, row) in parts.iter_mut().zip(rows) {
+            *part = s.max(*part, s.load(&row[at..]));
         }
     }
+    for row in rest {
+        parts[0] = s.max(parts[0], s.load(&row[at..]));
+    }
+    s.max(s.max(parts[0], parts[1]), s.max(parts[2], parts[3]))
 }

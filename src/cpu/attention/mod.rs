@@ -6,19 +6,26 @@
 //!
 //! Order of sums: a logit is a chain over d; a sum of exponentials is a chain over the 64 keys of a block, and blocks are
 //! added in ascending order; outputs and gradients are chains over keys or over query rows (token by token, then head by
-//! head). Blocks that nobody sees change nothing, bit for bit, so they are skipped; of a block that is partly hidden, bands of 16
+//! head). A query's keys are cut into chunks of 1024 where its key head has no more than 64 query rows (`split`), and the
+//! chunks' results are added in ascending order. Blocks that nobody sees change nothing, bit for bit, so they are skipped; of a block that is partly hidden, bands of 16
 //! query rows by 16 keys. Nothing depends on threads.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod backward;
 mod forward;
 mod heads;
 mod mask;
+mod merge;
+mod split;
 #[cfg(test)]
 mod tests;
 mod tile;
 
+pub(crate) use merge::{Merge, attention_merge};
+
 use crate::cpu::memory::with_scratch_f32;
-use crate::cpu::simd::{dispatch, isa};
+use crate::cpu::simd::isa;
 use crate::dtype::{Slice, SliceMut};
 use rayon::prelude::*;
 
@@ -34,6 +41,31 @@ pub(crate) struct Heads<'a> {
 pub(crate) struct HeadsMut<'a> {
     pub(crate) data: SliceMut<'a>,
     pub(crate) strides: [usize; 3],
+}
+
+/// What the forward reads.
+#[derive(Clone, Copy)]
+struct Inputs<'a> {
+    g: &'a Geometry<'a>,
+    q: Heads<'a>,
+    k: Heads<'a>,
+    v: Heads<'a>,
+}
+
+#[cfg(target_arch = "x86_64")]
+type Unit = Option<crate::cpu::simd::TileUnit>;
+/// No other processor's unit is used yet.
+#[cfg(not(target_arch = "x86_64"))]
+type Unit = Option<std::convert::Infallible>;
+
+impl Inputs<'_> {
+    /// The unit that multiplies tiles, if it serves this case. Asked where a kernel is entered, as the instruction set.
+    fn unit(&self) -> Unit {
+        #[cfg(target_arch = "x86_64")]
+        return amx::unit(self);
+        #[cfg(not(target_arch = "x86_64"))]
+        None
+    }
 }
 
 /// What attends to what. Query t stands at position offset + t, key s at position s.
@@ -156,31 +188,40 @@ pub(crate) fn attention_forward(
     };
     let o = heads::OutRows::new("o", o, queries, d);
     let lse = heads::OutRows::new("lse", lse, queries, 1);
+    let inputs = Inputs { g, q, k, v };
+    let unit = inputs.unit();
+    if split::wanted(g) {
+        split::run(inputs, unit, &o, &lse);
+        return;
+    }
     let isa = isa();
-    let tiles = g.rows().div_ceil(mask::SIDE);
-    let tasks = 0..g.batch * g.kv_heads * tiles;
-    let task = |i: usize| {
-        let tile = g.tile(i / tiles, i % tiles);
-        with_scratch_f32(forward::scratch(d), |scratch| {
-            dispatch(
-                isa,
-                forward::Forward {
-                    g,
-                    q,
-                    k,
-                    v,
-                    o: &o,
-                    lse: &lse,
-                    tile,
-                    scratch,
-                },
-            );
+    let (units, tiles) = (g.batch * g.kv_heads, g.rows().div_ceil(mask::SIDE));
+    let blocks = 0..g.keys.div_ceil(mask::SIDE);
+    // Longer runs of tiles copy keys less often; four tasks a thread still balance.
+    let run = (units * tiles / (4 * rayon::current_num_threads())).clamp(1, forward::TILES);
+    let runs = tiles.div_ceil(run);
+    for_each(g.is_big(), units * runs, |i| {
+        let first = i % runs * run;
+        with_scratch_f32(forward::scratch(d, run), |scratch| {
+            let task = forward::Forward {
+                inputs,
+                unit: i / runs,
+                tiles: first..(first + run).min(tiles),
+                blocks: blocks.clone(),
+                sink: forward::Sink::Rows(&o, &lse),
+                scratch,
+            };
+            task.run(isa, unit);
         });
-    };
-    if g.is_big() {
-        tasks.into_par_iter().with_max_len(1).for_each(task);
+    });
+}
+
+/// Calls f with 0..n, on all threads of the pool if `parallel`.
+fn for_each(parallel: bool, n: usize, f: impl Fn(usize) + Sync + Send) {
+    if parallel {
+        (0..n).into_par_iter().with_max_len(1).for_each(f);
     } else {
-        tasks.for_each(task);
+        (0..n).for_each(f);
     }
 }
 
@@ -234,7 +275,7 @@ pub(crate) fn attention_backward(
 /// Bytes of scratch that one task of the forward and of the backward takes; they follow the shape only.
 pub(crate) fn attention_scratch(g: &Geometry) -> (usize, usize) {
     (
-        4 * forward::scratch(g.head_dim),
+        4 * forward::scratch(g.head_dim, forward::TILES),
         4 * backward::scratch(g.head_dim, g.keys),
     )
 }

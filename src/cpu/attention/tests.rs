@@ -44,6 +44,17 @@ fn cases() -> Vec<Case> {
         ([1, 1, 1, 129, 193, 31], |g| {
             (g.causal, g.offset) = (true, 64)
         }),
+        // Keys in chunks: one query, a few, and chunks of which nothing is seen.
+        ([1, 4, 2, 1, 2100, 24], PLAIN),
+        ([2, 2, 1, 3, 1100, 33], |g| {
+            (g.causal, g.offset) = (true, 1090)
+        }),
+        ([1, 2, 2, 5, 3200, 8], |g| {
+            (g.causal, g.offset, g.window) = (true, 2000, Some(300));
+        }),
+        // Two tiles of queries in a task, whole and ragged.
+        ([1, 1, 1, 128, 128, 64], CAUSAL),
+        ([1, 2, 1, 75, 90, 48], CAUSAL),
     ]
 }
 
@@ -148,7 +159,8 @@ fn textbook(g: &Geometry, q: &[f64], k: &[f64], v: &[f64], dout: &[f64]) -> Text
     out
 }
 
-fn one_case(dtype: DType, shape: [usize; 6], change: fn(&mut Geometry<'static>)) {
+/// On vectors, every instruction set and one thread and two; on the unit that multiplies tiles, several numbers of threads.
+fn one_case(dtype: DType, shape: [usize; 6], change: fn(&mut Geometry<'static>), on_unit: bool) {
     let [batch, heads, kv_heads, queries, keys, head_dim] = shape;
     let mut g = Geometry {
         batch,
@@ -199,8 +211,14 @@ fn one_case(dtype: DType, shape: [usize; 6], change: fn(&mut Geometry<'static>))
             lse,
         );
     };
-    let out = everywhere(
-        || {
+    type Out = (Data, Vec<f32>, [Data; 3]);
+    #[allow(clippy::type_complexity)]
+    let runs: fn(&(dyn Fn() -> Out + Sync), &dyn Fn(&Out) -> Vec<u32>) -> Out = match on_unit {
+        false => |f, key| everywhere(f, key),
+        true => |f, key| on_threads(f, key),
+    };
+    let out = runs(
+        &|| {
             let (mut o, mut lse) = (
                 Data::unwritten(dtype, nq),
                 vec![f32::NAN; batch * heads * queries],
@@ -233,7 +251,7 @@ fn one_case(dtype: DType, shape: [usize; 6], change: fn(&mut Geometry<'static>))
             );
             (o, lse, [dq, dk, dv])
         },
-        |(o, lse, grads)| {
+        &|(o, lse, grads)| {
             let f32s = |x: &Data| x.f64().iter().map(|&x| x as f32).collect::<Vec<_>>();
             let grads = grads.iter().flat_map(f32s).collect::<Vec<_>>();
             [bits(&f32s(o)), bits(lse), bits(&grads)].concat()
@@ -243,7 +261,13 @@ fn one_case(dtype: DType, shape: [usize; 6], change: fn(&mut Geometry<'static>))
     let want = textbook(&g, &q.f64(), &k.f64(), &v.f64(), &dout.f64());
     // A logit is a chain of d products of values up to 2 x 2, scaled: its error makes a relative error of P.
     let logit = 4.0 * (head_dim as f64).sqrt() * (head_dim as f64 + 8.0) * U;
-    let over_keys = 2.0 * logit + (64.0 + keys as f64 / 32.0 + 40.0) * U + keys as f64 * U;
+    // The unit takes P and dS rounded to bf16, and its powers of two are within 2^-18.
+    let coarse = if on_unit {
+        1.02 / 256.0 + 2f64.powi(-16)
+    } else {
+        0.0
+    };
+    let over_keys = 2.0 * logit + coarse + (64.0 + keys as f64 / 32.0 + 40.0) * U + keys as f64 * U;
     let over_rows = over_keys + (queries * heads / kv_heads) as f64 * U + head_dim as f64 * U;
     for (got, want) in lse.iter().zip(&want.lse) {
         let same = *got == f32::NEG_INFINITY && *want == f64::NEG_INFINITY;
@@ -263,8 +287,39 @@ fn one_case(dtype: DType, shape: [usize; 6], change: fn(&mut Geometry<'static>))
 fn attention_and_its_gradients_match_the_textbook() {
     for (shape, change) in cases() {
         for dtype in [DType::F32, DType::Bf16, DType::F16] {
-            one_case(dtype, shape, change);
+            one_case(dtype, shape, change, false);
         }
+    }
+}
+
+/// Runs f on 1, 2, 3 and 8 threads, with whatever unit this machine has; panics if bits differ.
+fn on_threads<R: Send>(f: impl Fn() -> R + Sync, key: impl Fn(&R) -> Vec<u32>) -> R {
+    let on = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        pool.build().unwrap().install(&f)
+    };
+    let first = on(1);
+    for threads in [2, 3, 8] {
+        assert!(
+            key(&first) == key(&on(threads)),
+            "{threads} threads give other bits"
+        );
+    }
+    first
+}
+
+#[test]
+fn attention_on_the_unit_matches_the_textbook() {
+    #[cfg(target_arch = "x86_64")]
+    let here = crate::cpu::simd::tile_unit().is_some();
+    #[cfg(not(target_arch = "x86_64"))]
+    let here = false;
+    if !here {
+        eprintln!("ignored: this machine has no unit that multiplies tiles, or it is off");
+        return;
+    }
+    for (shape, change) in cases() {
+        one_case(DType::Bf16, shape, change, true);
     }
 }
 

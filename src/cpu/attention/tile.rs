@@ -61,7 +61,7 @@ pub(super) enum Part<'a> {
 
 /// First query row of the first band that sees key j.
 #[inline(always)]
-fn first_row(ends: &[usize], j: usize) -> usize {
+pub(super) fn first_row(ends: &[usize], j: usize) -> usize {
     ends.iter().take_while(|&&end| end <= j).count() * BAND
 }
 
@@ -167,10 +167,13 @@ impl Band<'_> {
             unsafe {
                 // Constant conditions: a block that this instruction set does not use is not compiled.
                 j += if const { S::LANES == 16 } {
-                    if columns.end - j >= 2 * LINE {
-                        self.columns::<S, T, 8, 2>(s, rows, j)
-                    } else {
-                        self.columns::<S, T, 8, 1>(s, rows, j)
+                    // Pieces of equal width: a lone vector would wait for its broadcasts.
+                    let lines = (columns.end - j) / LINE;
+                    match lines.div_ceil(lines.div_ceil(4)) {
+                        1 => self.columns::<S, T, 16, 1>(s, rows, j),
+                        2 => self.columns::<S, T, 8, 2>(s, rows, j),
+                        3 => self.columns::<S, T, 8, 3>(s, rows, j),
+                        _ => self.columns::<S, T, 6, 4>(s, rows, j),
                     }
                 } else if const { S::LANES == 8 } {
                     self.columns::<S, T, 6, 2>(s, rows, j)
@@ -210,7 +213,7 @@ impl Band<'_> {
                     })*
                 };
             }
-            of_rows!(8 7 6 5 4 3 2 1);
+            of_rows!(16 15 14 13 12 11 10 9 8 7 6 5 4 3 2 1);
         }
         V * S::LANES
     }
@@ -251,28 +254,58 @@ impl Band<'_> {
                     .a
                     .wrapping_add(if T { row } else { row * self.a_pitch });
             }
-            let mut b = self.b.add(j);
-            for p in 0..self.k {
-                let mut row = [s.zero(); V];
-                for (v, x) in row.iter_mut().enumerate() {
-                    *x = s.load_ptr(b.add(v * S::LANES));
+            let b = self.b.add(j);
+            let mut p = 0;
+            while p + UNROLLED <= self.k {
+                for p in p..p + UNROLLED {
+                    self.step::<S, T, R, V>(s, &a, b, p, &mut sums);
                 }
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = s.splat(*if T {
-                        a[0].add(p * self.a_pitch + r)
-                    } else {
-                        a[r].add(p)
-                    });
-                    for (sum, &y) in sums.iter_mut().zip(&row) {
-                        *sum = s.fma(x, y, *sum);
-                    }
-                }
-                // The last step may point past the end, where nothing is read.
-                b = b.wrapping_add(self.b_pitch);
+                p += UNROLLED;
+            }
+            for p in p..self.k {
+                self.step::<S, T, R, V>(s, &a, b, p, &mut sums);
             }
             for (r, sums) in sums.iter().enumerate() {
                 for (v, sum) in sums.iter().enumerate() {
                     s.store_ptr(c.add(r * self.c_pitch + v * S::LANES), *sum);
+                }
+            }
+        }
+    }
+}
+
+/// Steps of k between two branches.
+const UNROLLED: usize = 4;
+
+impl Band<'_> {
+    /// One step of all chains.
+    ///
+    /// # Safety
+    /// Row p of B from `b` on, and element p of the rows of A, exist.
+    #[inline(always)]
+    unsafe fn step<S: Simd, const T: bool, const R: usize, const V: usize>(
+        self,
+        s: S,
+        a: &[*const f32; R],
+        b: *const f32,
+        p: usize,
+        sums: &mut [[S::V; V]; R],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let b = b.add(p * self.b_pitch);
+            let mut row = [s.zero(); V];
+            for (v, x) in row.iter_mut().enumerate() {
+                *x = s.load_ptr(b.add(v * S::LANES));
+            }
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let x = s.splat(*if T {
+                    a[0].add(p * self.a_pitch + r)
+                } else {
+                    a[r].add(p)
+                });
+                for (sum, &y) in sums.iter_mut().zip(&row) {
+                    *sum = s.fma(x, y, *sum);
                 }
             }
         }

@@ -153,14 +153,21 @@ unsafe fn chains<S: Simd, const R: usize, const V: usize>(
         *p = a.data.wrapping_add(3 * g * a.row_stride);
     }
     let mut b_p = b.data;
-    for _ in 0..k {
-        // SAFETY: the caller vouches for k rows of V vectors, and for R rows of k elements.
-        unsafe { step(s, &mut acc, a_p, a.row_stride, b_p) }
+    // SAFETY: the caller vouches for k rows of V vectors, and for R rows of k elements, of which each call takes the next.
+    let mut next = || unsafe {
+        step(s, &mut acc, a_p, a.row_stride, b_p);
         // One step past the last element at the end, where nothing is read.
         for p in &mut a_p {
             *p = p.wrapping_add(a.k_stride);
         }
         b_p = b_p.wrapping_add(b.k_stride);
+    };
+    for _ in 0..k / 2 {
+        next();
+        next();
+    }
+    if k % 2 == 1 {
+        next();
     }
     each_row!(i < R => {
         for (j, &v) in acc[i].iter().enumerate() {

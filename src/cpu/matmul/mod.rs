@@ -1,30 +1,36 @@
 //! Products of matrices of any float types, in f32 inside.
 //!
 //! An element of C is one chain of fused multiply-adds over k in ascending order, so that the bits depend neither on
-//! tiles and blocks nor on threads, batch or instruction set. From outside in (after K. Goto and R. van de Geijn,
+//! tiles and blocks nor on threads, batch or instruction set. There is one exception: bf16 by bf16 on a machine with a matrix
+//! unit (AMX) is summed in that unit's order, which is as fixed, but another (`simd::amx` states it), because the unit is
+//! many times faster than any chain; there `Accum::Add` equals one longer sum where it resumes at a multiple of 32 of k.
+//! `SUPERNODE_MATRIX_UNITS=off` gives the chain's bits there too. From outside in (after K. Goto and R. van de Geijn,
 //! Anatomy of High-Performance Matrix Multiplication, 2008):
 //!
 //! | file | what |
 //! |---|---|
 //! | this one | arguments, checks, the cut into regions of C for the threads (m, n and batch, never k) |
-//! | `region` | blocks that fit the caches, and which operands are packed |
+//! | `region` | blocks that fit the caches (sizes: `blocks`), and which operands are packed |
 //! | `pack` | copies in the microkernel's order, widened: dtype ends here |
 //! | `stream` | few rows: B streams by once |
 //! | `microkernel` | the tile in registers, and its way to memory: bias, activation, narrowing |
-//!
-//! A unit that multiplies narrow types itself will be a token with a packed format and a `chains` of its own; it has to
-//! say in which order it sums.
+//! | `unit`, `unit_stream` | bf16 on the matrix unit: its own blocks and packed format; few rows in its order |
 
 #![allow(unsafe_code)]
 
+mod blocks;
 mod microkernel;
 mod pack;
 mod region;
 mod stream;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod unit;
+#[cfg(target_arch = "x86_64")]
+mod unit_stream;
 
-use super::simd::isa;
+use super::simd::{Isa, isa};
 use super::{Accum, Activation};
 use crate::dtype::{DType, Slice, SliceMut};
 use rayon::prelude::*;
@@ -66,7 +72,7 @@ pub(crate) struct Epilogue<'a> {
 
 /// c\[b, i, j\] (+)= sum over p of a\[b, i, p\] b\[b, p, j\], then bias and activation.
 ///
-/// One chain of fused multiply-adds over ascending p, in f32, narrowed once; with [`Accum::Add`] the chain begins at the
+/// One chain of fused multiply-adds over ascending p, in f32 (bf16 on a matrix unit: in its order), narrowed once; with [`Accum::Add`] the chain begins at the
 /// old c, with [`Accum::Replace`] at 0 and c is not read. k = 0 leaves the beginning of the chain.
 ///
 /// # Panics
@@ -82,15 +88,15 @@ pub(crate) fn matmul(
     let Some(product) = Product::new(batch, a, b, c, accum, epilogue) else {
         return;
     };
-    let isa = isa();
+    let engine = Engine::choose(&product);
     let work = product.batch * product.c.rows * product.c.cols * product.k.max(1);
-    let threads = if work < SERIAL {
+    let threads = if work < engine.serial() {
         1
     } else {
         rayon::current_num_threads()
     };
-    let grid = Grid::new(&product, threads);
-    let run = |task: usize| Region::run(&product, isa, grid.region(task));
+    let grid = Grid::new(&product, threads, engine.grain());
+    let run = |task: usize| engine.run(&product, grid.region(task));
     if grid.tasks() == 1 {
         run(0);
     } else {
@@ -107,18 +113,70 @@ pub(crate) fn scratch(
     m: usize,
     n: usize,
     k: usize,
-    _a: DType,
-    _b: DType,
+    a: DType,
+    b: DType,
     c: DType,
 ) -> usize {
     if batch == 0 || m == 0 || n == 0 {
         return 0;
     }
-    region::scratch_f32(m, n, k, c) * 4
+    let bytes = blocks::scratch_f32(m, n, k, c) * 4;
+    // Also where there is no such unit: scratch does not depend on the machine.
+    #[cfg(target_arch = "x86_64")]
+    if (a, b) == (DType::Bf16, DType::Bf16) {
+        return bytes.max(unit::scratch(m, n, k));
+    }
+    bytes
 }
 
-/// Multiply-adds below which waking a second thread costs more than it saves.
-const SERIAL: usize = 1 << 20;
+/// What computes a product. It decides the order of sums, so it is chosen by the operands' types and the machine alone.
+#[derive(Clone, Copy, Debug)]
+enum Engine {
+    /// Chains of f32.
+    Vectors(Isa),
+    /// The matrix unit.
+    #[cfg(target_arch = "x86_64")]
+    Unit(super::simd::amx::Amx),
+}
+
+impl Engine {
+    fn choose(product: &Product) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if (product.a.dtype, product.b.dtype) == (DType::Bf16, DType::Bf16)
+            && let Some(unit) = super::simd::matrix_unit()
+        {
+            return Engine::Unit(unit);
+        }
+        let _ = product;
+        Engine::Vectors(isa())
+    }
+
+    /// Multiply-adds below which waking a second thread costs more than it saves.
+    fn serial(self) -> usize {
+        match self {
+            Engine::Vectors(_) => 1 << 20,
+            #[cfg(target_arch = "x86_64")]
+            Engine::Unit(_) => 1 << 23,
+        }
+    }
+
+    /// Cuts fall on multiples of so many matrices, rows and columns, to keep tiles whole.
+    fn grain(self) -> [usize; 3] {
+        match self {
+            Engine::Vectors(_) => [1, 12, 32],
+            #[cfg(target_arch = "x86_64")]
+            Engine::Unit(_) => [1, 32, 32],
+        }
+    }
+
+    fn run(self, product: &Product, region: (Range<usize>, Range<usize>, Range<usize>)) {
+        match self {
+            Engine::Vectors(isa) => Region::run(product, isa, region),
+            #[cfg(target_arch = "x86_64")]
+            Engine::Unit(unit) => unit::run(product, unit, region),
+        }
+    }
+}
 
 /// A checked operand. The pointer stands for a slice that outlives the product.
 #[derive(Clone, Copy)]
@@ -330,34 +388,38 @@ impl Product {
 #[derive(Clone, Copy, Debug)]
 struct Grid {
     extents: [usize; 3],
+    grain: [usize; 3],
     cuts: [usize; 3],
 }
 
 impl Grid {
-    /// Cuts fall on multiples of this many rows or columns, to keep tiles whole.
-    const GRAIN: [usize; 3] = [1, 12, 32];
-
     /// The cut with the least time by a rough count: tiles, and lines that each region packs for itself.
-    fn new(product: &Product, threads: usize) -> Self {
+    fn new(product: &Product, threads: usize, grain: [usize; 3]) -> Self {
         let extents = [product.batch, product.c.rows, product.c.cols];
-        let grains = |axis: usize| extents[axis].div_ceil(Self::GRAIN[axis]);
+        let grains = |axis: usize| extents[axis].div_ceil(grain[axis]);
         let mut best = (
             usize::MAX,
             Grid {
                 extents,
+                grain,
                 cuts: [1; 3],
             },
         );
         for b in divisions(grains(0), threads) {
             for m in divisions(grains(1), threads.div_ceil(b)) {
                 for n in divisions(grains(2), threads.div_ceil(b * m)) {
-                    let rows = grains(1).div_ceil(m) * Self::GRAIN[1];
-                    let cols = grains(2).div_ceil(n) * Self::GRAIN[2];
+                    let rows = grains(1).div_ceil(m) * grain[1];
+                    let cols = grains(2).div_ceil(n) * grain[2];
                     let each = grains(0).div_ceil(b) * (rows * cols + PACKING * (rows + cols));
                     let cost = (b * m * n).div_ceil(threads) * each;
                     if cost < best.0 {
                         let cuts = [b, m, n];
-                        best = (cost, Grid { extents, cuts });
+                        let grid = Grid {
+                            extents,
+                            grain,
+                            cuts,
+                        };
+                        best = (cost, grid);
                     }
                 }
             }
@@ -374,7 +436,7 @@ impl Grid {
         let [_, m, n] = self.cuts;
         let at = [task / (m * n), task / n % m, task % n];
         let part = |axis: usize| {
-            let grain = Self::GRAIN[axis];
+            let grain = self.grain[axis];
             let grains = self.extents[axis].div_ceil(grain);
             let edge = |i: usize| (grains * i / self.cuts[axis] * grain).min(self.extents[axis]);
             edge(at[axis])..edge(at[axis] + 1)

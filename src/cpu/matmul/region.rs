@@ -25,43 +25,13 @@ use super::super::Accum;
 use super::super::memory::with_scratch_f32;
 use super::super::simd::{Isa, Kernel, Simd, TileKernel, dispatch};
 use super::Product;
+use super::blocks::*;
 use super::microkernel::{Columns, Rows, Sums, finish, keep, tile, widen_output};
 use super::pack::{Block, copy_rows, pack_columns, pack_rows};
 use super::stream::{stream, stream_columns};
 use crate::dtype::{DType, Float};
 use half::{bf16, f16};
 use std::ops::Range;
-
-/// k in a block.
-const KC: usize = 256;
-/// Rows in a block: whole tiles of 4, 6, 12 and 14.
-const MC: usize = 1008;
-/// Columns in a strip.
-const NC: usize = 320;
-/// Rows and columns whose sums are kept in scratch where C is narrow and k takes several blocks.
-const KEPT: (usize, usize) = (504, 512);
-/// Distance between the rows of a copied panel: no two in the same set of the first cache.
-pub(super) const COPIED: usize = KC + 16;
-/// Bytes of a cache line.
-const LINE: usize = 64;
-/// Bytes at whose multiples the rows of a panel meet in too few sets of the first cache.
-const ALIAS: usize = 4096;
-/// Rows that hide the latency of a multiply-add.
-const LOW: usize = 4;
-/// The largest tile of any instruction set.
-const TILE: (usize, usize) = (14, 32);
-/// Vectors may be stored beyond the end of a packed block.
-const EXCESS: usize = 16;
-/// With so few rows in a region, B is not packed.
-const FEW_ROWS: usize = 24;
-/// With so few columns in a region, A is not packed.
-const FEW_COLS: usize = 64;
-/// Up to this many multiply-adds neither is.
-const SMALL: usize = 96 * 96 * 96;
-/// Up to so many rows B is streamed.
-const STREAMED: usize = 4;
-/// Columns whose sums stay in the first cache while B streams by.
-const STREAM_COLS: usize = 1024;
 
 /// The part of C that one thread computes.
 pub(super) struct Region<'p> {
@@ -71,69 +41,6 @@ pub(super) struct Region<'p> {
     cols: Range<usize>,
     /// [`scratch_f32`] of them.
     scratch: &'p mut [f32],
-}
-
-/// Where the pieces of one thread's scratch begin, in f32.
-struct Layout {
-    a: usize,
-    b: usize,
-    sums: usize,
-    tile: usize,
-    end: usize,
-}
-
-impl Layout {
-    fn new(m: usize, n: usize, k: usize, c: DType) -> Self {
-        let depth = k.min(KC);
-        // Whole tiles of any height.
-        let rows = m.min(MC) + TILE.0 - 1;
-        let cols = n.min(NC).next_multiple_of(TILE.1);
-        let a = TILE.0 * COPIED;
-        let b = (a + rows * depth + EXCESS).next_multiple_of(16);
-        let sums = (b + cols * depth + EXCESS).next_multiple_of(16);
-        let kept = if keeps_sums(k, c) {
-            m.min(KEPT.0) * n.min(KEPT.1).next_multiple_of(TILE.1)
-        } else {
-            0
-        };
-        let streamed = if m <= STREAMED {
-            m * n.min(STREAM_COLS) + m * depth
-        } else {
-            0
-        };
-        let tile = (sums + kept.max(streamed)).next_multiple_of(16);
-        Layout {
-            a,
-            b,
-            sums,
-            tile,
-            end: tile + TILE.0 * TILE.1,
-        }
-    }
-}
-
-/// Whether sums wait in f32 scratch between blocks of k.
-fn keeps_sums(k: usize, c: DType) -> bool {
-    c != DType::F32 && k > KC
-}
-
-/// f32 of scratch for a region of a product m x n x k.
-pub(super) fn scratch_f32(m: usize, n: usize, k: usize, c: DType) -> usize {
-    Layout::new(m, n, k, c).end
-}
-
-/// `range` in pieces of at most `step`.
-fn pieces(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> {
-    let end = range.end;
-    range
-        .step_by(step)
-        .map(move |start| start..end.min(start + step))
-}
-
-/// 0..k in nearly equal blocks of at most KC; one empty block for k = 0, which still writes C.
-fn depths(k: usize) -> impl Iterator<Item = Range<usize>> {
-    let blocks = k.div_ceil(KC).max(1);
-    (0..blocks).map(move |i| k * i / blocks..k * (i + 1) / blocks)
 }
 
 impl Kernel for Region<'_> {
@@ -157,7 +64,14 @@ impl TileKernel for Region<'_> {
             self.stream(s, &mut scratch[layout.sums..layout.tile]);
             return;
         }
-        let (rows, cols) = if keeps_sums(p.k, p.c.dtype) {
+        let in_place = p.b.dtype == DType::F32 && p.b.col_stride == 1;
+        let pack_b = !in_place || (m > FEW_ROWS && m * n * p.k > SMALL);
+        let deep = if pack_b || m > FEW_ROWS || n * p.k <= SHALLOW_FROM {
+            KC
+        } else {
+            SHALLOW
+        };
+        let (rows, cols) = if p.c.dtype != DType::F32 && p.k > deep {
             KEPT
         } else {
             (MC, n)
@@ -171,9 +85,8 @@ impl TileKernel for Region<'_> {
                     rows: rows.clone(),
                     cols,
                     left: Left::choose(p, m, n),
-                    pack_b: p.b.dtype != DType::F32
-                        || p.b.col_stride != 1
-                        || (m > FEW_ROWS && m * n * p.k > SMALL),
+                    pack_b,
+                    deep,
                 };
                 strip.run(self.scratch, &layout);
             }
@@ -239,7 +152,7 @@ impl Region<'_> {
                 // SAFETY: rows and columns of this region of C; the scratch holds m rows of `width`.
                 Accum::Add => unsafe { widen_output(s, &p.c, at, shape, y) },
             }
-            for depth in depths(p.k) {
+            for depth in depths(p.k, KC) {
                 for (i, line) in panel.chunks_mut(depth.len().max(1)).enumerate().take(m) {
                     for (x, q) in line.iter_mut().zip(depth.clone()) {
                         let a = p.a.at(self.batch, self.rows.start + i, q);
@@ -297,6 +210,8 @@ struct Strip<'p, S, const MR: usize, const V: usize> {
     cols: Range<usize>,
     left: Left,
     pack_b: bool,
+    /// k in a block.
+    deep: usize,
 }
 
 /// How the microkernel gets at A.
@@ -392,7 +307,7 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
                 row_stride: Self::NR,
             },
         };
-        for depth in depths(p.k) {
+        for depth in depths(p.k, self.deep) {
             if self.left == Left::Packed {
                 let block = Block {
                     data: p.a.at(self.batch, self.rows.start, depth.start),

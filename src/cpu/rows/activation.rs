@@ -4,6 +4,7 @@
 
 use super::pointwise::{Pointwise, pointwise};
 use crate::cpu::Activation;
+use crate::cpu::polynomial;
 use crate::cpu::simd::Simd;
 use crate::dtype::{Slice, SliceMut};
 
@@ -76,4 +77,31 @@ impl Pointwise<3, 2> for Gradient<SwiGlu> {
 /// dgate = dy up silu'(gate), dup = dy silu(gate). Panics unless the lengths are equal.
 pub(crate) fn swiglu_backward(gate: Slice, up: Slice, dy: Slice, dgate: SliceMut, dup: SliceMut) {
     pointwise(Gradient(SwiGlu), [gate, up, dy], [dgate, dup]);
+}
+
+#[derive(Clone, Copy)]
+struct Sigmoid;
+impl Pointwise<1, 1> for Sigmoid {
+    #[inline(always)]
+    fn at<S: Simd>(self, s: S, [x]: [S::V; 1], _: [S::V; 1]) -> [S::V; 1] {
+        [polynomial::sigmoid(s, x)]
+    }
+}
+
+/// y = 1 / (1 + e^-x). Panics unless the lengths are equal.
+pub(crate) fn sigmoid(x: Slice, y: SliceMut) {
+    pointwise(Sigmoid, [x], [y]);
+}
+
+impl Pointwise<2, 1> for Gradient<Sigmoid> {
+    #[inline(always)]
+    fn at<S: Simd>(self, s: S, [y, dy]: [S::V; 2], _: [S::V; 1]) -> [S::V; 1] {
+        let slope = s.neg_fma(y, y, y);
+        [s.mul(dy, slope)]
+    }
+}
+
+/// dx = dy y (1 - y). Panics unless the lengths are equal.
+pub(crate) fn sigmoid_backward(y: Slice, dy: Slice, dx: SliceMut) {
+    pointwise(Gradient(Sigmoid), [y, dy], [dx]);
 }

@@ -53,7 +53,8 @@ pub(crate) fn widen_into<S: Simd>(s: S, x: Slice, to: &mut [f32]) {
         }
     }
     match x {
-        Slice::F32(x) => to.copy_from_slice(x),
+        // Not `copy_from_slice`: for rows of a few lines its call costs more than the copy.
+        Slice::F32(x) => go(s, x, to),
         Slice::Bf16(x) => go(s, x, to),
         Slice::F16(x) => go(s, x, to),
         Slice::U32(_) => panic!("kernels compute on floats, not on u32"),
@@ -78,7 +79,7 @@ pub(crate) fn narrow_into<S: Simd>(s: S, x: &[f32], to: SliceMut) {
         }
     }
     match to {
-        SliceMut::F32(to) => to.copy_from_slice(x),
+        SliceMut::F32(to) => go(s, x, to),
         SliceMut::Bf16(to) => go(s, x, to),
         SliceMut::F16(to) => go(s, x, to),
         SliceMut::U32(_) => panic!("kernels compute on floats, not on u32"),

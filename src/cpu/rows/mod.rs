@@ -12,6 +12,7 @@ mod dropout;
 mod elementwise;
 mod embedding;
 pub(crate) mod lanes;
+mod mix;
 mod norm;
 mod optimizer;
 pub(crate) mod parallel;
@@ -20,7 +21,9 @@ mod reduce;
 mod rotary;
 mod softmax;
 
-pub(crate) use activation::{activation, activation_backward, swiglu, swiglu_backward};
+pub(crate) use activation::{
+    activation, activation_backward, sigmoid, sigmoid_backward, swiglu, swiglu_backward,
+};
 pub(crate) use copy::copy_strided;
 pub(crate) use cross_entropy::{
     Shard, cross_entropy, cross_entropy_gradient, cross_entropy_gradient_in_place,
@@ -29,6 +32,7 @@ pub(crate) use cross_entropy::{
 pub(crate) use dropout::dropout;
 pub(crate) use elementwise::{add, add_assign, cast, multiply, scale};
 pub(crate) use embedding::{embedding, embedding_backward};
+pub(crate) use mix::{Picked, mix, mix_dots};
 pub(crate) use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
 pub(crate) use optimizer::{AdamW, Sgd, adamw, sgd};
 pub(crate) use reduce::{add_bias, column_sum, sum, sum_of_squares};

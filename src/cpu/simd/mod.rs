@@ -11,6 +11,8 @@
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -23,6 +25,8 @@ mod neon;
 mod portable;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use crate::dtype::Float;
 use std::sync::OnceLock;
@@ -38,6 +42,8 @@ use emulated::{Emulated4, Emulated16};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use tiles::{OnTiles, TileUnit, Tiles};
 
 /// Rows and vectors of a tile on AVX-512: 28 accumulators, 2 vectors of B, 1 broadcast: 31 of 32 registers.
 #[cfg(any(test, target_arch = "x86_64"))]
@@ -281,6 +287,35 @@ pub(crate) fn isa() -> Isa {
     }
     static BEST: OnceLock<Isa> = OnceLock::new();
     *BEST.get_or_init(|| Isa::available()[0])
+}
+
+/// The unit that multiplies tiles of bf16, where this machine has one and it is not turned off. A test's choice of an
+/// instruction set ([`with_isa`]) is one without it.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn matrix_unit() -> Option<amx::Amx> {
+    #[cfg(test)]
+    if CHOSEN.get().is_some() {
+        return None;
+    }
+    amx::Amx::new()
+}
+
+/// The unit that multiplies tiles of bf16, if it is to be used: where the machine has one, unless the environment variable
+/// `SUPERNODE_MATRIX_UNITS` is `off` (read once). Asked where a kernel is entered, as [`isa`]; under [`with_isa`] it is off.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn tile_unit() -> Option<TileUnit> {
+    #[cfg(test)]
+    if CHOSEN.get().is_some() {
+        return None;
+    }
+    static UNIT: OnceLock<Option<TileUnit>> = OnceLock::new();
+    *UNIT.get_or_init(
+        || match std::env::var("SUPERNODE_MATRIX_UNITS").as_deref() {
+            Ok("off") => None,
+            Ok("on") | Err(std::env::VarError::NotPresent) => TileUnit::new(),
+            other => panic!("SUPERNODE_MATRIX_UNITS is {other:?}; it may be on or off"),
+        },
+    )
 }
 
 /// Runs f with [`isa`] fixed on this thread.

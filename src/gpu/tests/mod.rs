@@ -1,3 +1,4 @@
-//! Sources are valid on every device, with no device at hand.
+//! Sources are valid on every device, with no device at hand; and what fails on one is told.
 
+mod failures;
 mod sources;

@@ -199,6 +199,7 @@ pub(super) fn dropout_belongs_to_the_whole_tensors_elements() {
             let op = Dropout {
                 p: 0.25,
                 name: "after attention".into(),
+                order: Default::default(),
             };
             let stream = Stream::new(5, "after attention");
             let kept = |n: usize| -> Vec<bool> {
@@ -214,7 +215,8 @@ pub(super) fn dropout_belongs_to_the_whole_tensors_elements() {
     assert!(
         Dropout {
             p: 1.0,
-            name: String::new()
+            name: String::new(),
+            order: Default::default(),
         }
         .infer(&[])
         .is_err()

@@ -1,24 +1,42 @@
 //! The same tables on a graphics processor: same cases, same bounds.
-//!
-//! Left out is the largest head: a software device takes minutes to compile kernels that hold 256 elements of a row in
-//! registers.
 
-use super::harness::on_gpu;
-use super::{attention, elementwise, loss, matmul, norms, optimizer, shapes};
+use super::harness::{on_gpu, on_gpu_as};
+use super::{attention, elementwise, loss, matmul, mixture, norms, optimizer, shapes};
+use crate::gpu::Class;
 
 /// Tests of the same name that run on the first graphics processor.
 macro_rules! the_same {
     ($($room:ident::$case:ident),* $(,)?) => {
         $(#[test]
+        #[cfg_attr(no_adapter, ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one")]
         fn $case() {
             on_gpu($room::$case);
         })*
     };
 }
 
+/// Tests that run once more with kernels as a card has them: tiles through workgroup memory, attention row by row.
+macro_rules! the_same_as_on_a_card {
+    ($($name:ident $room:ident::$case:ident),* $(,)?) => {
+        $(#[test]
+        #[cfg_attr(no_adapter, ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one")]
+        fn $name() {
+            on_gpu_as(Class::Discrete, $room::$case);
+        })*
+    };
+}
+
+the_same_as_on_a_card! {
+    layouts_by_tiles matmul::every_layout_once,
+    long_sums_by_tiles matmul::long_sums,
+    masks_by_rows attention::every_mask_once,
+}
+
 the_same! {
-    attention::every_mask_in_every_type,
-    attention::sizes_at_the_edges,
+    attention::every_mask_once,
+    attention::every_type_once,
+    attention::causal_sizes_at_the_edges,
+    attention::the_largest_head,
     attention::one_key_head_stays_whole_while_query_heads_are_split,
     elementwise::sums_and_products,
     elementwise::multiples,
@@ -33,9 +51,21 @@ the_same! {
     loss::counts_and_means,
     matmul::products_of_every_type,
     matmul::products_at_the_edges_of_tiles,
+    matmul::products_by_fours_across_tiles,
+    matmul::long_sums,
     matmul::either_side_transposed_and_batched,
-    matmul::bias_and_activation,
+    matmul::bias_and_each_activation_once,
     matmul::the_result_has_the_type_that_is_asked_for,
+    mixture::sigmoids,
+    mixture::routes,
+    mixture::slots_within_a_capacity,
+    mixture::slots_are_filled_in_the_order_of_the_text,
+    mixture::tokens_go_to_experts,
+    mixture::and_come_back,
+    mixture::uneven_loads_cost,
+    mixture::a_loss_joins_whatever_passes,
+    mixture::heads_join_what_they_share,
+    mixture::zeros_around,
     norms::layer_norm,
     norms::rms_norm_over_rows_and_heads,
     norms::softmax,

@@ -21,7 +21,18 @@ thread_local! {
 /// `SUPERNODE_REQUIRE_GPU` is set.
 #[cfg(feature = "gpu")]
 pub(super) fn on_gpu(cases: impl FnOnce()) {
-    match crate::gpu::Chip::open(0) {
+    run_on(crate::gpu::Chip::open(0), cases);
+}
+
+/// The same with kernels as another kind of adapter has them.
+#[cfg(feature = "gpu")]
+pub(super) fn on_gpu_as(class: crate::gpu::Class, cases: impl FnOnce()) {
+    run_on(crate::gpu::Chip::open_as(0, class), cases);
+}
+
+#[cfg(feature = "gpu")]
+fn run_on(chip: crate::Result<crate::gpu::Chip>, cases: impl FnOnce()) {
+    match chip {
         Ok(chip) => CHIP.set(Some(chip)),
         Err(why) => {
             let required = std::env::var_os("SUPERNODE_REQUIRE_GPU").is_some();

@@ -2,7 +2,7 @@
 
 use super::harness::{Array, Bounded, Case, FLOATS, U};
 use crate::dtype::DType;
-use crate::ops::{Activation, Matmul, Op};
+use crate::ops::{Activation, Axes, Linear, Matmul, Op};
 use crate::reference::{self, gamma, matmul, transposed};
 use crate::tensor::TensorType;
 
@@ -190,6 +190,66 @@ pub(super) fn products_at_the_edges_of_tiles() {
     }
 }
 
+/// Sizes that are read four elements at a time, and of which some cross the largest tile of any device.
+#[test]
+pub(super) fn products_by_fours_across_tiles() {
+    for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
+        let op = Matmul {
+            transpose_a,
+            transpose_b,
+            ..Default::default()
+        };
+        check(&op, &[], [36, 68, 20], true, [DType::F32; 3], None);
+        check(&op, &[2], [40, 12, 24], false, [DType::F16; 3], None);
+    }
+    let op = Matmul {
+        bias: true,
+        activation: Some(Activation::GeluTanh),
+        ..Default::default()
+    };
+    check(&op, &[], [132, 140, 44], true, [DType::F32; 3], None);
+}
+
+/// A product of each layout, by fours and not.
+#[test]
+pub(super) fn every_layout_once() {
+    for (transpose_a, transpose_b) in [(false, false), (true, true)] {
+        let op = Matmul {
+            transpose_a,
+            transpose_b,
+            ..Default::default()
+        };
+        check(&op, &[], [36, 68, 20], true, [DType::F32; 3], None);
+        check(&op, &[2], [35, 37, 21], false, [DType::Bf16; 3], None);
+    }
+}
+
+/// So few results that a device splits k.
+#[test]
+pub(super) fn long_sums() {
+    check(
+        &Matmul::default(),
+        &[],
+        [3, 8, 2053],
+        true,
+        [DType::F32; 3],
+        None,
+    );
+    let op = Matmul {
+        bias: true,
+        activation: Some(Activation::Silu),
+        ..Default::default()
+    };
+    check(
+        &op,
+        &[],
+        [4, 4, 1028],
+        true,
+        [DType::Bf16; 3],
+        Some(DType::F32),
+    );
+}
+
 #[test]
 pub(super) fn either_side_transposed_and_batched() {
     for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
@@ -218,7 +278,7 @@ pub(super) fn either_side_transposed_and_batched() {
 }
 
 #[test]
-pub(super) fn bias_and_activation() {
+fn bias_and_activation() {
     for dtype in FLOATS {
         for (bias, gradient) in [(true, None), (true, Some(DType::F32)), (false, None)] {
             for activation in [None].into_iter().chain(ACTIVATIONS.map(|a| Some(a.0))) {
@@ -230,6 +290,19 @@ pub(super) fn bias_and_activation() {
                 check(&op, &[3], [5, 7, 6], true, [dtype; 3], gradient);
             }
         }
+    }
+}
+
+/// The same without every pair of type and activation: each is seconds of compiling on a device.
+#[test]
+pub(super) fn bias_and_each_activation_once() {
+    for (activation, dtype) in ACTIVATIONS.iter().zip(FLOATS.iter().cycle()) {
+        let op = Matmul {
+            bias: true,
+            activation: Some(activation.0),
+            ..Default::default()
+        };
+        check(&op, &[3], [5, 7, 6], true, [*dtype; 3], Some(DType::F32));
     }
 }
 
@@ -248,6 +321,32 @@ pub(super) fn the_result_has_the_type_that_is_asked_for() {
         [DType::Bf16, DType::Bf16, DType::F32],
         None,
     );
+}
+
+/// The rows of two leading axes belong to one b each: a mixture's experts.
+#[test]
+pub(super) fn some_leading_axes_are_rows() {
+    for (transpose_b, activation) in [(false, None), (true, None), (false, Some(Activation::Silu))]
+    {
+        let op = Matmul {
+            transpose_b,
+            activation,
+            ..Default::default()
+        };
+        let flat = |shape: &[usize]| Array::normal("a", shape, DType::F32);
+        let b_shape = if transpose_b { [3, 7, 6] } else { [3, 6, 7] };
+        let b = Array::normal("b", &b_shape, DType::F32);
+        let whole = Case::new(&op, vec![flat(&[3, 2, 5, 6]), b.clone()]);
+        let rows = Case::new(&op, vec![flat(&[3, 10, 6]), b]);
+        let (whole, rows) = (whole.run(), rows.run());
+        assert_eq!(whole[0].ty.shape, [3, 2, 5, 7]);
+        assert_eq!(whole[0].values, rows[0].values);
+    }
+    let letters = Matmul::default().axes(&[
+        TensorType::new([4, 2, 5, 6], DType::F32),
+        TensorType::new([4, 6, 7], DType::F32),
+    ]);
+    assert_eq!(letters, Axes::new("abmk,akn->abmn").linear(Linear::Each));
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod gpu;
 mod harness;
 mod loss;
 mod matmul;
+mod mixture;
 mod norms;
 mod optimizer;
 mod shapes;

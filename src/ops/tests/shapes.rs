@@ -99,7 +99,10 @@ pub(super) fn rotary_positions() {
                         theta: 500.0,
                         rotary_dim,
                         style,
-                        offset: 11,
+                        positions: RotaryPositions::Alike {
+                            offset: 11,
+                            order: Default::default(),
+                        },
                         scaling,
                         ..Default::default()
                     };

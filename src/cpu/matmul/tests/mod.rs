@@ -360,7 +360,7 @@ fn regions_cover_c_once() {
                 };
                 let product =
                     Product::new(batch, a, b, c, Accum::Replace, Epilogue::default()).unwrap();
-                let grid = Grid::new(&product, threads);
+                let grid = Grid::new(&product, threads, Engine::choose(&product).grain());
                 let mut seen = vec![0; product.batch * product.c.rows * n];
                 for task in 0..grid.tasks() {
                     let (batch, rows, cols) = grid.region(task);
@@ -387,4 +387,59 @@ fn scratch_follows_shape_and_type_only() {
         of(8192, 8192, 8192, DType::F32)
     );
     assert!(of(600, 600, 600, DType::Bf16) > of(600, 600, 600, DType::F32));
+}
+
+/// Element by element, whatever the shape, the layout, the rows beside it and the number of threads.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn the_matrix_unit_sums_in_its_own_order() {
+    use super::super::simd::amx::sum_in_the_units_order;
+    if super::super::simd::matrix_unit().is_none() {
+        eprintln!("ignored: no matrix unit here, or it is turned off");
+        return;
+    }
+    let types = [DType::Bf16, DType::Bf16, DType::F32];
+    for (m, n, k) in [
+        (1, 70, 300),
+        (4, 1100, 77),
+        (3, 5, 0),
+        (33, 40, 2100),
+        (70, 1100, 33),
+        (130, 97, 600),
+    ] {
+        for accum in [Accum::Replace, Accum::Add] {
+            let transposed = [m % 2 == 0, n % 2 == 0];
+            let one = Case {
+                types,
+                accum,
+                transposed,
+                ..case(m, n, k)
+            };
+            let [a, b, old, _] = one.operands();
+            let bits = |x: &Data, at: usize| half::bf16::from_f32(x.get(at));
+            let want = |i: usize, j: usize| {
+                let begin = if accum == Accum::Add {
+                    old.get(i * n + j)
+                } else {
+                    0.0
+                };
+                sum_in_the_units_order(begin, k, |p| {
+                    let left = if transposed[0] { p * m + i } else { i * k + p };
+                    let right = if transposed[1] { j * k + p } else { p * n + j };
+                    (bits(&a, left), bits(&b, right))
+                })
+            };
+            for threads in [1, 3] {
+                let pool = rayon::ThreadPoolBuilder::new()
+                    .num_threads(threads)
+                    .build()
+                    .unwrap();
+                let c = pool.install(|| one.compute()).c;
+                for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                    let got = c.get(i * n + j);
+                    assert_eq!(got.to_bits(), want(i, j).to_bits(), "({i}, {j}) of {one:?}");
+                }
+            }
+        }
+    }
 }

@@ -4,21 +4,30 @@
 //! holds `n * stride` chips. Where several of its members share a lower level, the collective is hierarchical: reduce-scatter
 //! below, the rest above on a share of the tensor, all-gather below (so the slow links carry the least). On one level it is the
 //! better of a ring and of recursive halving (`n` of each: 2 (n-1) latencies or 2 log2 n, the same bytes), or the
-//! measured curve where there is one. Groups that run beside each other each use the ports of their own chips; a full mesh gives
-//! a group the links among its members only.
+//! measured curve where there is one. A group over several axes joined by `+` is a hierarchy too, the nearest axis below. Groups
+//! that run beside each other each use the ports of their own chips; what a level's wiring leaves of them stands in [`links`].
+
+mod exchange;
+mod links;
 
 use super::work::Work;
 use crate::cluster::{Curve, Level, Machine, Wiring};
 use crate::collective::{Kind, Schedule, Step};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
+use exchange::Exchanging;
 
 /// A machine's network, ready to be asked.
 #[derive(Clone, Debug)]
 pub struct Network {
     levels: Vec<Level>,
     curves: Vec<Curve>,
+    exchange: Exchanging,
+    slower: f64,
 }
+
+/// Chips of a group, and ranks from one to the next.
+type Members = (usize, usize);
 
 impl Network {
     /// The network of `machine`.
@@ -26,32 +35,50 @@ impl Network {
     /// # Errors
     /// If a number is missing.
     pub fn of(machine: &Machine) -> Result<Network> {
-        let curves = machine.system.curves().to_vec();
         Ok(Network {
             levels: machine.levels()?,
-            curves,
+            curves: machine.system.curves().to_vec(),
+            exchange: Exchanging::of(machine),
+            slower: 1.0,
         })
     }
 
-    /// Seconds of a collective or message of `work` on `mesh`; 0 for a kernel.
+    /// The same network with every transfer this much slower.
+    pub fn slowed(&self, by: f64) -> Network {
+        Network {
+            slower: self.slower * by,
+            ..self.clone()
+        }
+    }
+
+    /// Seconds of a transfer of `work` on `mesh`; 0 for a kernel.
     ///
     /// # Errors
     /// If the mesh has more chips than the machine joins.
     pub fn seconds(&self, mesh: &Mesh, work: &Work) -> Result<f64> {
-        let (Work::Collective { axis, .. } | Work::Message { axis, .. }) = work else {
+        let Some(axis) = work.axis() else {
             return Ok(0.0);
         };
-        if !mesh.has(axis) {
+        let groups = members(mesh, axis);
+        let Some(last) = groups.last() else {
             return Ok(0.0);
-        }
-        let group = mesh.group(0, axis);
-        match work {
-            Work::Collective { kind, bytes, .. } => {
-                self.collective(*kind, group.size(), group.stride(), *bytes)
-            }
-            Work::Message { bytes, .. } => self.message(group.stride(), *bytes),
-            _ => Ok(0.0),
-        }
+        };
+        let seconds = match work {
+            Work::Collective { kind, bytes, .. } => self.over(*kind, &groups, *bytes)?,
+            Work::Message { bytes, .. } => self.message(last.1, *bytes)?,
+            Work::Ring { bytes, .. } => self.ring(*last, *bytes)?,
+            Work::Exchange { .. } => self.exchange(&groups, work)?,
+            _ => 0.0,
+        };
+        Ok(seconds * self.slower)
+    }
+
+    /// Whether so many chips can be joined.
+    ///
+    /// # Errors
+    /// If not, with the most that can.
+    pub fn fits(&self, chips: usize) -> Result<()> {
+        self.level(chips).map(|_| ())
     }
 
     /// The position of the lowest level that joins `chips` chips in a row.
@@ -72,7 +99,38 @@ impl Network {
     /// If the machine has no such chip.
     pub fn message(&self, distance: usize, bytes: f64) -> Result<f64> {
         let level = &self.levels[self.level(distance + 1)?];
-        Ok(level.latency + bytes / link(level, 2))
+        Ok(level.latency + bytes / links::pair(level))
+    }
+
+    /// Shares that travel once round a ring of `n` chips: n - 1 messages one after the other, each over the slowest level.
+    fn ring(&self, (n, stride): Members, bytes: f64) -> Result<f64> {
+        let level = &self.levels[self.level(n * stride)?];
+        let share = bytes / n as f64;
+        Ok((n - 1) as f64 * (level.latency + share / links::pair(level)))
+    }
+
+    /// A collective over groups within groups, the nearest first.
+    fn over(&self, kind: Kind, groups: &[Members], bytes: f64) -> Result<f64> {
+        let Some((first, rest)) = groups.split_first() else {
+            return Ok(0.0);
+        };
+        let (n, stride) = *first;
+        let near = |kind, bytes| self.collective(kind, n, stride, bytes);
+        if rest.is_empty() {
+            return near(kind, bytes);
+        }
+        let part = bytes / n as f64;
+        let far = |bytes| self.over(kind, rest, bytes);
+        Ok(match kind {
+            Kind::AllReduce => {
+                near(Kind::ReduceScatter, bytes)? + far(part)? + near(Kind::AllGather, bytes)?
+            }
+            Kind::ReduceScatter | Kind::AllGather => near(kind, bytes)? + far(part)?,
+            Kind::AllToAll | Kind::Broadcast { .. } | Kind::Barrier => {
+                near(kind, bytes)? + far(bytes)?
+            }
+            Kind::Shift => near(kind, bytes)?.max(far(bytes)?),
+        })
     }
 
     /// A collective over `n` chips, `stride` ranks apart, of a tensor of `bytes` in all.
@@ -111,37 +169,69 @@ impl Network {
                 below(kind, bytes * q as f64 / n as f64)?.max(beyond)
             }
             Kind::Broadcast { .. } => above(kind, whole) + below(kind, whole)?,
+            // The slowest of the messages, which go all at once, crosses the top level.
+            Kind::Shift => {
+                let level = &self.levels[top];
+                level.latency + bytes / n as f64 / links::pair(level)
+            }
             Kind::Barrier => above(kind, 0.0) + below(kind, 0.0)?,
         })
     }
 
     /// A collective on one level.
     fn flat(&self, kind: Kind, level: usize, n: usize, stride: usize, bytes: f64) -> f64 {
+        // Behind a switch it does not matter how far apart the members are.
+        let near = level == 0 && (stride == 1 || self.levels[0].wiring == Wiring::Switch);
         let measured = self
             .curves
             .iter()
-            .filter(|c| level == 0 && stride == 1 && c.kernel == "all-reduce");
+            .filter(|c| near && c.kernel == "all-reduce");
         let measured = measured.min_by_key(|c| (c.group < n, c.group.abs_diff(n)));
         let halves = match kind {
             Kind::AllReduce => 1.0,
             Kind::ReduceScatter | Kind::AllGather => 0.5,
             _ => 0.0,
         };
+        let level = &self.levels[level];
         if let (Some(curve), true) = (measured, halves > 0.0) {
             let sent = |n: usize| (n - 1) as f64 / n as f64;
-            return halves * curve.at(bytes) * sent(n) / sent(curve.group);
+            let seconds = halves * curve.at(bytes) * sent(n) / sent(curve.group);
+            // Links may be set slower than those that were measured: no curve is faster than they.
+            return seconds.max(on_links(kind, level, n, stride, bytes));
         }
-        let level = &self.levels[level];
-        closed_form(kind, n, bytes, level.latency, link(level, n))
+        on_links(kind, level, n, stride, bytes)
     }
 }
 
-/// Bytes a second that a member of a group of `n` has on `level`.
-fn link(level: &Level, n: usize) -> f64 {
-    match level.wiring {
-        Wiring::FullMesh => level.bandwidth * (n - 1) as f64 / (level.chips - 1).max(1) as f64,
-        _ => level.bandwidth,
+/// A collective by the links of its level.
+fn on_links(kind: Kind, level: &Level, n: usize, stride: usize, bytes: f64) -> f64 {
+    let bandwidth = links::group(level, kind, n, stride);
+    if kind == Kind::AllReduce && level.reduces {
+        // The switch adds: every chip sends its tensor once, and gets the sum once, at the same time.
+        return 2.0 * level.latency + bytes / bandwidth;
     }
+    closed_form(kind, n, bytes, level.latency, bandwidth)
+}
+
+/// The groups of rank 0 over the axes of `names`, joined by `+`: the nearest first, those that continue each other as one.
+fn members(mesh: &Mesh, names: &str) -> Vec<Members> {
+    let mut groups: Vec<Members> = names
+        .split('+')
+        .filter(|name| mesh.size_of(name) > 1)
+        .map(|name| {
+            let group = mesh.group(0, name);
+            (group.size(), group.stride())
+        })
+        .collect();
+    groups.sort_by_key(|g| g.1);
+    let mut joined: Vec<Members> = Vec::new();
+    for (n, stride) in groups {
+        match joined.last_mut() {
+            Some((m, s)) if *m * *s == stride => *m *= n,
+            _ => joined.push((n, stride)),
+        }
+    }
+    joined
 }
 
 /// The better of ring and recursive halving over `n` chips, each with `bandwidth` to any other.
@@ -154,6 +244,7 @@ pub fn closed_form(kind: Kind, n: usize, bytes: f64, latency: f64, bandwidth: f6
         Kind::ReduceScatter | Kind::AllGather => rounds * latency + share,
         Kind::AllToAll => (n - 1.0) * latency + share,
         Kind::Broadcast { .. } => (rounds + n - 1.0).min(2.0 * rounds) * latency + 2.0 * share,
+        Kind::Shift => latency + bytes / n / bandwidth,
         Kind::Barrier => rounds * latency,
     }
 }

@@ -1,0 +1,335 @@
+//! `supernode calibrate`: measures this machine's processor into a machine file, and holds the file's forecast against a real run.
+//!
+//! What is measured are training steps of small models of several widths on the asked number of chips: a trace of a real run holds
+//! the time of every op. So the curves have in them what a step has: threads that wake, caches that are cold, chips that share cores.
+//! Times of kernels alone were not tried.
+
+use super::progress::print_text;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+use supernode::cluster::{Curve, Machine};
+use supernode::forecast::{measured_curves, measured_gap, price_trace};
+use supernode::kernels::{MemoryStream, peak_flops};
+use supernode::mesh::Mesh;
+use supernode::model::{Config, Transformer};
+use supernode::spmd::{Device, World};
+use supernode::trace::Trace;
+use supernode::train::data::{Alphabet, Batches, Split, Tokens};
+use supernode::train::{Options, Report, Training};
+use supernode::{DType, Error, ErrorKind, Result};
+
+/// Arguments of `supernode calibrate`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Where the machine goes: FILE.toml, and beside it FILE-chip.toml and FILE-stack.toml
+    #[arg(long, value_name = "FILE.toml")]
+    out: PathBuf,
+    /// Chips that this processor is divided into
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    chips: usize,
+    /// Threads of each; by default the cores divided by the chips
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Price a training step of another model on the new machine, run it, and print both
+    #[arg(long)]
+    compare: bool,
+}
+
+/// Widths of the models that are timed; the one that `--compare` runs lies between them and is none of them.
+const WIDTHS: [usize; 4] = [64, 96, 192, 256];
+const COMPARED: usize = 128;
+/// Runs of each, and steps of a run, of which the last one's events are kept.
+const RUNS: usize = 3;
+const STEPS: u64 = 4;
+
+struct Timed {
+    trace: Trace,
+    /// Seconds of a step, the median of all but the first.
+    seconds: f64,
+}
+
+fn median(mut all: Vec<f64>) -> f64 {
+    all.sort_by(f64::total_cmp);
+    all[all.len() / 2]
+}
+
+/// A Llama of this width that reads numbered tokens, four sequences a chip.
+fn training(width: usize, mesh: &Mesh, steps: u64) -> Result<Training> {
+    let text: String = (0..40_000u32)
+        .map(|i| char::from(b' ' + (i.wrapping_mul(2_654_435_761) >> 16) as u8 % 90))
+        .collect();
+    let tokens = Tokens::from_text(text.as_bytes(), Alphabet::Characters, "numbers")?;
+    let split = Split::new(tokens.len(), 1.0)?;
+    let context = 64;
+    let config = Config::llama(
+        4,
+        width,
+        width / 32,
+        width / 32,
+        tokens.vocabulary().len(),
+        context,
+    );
+    Ok(Training {
+        model: Transformer::new(config, mesh)?,
+        batches: Batches::new(Arc::new(tokens), split, context, 16, 0)?,
+        options: Options {
+            steps,
+            ..Options::default()
+        },
+    })
+}
+
+fn run_once(a: &Arguments, width: usize, mesh: &Mesh, steps: u64) -> Result<Timed> {
+    let times = Mutex::new(Vec::new());
+    let observe = |report: &Report| {
+        if let Report::Step { ms, .. } = report {
+            times
+                .lock()
+                .unwrap_or_else(|e| e.into_inner())
+                .push(ms * 1e-3);
+        }
+    };
+    let mut world = World::threads(mesh, Device::cpu())?;
+    if let Some(threads) = a.threads {
+        world = world.with_threads(threads);
+    }
+    let training = training(width, mesh, steps)?;
+    let run = training.run(&world, &observe, &AtomicBool::new(false))?;
+    let times = times.into_inner().unwrap_or_else(|e| e.into_inner());
+    Ok(Timed {
+        trace: run.trace().clone(),
+        seconds: median(times[1..].to_vec()),
+    })
+}
+
+/// Runs the command.
+pub(super) fn run(a: &Arguments) -> Result<()> {
+    let input = |why: &str| Err(Error::new(ErrorKind::Input, why));
+    if a.chips == 0 || !16usize.is_multiple_of(a.chips) {
+        return input("--chips: 1, 2, 4, 8 or 16, of which each gets a share of 16 sequences");
+    }
+    if a.threads == Some(0) {
+        return input("--threads: a chip needs at least one thread");
+    }
+    if a.out.extension().is_none_or(|e| e != "toml") {
+        return input("--out: a machine is named by its path, which ends in .toml");
+    }
+    let mesh = Mesh::new([("dp", a.chips)]);
+    let mut timed = Vec::new();
+    for round in 0..RUNS {
+        for width in WIDTHS {
+            eprint!(
+                "\rmeasuring: round {} of {RUNS}, width {width}   ",
+                round + 1
+            );
+            timed.push(run_once(a, width, &mesh, STEPS)?);
+        }
+    }
+    eprintln!();
+    let gap = median(
+        timed
+            .iter()
+            .map(|t| measured_gap(&t.trace, t.seconds))
+            .collect(),
+    );
+    let traces: Vec<Trace> = timed.into_iter().map(|t| t.trace).collect();
+    let curves = measured_curves(&traces, a.chips, "measured");
+    write_machine(a, &curves, gap)?;
+    print_text(&format!(
+        "{} curves of {} chips, {:.1} us between ops, written to {}\n",
+        curves.len(),
+        a.chips,
+        gap * 1e6,
+        a.out.display()
+    ));
+    if a.compare {
+        compare(a, &mesh)?;
+    }
+    Ok(())
+}
+
+/// Bytes that a chip's trace says it sends in its latest step.
+fn sent(trace: &Trace) -> u64 {
+    let chip = &trace.classes[0].chip;
+    let step = chip.latest.as_ref().or(chip.first.as_ref());
+    let events = step.iter().flat_map(|s| &s.events);
+    events
+        .filter_map(|e| e.traffic.as_ref())
+        .map(|t| t.bytes)
+        .sum()
+}
+
+fn compare(a: &Arguments, mesh: &Mesh) -> Result<()> {
+    let name = a.out.to_string_lossy();
+    let machine = Machine::named(&name)?;
+    let ghost = training(COMPARED, mesh, 1)?.trace(&World::ghost(mesh))?;
+    let forecast = price_trace(&ghost, &machine, "f32")?.seconds();
+    let runs: Vec<Timed> = (0..RUNS)
+        .map(|_| run_once(a, COMPARED, mesh, 12))
+        .collect::<Result<_>>()?;
+    let real = median(runs.iter().map(|r| r.seconds).collect());
+    let (said, moved) = (sent(&ghost), sent(&runs[0].trace));
+    print_text(&format!(
+        "a step of width {COMPARED} on {} chips: forecast {:.2} ms, measured {:.2} ms, {:+.1} %; bytes sent {said} and {moved}, {}\n",
+        a.chips,
+        forecast * 1e3,
+        real * 1e3,
+        100.0 * (forecast / real - 1.0),
+        if said == moved { "equal" } else { "DIFFERENT" }
+    ));
+    match said == moved {
+        true => Ok(()),
+        false => Err(Error::new(
+            ErrorKind::Input,
+            format!("the ghost sends {said} bytes a step, the run {moved}"),
+        )),
+    }
+}
+
+/// Rate of the op `name` at its largest size: work a second.
+fn rate(curves: &[Curve], name: &str) -> Option<f64> {
+    let curve = curves.iter().find(|c| c.kernel == name)?;
+    let (amount, seconds) = *curve.points.last()?;
+    Some(amount / seconds)
+}
+
+fn number(name: &str, value: f64, unit: &str, trust: &str) -> String {
+    let source = if trust == "assumed" { "none" } else { "run" };
+    format!(
+        "{name} = {{ value = {value:e}, unit = \"{unit}\", source = \"{source}\", trust = \"{trust}\" }}\n"
+    )
+}
+
+const SOURCES: &str = "[sources]\nrun = \"supernode calibrate on this machine: training steps of small models\"\n\
+    none = \"no measurement\"\n\n";
+
+fn write_machine(a: &Arguments, curves: &[Curve], gap: f64) -> Result<()> {
+    let stem = a
+        .out
+        .file_stem()
+        .map_or("machine".into(), |s| s.to_string_lossy());
+    let beside = |part: &str| a.out.with_file_name(format!("{stem}-{part}.toml"));
+    put(&beside("chip"), &chip_sheet(a, curves))?;
+    put(&beside("stack"), &stack_sheet(gap))?;
+    put(&a.out, &system_sheet(a, curves, &stem))
+}
+
+fn put(path: &Path, text: &str) -> Result<()> {
+    std::fs::write(path, text).map_err(|e| {
+        let why = format!("cannot write {}: {e}", path.display());
+        Error::new(ErrorKind::Io, why)
+    })
+}
+
+fn chip_sheet(a: &Arguments, curves: &[Curve]) -> String {
+    // The peak of one chip while all of them compute, as the curves are.
+    let threads = a.threads.unwrap_or_else(|| {
+        std::thread::available_parallelism()
+            .map_or(1, |n| n.get())
+            .div_ceil(a.chips)
+    });
+    let peak = peak_flops(DType::F32) * threads as f64;
+    let bandwidth = MemoryStream::new(1 << 28, 1 << 27).bytes_per_second();
+    let share = |name: &str, of: f64| (rate(curves, name).unwrap_or(of) / of).clamp(0.01, 1.0);
+    let mut text =
+        String::from("title = \"a slice of this machine's processor\"\nstatus = \"shipping\"\n");
+    text += "unknown = [\"memory.capacity\", \"power.tdp\", \"chip.cores\", \"vector.f32\", \"headline.bf16\", \"matmul.bf16\", \
+        \"headline.int8\", \"matmul.int8\"]\nabsent = [\"headline.fp8\", \"matmul.fp8\", \"headline.fp4\", \"matmul.fp4\"]\n\n";
+    text += SOURCES;
+    text += &("[headline]\n".to_string() + &number("f32", peak / 1e9, "GFLOP/s", "fitted"));
+    text += &("\n[matmul]\n".to_string() + &number("f32", peak / 1e9, "GFLOP/s", "fitted"));
+    text += &("\n[memory]\n".to_string() + &number("bandwidth", bandwidth, "B/s", "fitted"));
+    text += &("\n[link]\n".to_string()
+        + &number("up", bandwidth, "B/s", "assumed")
+        + &number("out", bandwidth, "B/s", "assumed"));
+    text += &("\n[kernel.matmul]\n".to_string()
+        + &number("efficiency", share("matmul", peak), "1", "fitted")
+        + &number("memory", 1.0, "1", "assumed")
+        + &number("prologue", 0.0, "1", "assumed"));
+    text += &("\n[kernel.attention]\n".to_string()
+        + &number("efficiency", share("attention", peak), "1", "fitted")
+        + &number("backward", share("attention.backward", peak), "1", "fitted"));
+    for (class, op) in [
+        ("elementwise", "add"),
+        ("norm", "rms_norm"),
+        ("activation", "swiglu"),
+    ] {
+        let _ = write!(
+            text,
+            "\n[kernel.{class}]\n{}",
+            number("memory", share(op, bandwidth), "1", "fitted")
+        );
+    }
+    text
+}
+
+fn stack_sheet(gap: f64) -> String {
+    let mut text = String::from("title = \"this crate\"\n\n") + SOURCES + "[stack]\n";
+    for (name, word) in [
+        ("attention", "fused"),
+        ("dropout", "no"),
+        ("tp_overlap", "none"),
+        ("dp_overlap", "no"),
+        ("pp_overlap", "no"),
+        ("gradient", "f32"),
+        ("exchange", "all-to-all"),
+        ("exchange_overlap", "no"),
+        ("reshard", "auto"),
+    ] {
+        let _ = writeln!(text, "{name} = \"{word}\"");
+    }
+    text += &number("gap", gap, "s", "fitted");
+    text += &number("launch", 0.0, "s", "assumed");
+    for name in [
+        "allocator",
+        "interference",
+        "stragglers",
+        "straggling",
+        "jitter",
+    ] {
+        text += &number(name, 0.0, "1", "assumed");
+    }
+    text + &number("imbalance", 1.0, "1", "assumed")
+}
+
+fn system_sheet(a: &Arguments, curves: &[Curve], stem: &str) -> String {
+    // Between chips: what a large all-reduce reaches, and the time of the smallest.
+    let reduce = curves.iter().find(|c| c.kernel == "all-reduce");
+    let last = reduce.and_then(|c| c.points.last()).copied();
+    let bandwidth = last.map_or(1e10, |(bytes, seconds)| bytes / seconds);
+    let latency = reduce.map_or(1e-6, |c| c.points[0].1 / 2.0);
+    let mut text = String::from(
+        "title = \"this machine's processor\"\nstatus = \"shipping\"\nunknown = [\"power.total\"]\n\n",
+    );
+    text += SOURCES;
+    let _ = write!(
+        text,
+        "[system]\nchip = \"{stem}-chip.toml\"\nstack = \"{stem}-stack.toml\"\ngrows = \"no\"\n{}",
+        number("chips", a.chips.max(2) as f64, "chips", "fitted")
+    );
+    let _ = write!(
+        text,
+        "\n[level.memory]\nkind = \"switch\"\n{}{}{}{}",
+        number("chips", a.chips.max(2) as f64, "chips", "fitted"),
+        number("bandwidth", bandwidth, "B/s", "fitted"),
+        number("latency", latency, "s", "fitted"),
+        number("efficiency", 1.0, "1", "assumed")
+    );
+    for curve in curves {
+        let points: Vec<String> = curve
+            .points
+            .iter()
+            .map(|(amount, seconds)| format!("[{amount:e}, {seconds:e}]"))
+            .collect();
+        let _ = write!(
+            text,
+            "\n[[curve]]\nkernel = \"{}\"\ngroup = {}\nsource = \"run\"\ntrust = \"fitted\"\npoints = [{}]\n",
+            curve.kernel,
+            curve.group,
+            points.join(", ")
+        );
+    }
+    text
+}

@@ -1,0 +1,98 @@
+//! How large the blocks of a product are, and where they lie in a thread's scratch. None of this changes a bit.
+
+use crate::dtype::DType;
+use std::ops::Range;
+
+/// k in a block.
+pub(super) const KC: usize = 256;
+/// Rows in a block: whole tiles of 4, 6, 12 and 14.
+pub(super) const MC: usize = 1008;
+/// Columns in a strip.
+pub(super) const NC: usize = 320;
+/// Rows and columns whose sums are kept in scratch where C is narrow and k takes several blocks.
+pub(super) const KEPT: (usize, usize) = (504, 512);
+/// Distance between the rows of a copied panel: no two in the same set of the first cache.
+pub(super) const COPIED: usize = KC + 16;
+/// Bytes of a cache line.
+pub(super) const LINE: usize = 64;
+/// Bytes at whose multiples the rows of a panel meet in too few sets of the first cache.
+pub(super) const ALIAS: usize = 4096;
+/// Rows that hide the latency of a multiply-add.
+pub(super) const LOW: usize = 4;
+/// The largest tile of any instruction set.
+pub(super) const TILE: (usize, usize) = (14, 32);
+/// Vectors may be stored beyond the end of a packed block.
+pub(super) const EXCESS: usize = 16;
+/// With so few rows in a region, B is not packed.
+pub(super) const FEW_ROWS: usize = 24;
+/// With so few columns in a region, A is not packed.
+pub(super) const FEW_COLS: usize = 64;
+/// k in a block where B is read in place by few rows: its rows then are as many streams as the hardware can follow. With
+/// blocks of KC each row of B is another page, and every line comes from afar.
+pub(super) const SHALLOW: usize = 16;
+/// Elements of B up to which it comes from the second cache anyway.
+pub(super) const SHALLOW_FROM: usize = 1 << 16;
+/// Up to this many multiply-adds neither is.
+pub(super) const SMALL: usize = 96 * 96 * 96;
+/// Up to so many rows B is streamed.
+pub(super) const STREAMED: usize = 4;
+/// Columns whose sums stay in the first cache while B streams by.
+pub(super) const STREAM_COLS: usize = 1024;
+
+/// Where the pieces of one thread's scratch begin, in f32.
+pub(super) struct Layout {
+    pub a: usize,
+    pub b: usize,
+    pub sums: usize,
+    pub tile: usize,
+    pub end: usize,
+}
+
+impl Layout {
+    pub(super) fn new(m: usize, n: usize, k: usize, c: DType) -> Self {
+        let depth = k.min(KC);
+        // Whole tiles of any height.
+        let rows = m.min(MC) + TILE.0 - 1;
+        let cols = n.min(NC).next_multiple_of(TILE.1);
+        let a = TILE.0 * COPIED;
+        let b = (a + rows * depth + EXCESS).next_multiple_of(16);
+        let sums = (b + cols * depth + EXCESS).next_multiple_of(16);
+        let kept = if c != DType::F32 && k > SHALLOW {
+            m.min(KEPT.0) * n.min(KEPT.1).next_multiple_of(TILE.1)
+        } else {
+            0
+        };
+        let streamed = if m <= STREAMED {
+            m * n.min(STREAM_COLS) + m * depth
+        } else {
+            0
+        };
+        let tile = (sums + kept.max(streamed)).next_multiple_of(16);
+        Layout {
+            a,
+            b,
+            sums,
+            tile,
+            end: tile + TILE.0 * TILE.1,
+        }
+    }
+}
+
+/// f32 of scratch for a region of a product m x n x k.
+pub(super) fn scratch_f32(m: usize, n: usize, k: usize, c: DType) -> usize {
+    Layout::new(m, n, k, c).end
+}
+
+/// `range` in pieces of at most `step`.
+pub(super) fn pieces(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range
+        .step_by(step)
+        .map(move |start| start..end.min(start + step))
+}
+
+/// 0..k in nearly equal blocks of at most `most`; one empty block for k = 0, which still writes C.
+pub(super) fn depths(k: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let blocks = k.div_ceil(most).max(1);
+    (0..blocks).map(move |i| k * i / blocks..k * (i + 1) / blocks)
+}

@@ -1,0 +1,243 @@
+//! Attention's part of a layer.
+
+use super::{Beside, ContextParallel, Shape, Task, stream};
+use crate::collective::Kind;
+use crate::forecast::work::{Rows, Work};
+
+impl Shape<'_> {
+    /// The share of all keys and values that a chip holds: where there are fewer key heads than chips of `tp`, each is held by
+    /// several.
+    pub(super) fn kv_share(&self) -> f64 {
+        match self.model.latent {
+            Some(_) => 1.0 / self.tp as f64,
+            None => 1.0 / self.tp.min(self.model.kv_heads) as f64,
+        }
+    }
+
+    /// Elements on a chip of one token's queries, keys and values, and outputs.
+    fn widths(&self) -> (usize, usize, usize) {
+        let (q, kv, o) = self.model.widths();
+        let kv = (kv as f64 * self.kv_share()).ceil() as usize;
+        (q.div_ceil(self.tp), kv, o.div_ceil(self.tp))
+    }
+
+    /// Projections, positions, the core, and the way out; the gradients of all of it.
+    pub(super) fn attention(&self, backward: bool) -> Vec<Task> {
+        let (tokens, c) = (self.tokens(), self.model.hidden);
+        let (q, kv, o) = self.widths();
+        let mut tasks = vec![];
+        if backward {
+            tasks.extend(self.before_pair());
+            tasks.extend(self.gradients(tokens, (c, o), vec![]));
+            tasks.extend(self.core(true));
+            tasks.extend(self.rotary());
+            match self.model.latent {
+                Some(_) => tasks.extend(self.latent_backward()),
+                None => tasks.extend(self.gradients(tokens, (q + kv, c), self.back_into_pair())),
+            }
+            return tasks;
+        }
+        match self.model.latent {
+            Some(_) => tasks.extend(self.latent_forward()),
+            None => {
+                tasks.extend(self.before_pair());
+                tasks.extend(self.cast((tokens * c) as f64));
+                tasks.push(self.product(tokens, q + kv, c));
+            }
+        }
+        tasks.extend(self.rotary());
+        tasks.extend(self.core(false));
+        tasks.extend(self.cast((tokens * o) as f64));
+        tasks.push(self.product(tokens, c, o));
+        tasks.extend(self.out_of_pair());
+        tasks
+    }
+
+    /// Products from latent vectors: (columns, rows) for queries, and for keys and values.
+    fn latent_products(&self) -> Vec<(usize, usize)> {
+        let Some(l) = self.model.latent else {
+            return vec![];
+        };
+        let heads = self.model.heads.div_ceil(self.tp);
+        let from = if l.q_rank == 0 {
+            self.model.hidden
+        } else {
+            l.q_rank
+        };
+        vec![
+            (heads * (l.nope + l.rope), from),
+            (heads * (l.nope + l.value), l.kv_rank),
+        ]
+    }
+
+    fn latent_width(&self) -> usize {
+        self.model
+            .latent
+            .map_or(0, |l| l.q_rank + l.kv_rank + l.rope)
+    }
+
+    /// Down to the latent vectors on the tokens that the chip has, their norms, and up again; with sequence parallelism the
+    /// narrow vectors are gathered, not the stream.
+    fn latent_forward(&self) -> Vec<Task> {
+        let (width, near) = (
+            self.latent_width(),
+            self.tokens().div_ceil(self.sequence_split()),
+        );
+        let mut tasks = self.cast((near * self.model.hidden) as f64);
+        tasks.push(self.product(near, width, self.model.hidden));
+        tasks.push(stream(Rows::Norm, 4.0 * (near * width) as f64));
+        if self.sequence_parallel {
+            tasks.extend(self.transfer_of(width, Kind::AllGather, Beside::Never));
+        }
+        let up = self.latent_products();
+        tasks.extend(
+            up.into_iter()
+                .map(|(n, k)| self.product(self.tokens(), n, k)),
+        );
+        tasks
+    }
+
+    fn latent_backward(&self) -> Vec<Task> {
+        let (width, near) = (
+            self.latent_width(),
+            self.tokens().div_ceil(self.sequence_split()),
+        );
+        let mut tasks = vec![];
+        for product in self.latent_products() {
+            tasks.extend(self.gradients(self.tokens(), product, vec![]));
+        }
+        let kind = match self.sequence_parallel {
+            true => Kind::ReduceScatter,
+            false => Kind::AllReduce,
+        };
+        tasks.extend(self.transfer_of(width, kind, Beside::Backward));
+        tasks.push(stream(Rows::Norm, 8.0 * (near * width) as f64));
+        tasks.extend(self.gradients(near, (width, self.model.hidden), vec![]));
+        tasks
+    }
+
+    pub(super) fn rotary(&self) -> Vec<Task> {
+        if !self.model.rotary {
+            return vec![];
+        }
+        let (q, kv, _) = self.widths();
+        let turned = match self.model.latent {
+            Some(l) => self.model.heads.div_ceil(self.tp) * l.rope + l.rope,
+            None => q + kv / 2,
+        };
+        vec![stream(
+            Rows::Elementwise,
+            4.0 * (self.tokens() * turned) as f64,
+        )]
+    }
+
+    /// The core of attention, with what `cp` moves. Scores of unfused attention are written, read, and written again: softmax
+    /// moves 4 bytes an element, dropout 5 (two of values, a byte of mask); their gradients 6 and 5.
+    pub(super) fn core(&self, backward: bool) -> Vec<Task> {
+        let mut tasks = self.meet(backward);
+        let c = self.model;
+        let heads = c.heads.div_ceil(self.tp);
+        let (query, value) = c.score_width();
+        if self.fused {
+            // Causal: half of the scores are never computed. Backward: five products for two.
+            let scores = (self.tokens() * heads) as f64 * c.seen(self.context, false);
+            let products = match backward {
+                false => query + value,
+                true => 3 * query + 2 * value,
+            };
+            let (q, kv, o) = self.widths();
+            let bytes =
+                2.0 * (self.tokens() * (q + kv + o)) as f64 * if backward { 2.0 } else { 1.0 };
+            let work = Work::Attention {
+                flops: 2.0 * scores * products as f64,
+                bytes,
+                backward,
+            };
+            tasks.push(work.into());
+            return tasks;
+        }
+        let (batch, rows, s) = (
+            self.batch * heads,
+            self.context.div_ceil(self.cp),
+            self.context,
+        );
+        let scores = (batch * rows * s) as f64;
+        let size = self.size.max(2.0);
+        let by = |m, n, k| {
+            Task::from(Work::Matmul {
+                batch,
+                m,
+                n,
+                k,
+                size,
+            })
+        };
+        // Megatron-LM's kernel for scale, mask and softmax takes batches of heads in fours; otherwise each is a pass in f32.
+        let passes = |fours: &'static [f64], single: &'static [f64]| {
+            let bytes = if batch.is_multiple_of(4) {
+                fours
+            } else {
+                single
+            };
+            bytes
+                .iter()
+                .map(move |b| stream(Rows::Elementwise, b * scores))
+        };
+        if !backward {
+            tasks.push(by(rows, s, query));
+            tasks.extend(passes(&[4.0], &[6.0, 9.0, 8.0, 6.0]));
+            if self.dropout {
+                tasks.push(stream(Rows::Elementwise, 5.0 * scores));
+            }
+            tasks.push(by(rows, value, s));
+        } else {
+            tasks.extend([by(rows, s, value), by(s, value, rows)]);
+            if self.dropout {
+                tasks.push(stream(Rows::Elementwise, 5.0 * scores));
+            }
+            tasks.extend(passes(&[6.0], &[6.0, 12.0, 9.0, 6.0]));
+            tasks.extend([by(rows, query, s), by(s, query, rows)]);
+        }
+        tasks
+    }
+
+    /// What `cp` moves for the core: keys and values round the ring (and their gradients with them in the backward), gathered, or
+    /// everything exchanged for heads.
+    fn meet(&self, backward: bool) -> Vec<Task> {
+        if self.cp == 1 {
+            return vec![];
+        }
+        let (q, kv, o) = self.widths();
+        let (tokens, cp) = (self.tokens() as f64, self.cp as f64);
+        let whole = 2.0 * tokens * cp * kv as f64;
+        let axis = || "cp".to_string();
+        let collective = |kind, bytes| {
+            Task::from(Work::Collective {
+                kind,
+                axis: axis(),
+                bytes,
+            })
+        };
+        match self.context_parallel {
+            ContextParallel::Ring => {
+                let bytes = whole * if backward { 2.0 } else { 1.0 };
+                let work = Work::Ring {
+                    axis: axis(),
+                    bytes,
+                };
+                vec![Task::from(work).beside(Beside::Always)]
+            }
+            ContextParallel::AllGather => match backward {
+                false => vec![collective(Kind::AllGather, whole)],
+                true => vec![
+                    collective(Kind::AllGather, whole),
+                    collective(Kind::ReduceScatter, whole),
+                ],
+            },
+            ContextParallel::Ulysses => {
+                let local = 2.0 * tokens * (q + kv + o) as f64;
+                vec![collective(Kind::AllToAll, local)]
+            }
+        }
+    }
+}

@@ -1,0 +1,399 @@
+//! A transformer's step as work, for splits that the training loop does not run yet.
+//!
+//! The lists follow Megatron-LM (Narayanan et al. 2021, Korthikanti et al. 2022, arXiv:2205.05198): columns then rows of each pair of
+//! matrices over `tp`, all-reduces between them, with sequence parallelism all-gathers and reduce-scatters in their place and
+//! norms and dropout on 1/t of the tokens. Bytes are those of 2-byte activations. Where a ghost traces the same split, its trace
+//! takes this list's place: see [`super::price_trace`].
+
+mod attention;
+mod cached;
+mod experts;
+
+use super::architecture::{Architecture, Block};
+use super::work::{Rows, Work};
+use crate::collective::Kind;
+
+/// What is computed again in the backward instead of kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Recompute {
+    /// Nothing.
+    None,
+    /// The core of attention: scores, softmax, dropout, and the product with the values.
+    Selective,
+    /// Every layer, from its input.
+    Full,
+}
+
+/// How keys and values of other chips' tokens are met over `cp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ContextParallel {
+    /// They travel round a ring beside the computation (Liu et al. 2023), halves of the sequence dealt so that a causal mask is
+    /// even.
+    Ring,
+    /// They are gathered first (Llama 3, arXiv:2407.21783, section 3.3.2).
+    AllGather,
+    /// Tokens are exchanged for heads (Ulysses, arXiv:2309.14509).
+    Ulysses,
+}
+
+/// What decides the work of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shape<'a> {
+    /// The model.
+    pub model: &'a Architecture,
+    /// Sequences in a micro-batch.
+    pub batch: usize,
+    /// Tokens of a sequence.
+    pub context: usize,
+    /// Chips over which matrices are split.
+    pub tp: usize,
+    /// Chips over which the tokens of a sequence are split.
+    pub cp: usize,
+    /// Chips over which experts are split.
+    pub ep: usize,
+    /// How attention meets the tokens of other chips.
+    pub context_parallel: ContextParallel,
+    /// Whether norms and dropout are split over the tokens.
+    pub sequence_parallel: bool,
+    /// Whether attention is one kernel.
+    pub fused: bool,
+    /// Whether there is dropout.
+    pub dropout: bool,
+    /// Bytes of an element of a matmul's operands.
+    pub size: f64,
+    /// Tokens of the busiest expert's chip for those of the mean one.
+    pub imbalance: f64,
+}
+
+/// When a transfer may run beside kernels instead of before them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beside {
+    /// If the software overlaps everything.
+    Never,
+    /// Beside the next kernel, if the software overlaps backwards.
+    Backward,
+    /// Beside the next kernel: the algorithm is made so.
+    Always,
+    /// Beside other micro-batches' kernels, if the software exchanges tokens so.
+    Experts,
+}
+
+/// A kernel, and what may run beside it on the network.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Task {
+    /// What is done.
+    pub work: Work,
+    /// When a transfer hides.
+    pub beside: Beside,
+    /// Whether it is the gradient of a weight, for which no other stage waits.
+    pub weight: bool,
+}
+
+impl From<Work> for Task {
+    fn from(work: Work) -> Task {
+        Task {
+            work,
+            beside: Beside::Never,
+            weight: false,
+        }
+    }
+}
+
+impl Task {
+    fn beside(self, beside: Beside) -> Task {
+        Task { beside, ..self }
+    }
+
+    fn of_weight(self) -> Task {
+        Task {
+            weight: true,
+            ..self
+        }
+    }
+}
+
+fn stream(rows: Rows, bytes: f64) -> Task {
+    Work::Stream { rows, bytes }.into()
+}
+
+impl Shape<'_> {
+    /// Tokens of a micro-batch on a chip.
+    pub fn tokens(&self) -> usize {
+        (self.batch * self.context).div_ceil(self.cp)
+    }
+
+    /// Chips over which sequence parallelism splits the tokens.
+    fn sequence_split(&self) -> usize {
+        if self.sequence_parallel { self.tp } else { 1 }
+    }
+
+    /// Elements of the residual stream on a chip, where norms and dropout work.
+    fn residual(&self) -> f64 {
+        (self.tokens() * self.model.hidden) as f64 / self.sequence_split() as f64
+    }
+
+    fn product(&self, m: usize, n: usize, k: usize) -> Task {
+        Work::Matmul {
+            batch: 1,
+            m,
+            n,
+            k,
+            size: self.size,
+        }
+        .into()
+    }
+
+    /// Reading 2-byte values and writing narrow ones beside them, if matmuls are narrower.
+    fn cast(&self, elements: f64) -> Vec<Task> {
+        match self.size < 2.0 {
+            true => vec![stream(Rows::Elementwise, (2.0 + self.size) * elements)],
+            false => vec![],
+        }
+    }
+
+    /// A transfer over `tp` of this many elements a token.
+    fn transfer_of(&self, width: usize, kind: Kind, beside: Beside) -> Vec<Task> {
+        if self.tp == 1 {
+            return vec![];
+        }
+        let bytes = 2.0 * (self.tokens() * width) as f64;
+        let axis = "tp".to_string();
+        let work = Work::Collective { kind, axis, bytes };
+        vec![Task::from(work).beside(beside)]
+    }
+
+    /// A transfer of the whole residual stream over `tp`.
+    fn transfer(&self, kind: Kind, beside: Beside) -> Vec<Task> {
+        self.transfer_of(self.model.hidden, kind, beside)
+    }
+
+    /// Into a pair of matrices: a gathering if tokens are split.
+    fn before_pair(&self) -> Vec<Task> {
+        match self.sequence_parallel {
+            true => self.transfer(Kind::AllGather, Beside::Never),
+            false => vec![],
+        }
+    }
+
+    /// Out of a pair of matrices: the sum.
+    fn out_of_pair(&self) -> Vec<Task> {
+        let kind = match self.sequence_parallel {
+            true => Kind::ReduceScatter,
+            false => Kind::AllReduce,
+        };
+        self.transfer(kind, Beside::Never)
+    }
+
+    /// The gradient's way back through [`Shape::before_pair`], beside the weights' product: with sequence parallelism the input is
+    /// gathered once more and the gradient's sum scattered, otherwise the gradient is summed.
+    fn back_into_pair(&self) -> Vec<Task> {
+        match self.sequence_parallel {
+            true => {
+                let mut both = self.transfer(Kind::AllGather, Beside::Backward);
+                both.extend(self.transfer(Kind::ReduceScatter, Beside::Backward));
+                both
+            }
+            false => self.transfer(Kind::AllReduce, Beside::Backward),
+        }
+    }
+
+    /// Columns of the first feed-forward matrix for one of the second's rows.
+    fn gates(&self) -> usize {
+        if self.model.gated { 2 } else { 1 }
+    }
+
+    /// Bias, dropout and the sum with the residual stream; backward: dropout's gradient and the bias's.
+    fn join(&self, backward: bool) -> Task {
+        let mask = if self.dropout { 1.0 } else { 0.0 };
+        let bytes = match backward {
+            false => 6.0 + mask,
+            true => {
+                (if self.dropout { 5.0 } else { 0.0 }) + if self.model.bias { 2.0 } else { 0.0 }
+            }
+        };
+        stream(Rows::Elementwise, bytes * self.residual())
+    }
+
+    fn activation(&self, elements: f64, backward: bool) -> Task {
+        let values = if self.model.gated { 3.0 } else { 2.0 };
+        let values = if backward { 2.0 * values - 1.0 } else { values };
+        stream(Rows::Activation, 2.0 * values * elements)
+    }
+
+    fn norm(&self, backward: bool) -> Task {
+        // Backward a norm reads the gradient, its input and the residual's gradient, and writes their sum.
+        let bytes = if backward { 8.0 } else { 4.0 };
+        stream(Rows::Norm, bytes * self.residual())
+    }
+
+    /// The forward of one layer.
+    pub fn forward(&self, block: Block) -> Vec<Task> {
+        let mut tasks = vec![];
+        if block == Block::Predict {
+            // Two normalized streams, projected into one.
+            tasks.extend([self.norm(false), self.norm(false)]);
+            tasks.extend(self.predict_product());
+        }
+        tasks.push(self.norm(false));
+        tasks.extend(self.attention(false));
+        tasks.extend([self.join(false), self.norm(false)]);
+        match self.model.has_experts(block) {
+            true => tasks.extend(self.experts()),
+            false => {
+                tasks.extend(self.before_pair());
+                tasks.extend(self.dense(self.model.ffn));
+                tasks.extend(self.out_of_pair());
+            }
+        }
+        tasks.push(self.join(false));
+        tasks
+    }
+
+    /// The backward of one layer, without what is computed again.
+    pub fn backward(&self, block: Block) -> Vec<Task> {
+        let mut tasks = vec![self.join(true)];
+        match self.model.has_experts(block) {
+            true => tasks.extend(self.experts_backward()),
+            false => {
+                tasks.extend(self.before_pair());
+                tasks.extend(self.dense_backward(self.model.ffn, self.back_into_pair()));
+            }
+        }
+        tasks.extend([self.norm(true), self.join(true)]);
+        tasks.extend(self.attention(true));
+        tasks.push(self.norm(true));
+        if block == Block::Predict {
+            tasks.extend(self.predict_product());
+            tasks.extend(self.predict_product());
+            tasks.extend([self.norm(true), self.norm(true)]);
+        }
+        tasks
+    }
+
+    fn predict_product(&self) -> Vec<Task> {
+        let c = self.model.hidden;
+        let mut tasks = self.before_pair();
+        tasks.push(self.product(self.tokens(), c.div_ceil(self.tp), 2 * c));
+        tasks
+    }
+
+    /// The two products of a dense feed-forward part of this width, and the activation between them.
+    fn dense(&self, ffn: usize) -> Vec<Task> {
+        let (tokens, c, f) = (self.tokens(), self.model.hidden, ffn.div_ceil(self.tp));
+        let mut tasks = self.cast((tokens * c) as f64);
+        tasks.push(self.product(tokens, self.gates() * f, c));
+        tasks.push(self.activation((tokens * f) as f64, false));
+        tasks.extend(self.cast((tokens * f) as f64));
+        tasks.push(self.product(tokens, c, f));
+        tasks
+    }
+
+    fn dense_backward(&self, ffn: usize, out: Vec<Task>) -> Vec<Task> {
+        let (tokens, c, f) = (self.tokens(), self.model.hidden, ffn.div_ceil(self.tp));
+        let mut tasks = self.gradients(tokens, (c, f), vec![]);
+        tasks.push(self.activation((tokens * f) as f64, true));
+        tasks.extend(self.gradients(tokens, (self.gates() * f, c), out));
+        tasks
+    }
+
+    /// Gradients of a product of [tokens, rows] by [rows, columns]; a transfer of the input's gradient, or of the input once
+    /// more, may run beside the weight's.
+    fn gradients(
+        &self,
+        tokens: usize,
+        (columns, rows): (usize, usize),
+        transfers: Vec<Task>,
+    ) -> Vec<Task> {
+        // A narrow gradient is written for both products, the input's once more for the weight's.
+        let mut tasks = self.cast((2 * tokens * columns + tokens * rows) as f64);
+        tasks.push(self.product(tokens, rows, columns));
+        tasks.extend(transfers);
+        tasks.push(self.product(rows, columns, tokens).of_weight());
+        tasks
+    }
+
+    /// What is computed again for a layer's backward.
+    pub fn again(&self, recompute: Recompute, block: Block) -> Vec<Task> {
+        match recompute {
+            Recompute::None => vec![],
+            Recompute::Selective if self.fused => vec![],
+            Recompute::Selective => self.core(false),
+            Recompute::Full => self.forward(block),
+        }
+    }
+
+    /// What stands in front of the first layer: the embedding, its sum over `tp`, and dropout.
+    pub fn embedding(&self) -> Vec<Task> {
+        let bytes = (self.tokens() * self.model.hidden) as f64;
+        let mut tasks = vec![stream(Rows::Elementwise, 4.0 * bytes)];
+        tasks.extend(self.out_of_pair());
+        tasks.push(stream(
+            Rows::Elementwise,
+            (4.0 + self.dropout as u8 as f64) * self.residual(),
+        ));
+        tasks
+    }
+
+    /// What stands behind the last layer: norm, logits, and a loss that reads and writes them in f32. The head is never narrower
+    /// than 2 bytes.
+    pub fn head(&self, backward: bool) -> Vec<Task> {
+        let (columns, rows) = (self.model.vocab.div_ceil(self.tp), self.model.hidden);
+        let wide = Shape {
+            size: self.size.max(2.0),
+            ..self.clone()
+        };
+        let logits = (self.tokens() * columns) as f64;
+        if backward {
+            let mut tasks = vec![stream(Rows::Elementwise, 10.0 * logits)];
+            let sum = self.transfer(Kind::AllReduce, Beside::Backward);
+            tasks.extend(wide.gradients(self.tokens(), (columns, rows), sum));
+            tasks.push(stream(Rows::Norm, 6.0 * self.residual()));
+            return tasks;
+        }
+        let mut tasks = vec![stream(Rows::Norm, 4.0 * self.residual())];
+        tasks.extend(self.before_pair());
+        tasks.push(wide.product(self.tokens(), columns, rows));
+        // To f32, the maximum, the exponentials and their sum.
+        tasks.push(stream(Rows::Elementwise, 18.0 * logits));
+        tasks
+    }
+
+    /// Bytes that a layer keeps for its backward on a chip (Korthikanti et al. 2022, equations 1 to 4, for their model;
+    /// counted the same way for gated, grouped and latent ones and for experts).
+    pub fn activation_bytes(&self, recompute: Recompute, block: Block) -> f64 {
+        let c = self.model;
+        let t = self.tp as f64;
+        let tokens = self.tokens() as f64;
+        let width = tokens * c.hidden as f64;
+        let split = self.sequence_split() as f64;
+        if recompute == Recompute::Full {
+            return 2.0 * width / split;
+        }
+        let masks = if self.dropout { 2.0 } else { 0.0 };
+        // Two norms' inputs and two inputs of column-split products, and the masks.
+        let whole = (8.0 + masks) * width / split;
+        let (q, kv, o) = c.widths();
+        let kv = kv as f64 * self.kv_share() * t;
+        let values = if c.gated { 3.0 } else { 2.0 };
+        let feed_forward = match c.mixture {
+            Some(m) if c.has_experts(block) => {
+                // A copy of its input for every expert that a token visits, and what stands between the two products.
+                let rows = tokens * m.per_token as f64 * self.imbalance;
+                let between = rows * m.ffn as f64 + tokens * m.shared_ffn as f64;
+                2.0 * rows * c.hidden as f64 + 2.0 * values * between
+            }
+            _ => 2.0 * values * tokens * c.ffn as f64,
+        };
+        let latent = c
+            .latent
+            .map_or(0.0, |l| 2.0 * tokens * (l.q_rank + l.kv_rank) as f64);
+        let cut = (2.0 * tokens * (q as f64 + kv + o as f64) + feed_forward) / t + latent / split;
+        let scores =
+            (self.batch * c.heads * self.context * self.context) as f64 / (t * self.cp as f64);
+        let kept = match (self.fused, recompute) {
+            (true, _) | (_, Recompute::Selective) => 0.0,
+            _ => scores * if self.dropout { 5.0 } else { 4.0 },
+        };
+        whole + cut + kept
+    }
+}

@@ -1,0 +1,172 @@
+//! Attention on a chip.
+//!
+//! Processors that run a subgroup as one vector take kernels by blocks, in which an invocation holds four rows; other adapters
+//! take an invocation for each row. Neither adds in an order that chance decides.
+
+use super::launch::{Launch, Operand};
+use super::library as k;
+
+/// What attends to what; see the CPU's.
+#[derive(Clone)]
+pub(crate) struct Heads {
+    pub(crate) batch: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) queries: usize,
+    pub(crate) keys: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) scale: f32,
+    pub(crate) soft_cap: Option<f32>,
+    pub(crate) causal: bool,
+    pub(crate) window: Option<usize>,
+    pub(crate) offset: usize,
+    /// Documents of queries and keys.
+    pub(crate) documents: Option<[Operand; 2]>,
+}
+
+/// No window, in the shader's numbering.
+const NO_WINDOW: u32 = u32::MAX;
+
+impl Heads {
+    fn of(&self, launch: Launch) -> Launch {
+        // Positions are 32-bit in WGSL; a window beyond every position hides nothing that its ends do not.
+        let window = self.window.map(|w| w.min(1 << 30));
+        let [of_queries, of_keys] = match &self.documents {
+            Some([q, k]) => [Some(q.clone()), Some(k.clone())],
+            None => [None, None],
+        };
+        launch
+            .optional("of_queries", of_queries)
+            .optional("of_keys", of_keys)
+            .number("heads", self.heads)
+            .number("kv_heads", self.kv_heads)
+            .number("queries", self.queries)
+            .number("keys", self.keys)
+            .number("head_dim", self.head_dim)
+            .number("offset", self.offset.min(1 << 30))
+            .number("causal", self.causal as u32)
+            .number("window", window.map_or(NO_WINDOW, |w| w as u32))
+            .number("scale", self.scale)
+            .number("cap", self.soft_cap.unwrap_or(0.0))
+            .constant("D", self.head_dim as u32)
+    }
+}
+
+/// Vectors of 4 LANES elements of o that a subgroup sums at a time; longer heads go in pieces, each with its own scores. Twice
+/// as many took llvmpipe's compiler minutes to find registers for.
+const VECTORS: usize = 2;
+/// The same of dk and dv, which are summed together.
+const VECTORS_OF_BOTH: usize = 1;
+
+impl Heads {
+    /// A launch by blocks of `rows` rows of each key head, with pieces of at most `vectors` vectors.
+    fn run_by_blocks(
+        &self,
+        launch: Launch,
+        names: &[&str],
+        lanes: u32,
+        rows: usize,
+        vectors: usize,
+    ) {
+        let vector = 4 * lanes as usize;
+        let vectors = self.head_dim.div_ceil(vector).min(vectors);
+        let by_fours = self.head_dim.is_multiple_of(4);
+        let mut launch = self.of(launch);
+        for name in names {
+            launch = launch.by_fours(name, by_fours);
+        }
+        launch
+            .constant("LANES", lanes)
+            .constant("VECTORS", vectors as u32)
+            .run_tiles(
+                lanes,
+                [
+                    rows.div_ceil(vector),
+                    self.batch * self.kv_heads,
+                    self.head_dim.div_ceil(vectors * vector),
+                ],
+            );
+    }
+
+    /// Query rows that share a key head.
+    fn rows_of_head(&self) -> usize {
+        self.heads / self.kv_heads * self.queries
+    }
+}
+
+/// o = softmax(mask(logit(q k^T))) v and its log-sum-exp.
+pub(crate) fn attention(g: &Heads, [q, k, v]: [Operand; 3], o: Operand, lse: Operand) {
+    let lanes = o.chip.lanes();
+    let kernel = if lanes.is_some() {
+        &k::ATTENTION_LANES
+    } else {
+        &k::ATTENTION
+    };
+    let launch = Launch::new(kernel).operand("q", q).operand("k", k);
+    let launch = launch.operand("v", v).operand("o", o).operand("lse", lse);
+    match lanes {
+        Some(lanes) => g.run_by_blocks(
+            launch,
+            &["q", "k", "v", "o"],
+            lanes,
+            g.rows_of_head(),
+            VECTORS,
+        ),
+        None => g.of(launch).run(g.batch * g.heads * g.queries),
+    }
+}
+
+/// The wanted gradients of [`attention`], from its o and lse.
+pub(crate) fn attention_backward(
+    g: &Heads,
+    [q, k, v]: [Operand; 3],
+    [o, dout, lse]: [Operand; 3],
+    [dq, dk, dv]: [Option<Operand>; 3],
+) {
+    let rows = g.batch * g.heads * g.queries;
+    let lanes = q.chip.lanes();
+    let delta = q.scratch(rows);
+    Launch::new(&k::ATTENTION_DELTA)
+        .operand("delta", delta.clone())
+        .operand("o", o)
+        .operand("dout", dout.clone())
+        .number("heads", g.heads)
+        .number("queries", g.queries)
+        .number("head_dim", g.head_dim)
+        .run(rows);
+    let read = |kernel: &super::Kernel| {
+        Launch::new(kernel)
+            .operand("q", q.clone())
+            .operand("k", k.clone())
+            .operand("v", v.clone())
+            .operand("dout", dout.clone())
+            .operand("lse", lse.clone())
+            .operand("delta", delta.clone())
+    };
+    if let Some(dq) = dq {
+        match lanes {
+            Some(lanes) => {
+                let launch = read(&k::ATTENTION_DQ_LANES).operand("dq", dq);
+                let names = ["q", "k", "v", "dout", "dq"];
+                g.run_by_blocks(launch, &names, lanes, g.rows_of_head(), VECTORS);
+            }
+            None => g.of(read(&k::ATTENTION_DQ).operand("dq", dq)).run(rows),
+        }
+    }
+    if dk.is_none() && dv.is_none() {
+        return;
+    }
+    match lanes {
+        Some(lanes) => {
+            let launch = read(&k::ATTENTION_DKV_LANES);
+            let launch = launch.optional("dk", dk).optional("dv", dv);
+            let names = ["q", "k", "v", "dout", "dk", "dv"];
+            g.run_by_blocks(launch, &names, lanes, g.keys, VECTORS_OF_BOTH);
+        }
+        None => {
+            let launch = read(&k::ATTENTION_DKV);
+            let launch = launch.optional("dk", dk).optional("dv", dv);
+            g.of(launch).run(g.batch * g.kv_heads * g.keys);
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! Decoding over a cache gives the logits and the texts of the whole forward, on one chip and on meshes; texts do not depend
+//! on the mesh, on each other, or on the one that wrote the checkpoint.
+
+use crate::tiny::{self, CONTEXT, gpt2, llama, training, world};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use supernode::mesh::Mesh;
+use supernode::model::{Past, Transformer};
+use supernode::spmd::{Chip, World};
+use supernode::train::data::Sampler;
+use supernode::train::{Generate, Trained, Training};
+
+fn mesh(text: &str) -> Mesh {
+    Mesh::parse(text).expect("a mesh")
+}
+
+/// Rows of token numbers of different lengths.
+fn texts() -> Vec<Vec<u32>> {
+    let text = |first: u32, len: u32| (0..len).map(|i| (first * 7 + i * i + 3 * i) % 29).collect();
+    vec![text(1, 5), text(2, 9), text(3, 2), text(4, 9)]
+}
+
+/// Logits behind every token from a prompt's last to its text's, of the sequences in `texts`: with a cache, or by the whole
+/// forward for each.
+fn logits(model: &Transformer, chip: &Chip, cached: bool) -> Vec<Vec<Vec<f32>>> {
+    let vocab = model.config().vocab;
+    let texts = texts();
+    let prompts: Vec<usize> = texts.iter().map(|t| t.len().min(4)).collect();
+    let mut all = vec![Vec::new(); texts.len()];
+    if !cached {
+        for (b, text) in texts.iter().enumerate() {
+            let tokens = chip.input("text", [1, text.len()], chip.replicated(), text);
+            let logits = model
+                .logits(chip, &tokens)
+                .gather()
+                .read()
+                .expect("contents");
+            for t in prompts[b] - 1..text.len() {
+                all[b].push((0..vocab).map(|v| logits[[0, t, v]]).collect());
+            }
+        }
+        return all;
+    }
+    let b = texts.len();
+    let mut run = |starts: Vec<usize>, rows: Vec<Vec<u32>>, last: Vec<usize>| {
+        let n = rows.iter().map(Vec::len).max().expect("rows");
+        let padded: Vec<u32> = rows
+            .iter()
+            .flat_map(|r| {
+                r.iter()
+                    .copied()
+                    .chain(std::iter::repeat_n(28, n - r.len()))
+            })
+            .collect();
+        let placed = Transformer::prompt_placement(chip, b);
+        let tokens = chip.input("tokens", [b, n], placed, &padded);
+        let past = Past {
+            starts: starts.clone().into(),
+            capacity: CONTEXT,
+        };
+        let logits = model.next_logits(chip, &tokens, &past, &last);
+        let logits = logits.gather().read().expect("contents");
+        for i in 0..b {
+            // A text that has ended goes on with what does not matter.
+            if starts[i] + last[i] < texts[i].len() {
+                all[i].push((0..vocab).map(|v| logits[[i, 0, v]]).collect());
+            }
+        }
+    };
+    let heads = texts
+        .iter()
+        .zip(&prompts)
+        .map(|(t, &n)| t[..n].to_vec())
+        .collect();
+    run(vec![0; b], heads, prompts.iter().map(|n| n - 1).collect());
+    for step in 0..5 {
+        let starts: Vec<usize> = prompts.iter().map(|n| n + step).collect();
+        let next = |(t, &at): (&Vec<u32>, &usize)| vec![t.get(at).copied().unwrap_or(0)];
+        let rows = texts.iter().zip(&starts).map(next).collect();
+        run(starts, rows, vec![0; b]);
+    }
+    all
+}
+
+#[test]
+fn decoding_gives_the_logits_of_the_whole_forward() {
+    for (name, config) in [("gpt2", gpt2()), ("llama", llama())] {
+        let model = tiny::transformer(config);
+        let mut single = None;
+        for at in ["single", "tp=2", "tp=4", "dp=2", "dp=2,tp=2"] {
+            let run = |cached| {
+                let run = world(&mesh(at)).run(|chip| logits(&model, chip, cached));
+                run.unwrap_or_else(|e| panic!("{name} on {at}: {e}"))
+                    .into_outputs()
+                    .swap_remove(0)
+            };
+            let (want, got) = (run(false), run(true));
+            // Every sum of the forward runs over the same numbers in the same order, whatever the number of queries: the
+            // bound between the two is 0. Meshes add in other orders: logits are of size 1, of some hundred roundings.
+            assert_eq!(got, want, "{name} on {at}");
+            let single = single.get_or_insert(want.clone());
+            for (a, b) in single
+                .iter()
+                .flatten()
+                .flatten()
+                .zip(want.iter().flatten().flatten())
+            {
+                let error = (a - b).abs();
+                assert!(error <= 1e-5, "{name} on {at}: {a} {b}");
+            }
+        }
+    }
+}
+
+fn trained(dir: &Path, at: &str, plain: &Training) {
+    let mut plain = plain.clone();
+    plain.options.checkpoint = Some(dir.into());
+    let run = plain.run(&world(&mesh(at)), &|_| (), &AtomicBool::new(false));
+    run.unwrap_or_else(|e| panic!("on {at}: {e}"));
+}
+
+fn generate(
+    dir: &Path,
+    at: &str,
+    prompts: &[Vec<u32>],
+    tokens: usize,
+    temperature: f64,
+) -> Vec<Vec<u32>> {
+    let model = Trained::open(dir).expect("a checkpoint");
+    let sampler = Sampler::new(11, temperature, Some(20)).expect("a temperature");
+    let how = Generate { tokens, sampler };
+    let run = model.generate(&world(&mesh(at)), prompts, &how);
+    let run = run.unwrap_or_else(|e| panic!("on {at}: {e}"));
+    let ghost = model
+        .trace(&World::ghost(&mesh(at)), prompts, &how)
+        .expect("a trace");
+    assert_eq!(run.trace().difference(&ghost), None, "on {at}");
+    for other in run.outputs() {
+        assert_eq!(
+            other.texts,
+            run.outputs()[0].texts,
+            "all chips draw alike on {at}"
+        );
+    }
+    run.into_outputs().swap_remove(0).texts
+}
+
+#[test]
+fn texts_depend_neither_on_the_mesh_nor_on_each_other() {
+    for (config, wrote) in [(gpt2(), "tp=2"), (llama(), "fsdp=2,cp=2")] {
+        let dir = tempfile::tempdir().expect("a directory");
+        trained(dir.path(), wrote, &training(config, 8, 30));
+        for temperature in [0.0, 0.9] {
+            let single = generate(dir.path(), "single", &texts(), 5, temperature);
+            assert!(
+                single
+                    .iter()
+                    .zip(texts())
+                    .all(|(s, t)| s.len() == t.len() + 5 && s.starts_with(&t))
+            );
+            for at in ["tp=2", "dp=2", "dp=3", "dp=2,tp=2", "fsdp=2,tp=2"] {
+                assert_eq!(
+                    generate(dir.path(), at, &texts(), 5, temperature),
+                    single,
+                    "on {at}"
+                );
+            }
+        }
+        // Greedy texts are the same alone as in company; draws belong to a text's place.
+        let greedy = generate(dir.path(), "single", &texts(), 5, 0.0);
+        for (text, want) in texts().into_iter().zip(&greedy) {
+            assert_eq!(generate(dir.path(), "tp=2", &[text], 5, 0.0)[0], *want);
+        }
+    }
+}
+
+#[test]
+fn a_text_goes_on_beyond_the_context() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut plain = training(llama(), 8, 30);
+    plain.options.sample = 2 * CONTEXT;
+    plain.options.temperature = 0.0;
+    let sample = |plain: &Training, at: &str| {
+        let run = plain.run(&world(&mesh(at)), &|_| (), &AtomicBool::new(false));
+        let run = run.unwrap_or_else(|e| panic!("on {at}: {e}"));
+        run.into_outputs().swap_remove(0).sample
+    };
+    // Stages have no cache: there the whole forward runs again for every token.
+    let whole = sample(&plain, "pp=2");
+    assert_eq!(whole.len(), 1 + 2 * CONTEXT);
+    plain.options.checkpoint = Some(dir.path().into());
+    assert_eq!(sample(&plain, "single"), whole);
+    let prompts = [whole[..1].to_vec(), vec![3; CONTEXT + 4]];
+    let ours = generate(dir.path(), "tp=2", &prompts, 2 * CONTEXT, 0.0);
+    assert_eq!(ours[0], whole);
+    assert_eq!(ours[1].len(), 3 * CONTEXT + 4);
+}
+
+#[test]
+fn a_cache_is_split_as_its_heads_and_sequences_are() {
+    let dir = tempfile::tempdir().expect("a directory");
+    trained(dir.path(), "single", &training(llama(), 8, 1));
+    let model = Trained::open(dir.path()).expect("a checkpoint");
+    let how = Generate {
+        tokens: 3,
+        sampler: Sampler::new(1, 0.0, None).expect("a temperature"),
+    };
+    let bytes = |at: &str| {
+        let run = model
+            .generate(&world(&mesh(at)), &texts(), &how)
+            .expect("texts");
+        run.outputs()[0].cached_bytes
+    };
+    // Keys and values of 2 layers, 4 sequences of at most 12 tokens, 8 heads of 4, in f32.
+    let whole = 2 * 2 * 4 * 12 * 8 * 4 * 4;
+    assert_eq!(bytes("single"), whole);
+    for (at, parts) in [("tp=2", 2), ("dp=2", 2), ("dp=2,tp=2", 4), ("tp=8", 8)] {
+        assert_eq!(bytes(at), whole / parts, "{at}");
+    }
+}
+
+#[test]
+fn what_cannot_be_continued_is_said() {
+    let dir = tempfile::tempdir().expect("a directory");
+    trained(dir.path(), "single", &training(gpt2(), 8, 1));
+    let model = Trained::open(dir.path()).expect("a checkpoint");
+    let how = Generate {
+        tokens: 3,
+        sampler: Sampler::new(1, 0.0, None).expect("a temperature"),
+    };
+    let refused = |at: &str, prompts: &[Vec<u32>]| {
+        let run = model.generate(&world(&mesh(at)), prompts, &how);
+        run.expect_err("refused").to_string()
+    };
+    for (at, prompts, parts) in [
+        ("cp=2", vec![vec![1]], ["cp=2", "tp=2 would do"]),
+        ("tp=3", vec![vec![1]], ["tp=3", "tp=2 does"]),
+        ("single", vec![vec![]], ["without tokens", "at least one"]),
+        ("single", vec![vec![29]], ["token 29", "vocabulary of 29"]),
+    ] {
+        let message = refused(at, &prompts);
+        assert!(parts.iter().all(|p| message.contains(p)), "{message}");
+    }
+    let nothing = Trained::open(&dir.path().join("nothing"))
+        .expect_err("refused")
+        .to_string();
+    assert!(nothing.contains("no checkpoint"), "{nothing}");
+}
