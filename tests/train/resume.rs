@@ -381,7 +381,7 @@ fn meshes_that_do_not_divide_are_told_before_anything_runs() {
         &of,
         "xy=2",
         ErrorKind::Mesh,
-        &["xy=2", "dp, fsdp, cp, tp and pp"],
+        &["xy=2", "dp, fsdp, ep, cp, tp and pp"],
     );
     let mut micro = of.clone();
     micro.options.micro_batch = Some(3);
