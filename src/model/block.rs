@@ -12,10 +12,15 @@ impl Transformer {
     pub fn blocks(&self, chip: &Chip, layers: Range<usize>, x: Sharded) -> Sharded {
         let name = |layer: usize| format!("layers.{layer}.");
         let x = layers.clone().fold(x, |x, layer| {
+            // A neighbour with experts has other parameters than one without.
+            let alike = |other: &usize| {
+                layers.contains(other)
+                    && self.mixture_of(layer).is_some() == self.mixture_of(*other).is_some()
+            };
             let place = Block {
                 name: name(layer),
-                before: (layer > layers.start).then(|| name(layer - 1)),
-                behind: (layer + 1 < layers.end).then(|| name(layer + 1)),
+                before: layer.checked_sub(1).filter(alike).map(name),
+                behind: Some(layer + 1).filter(alike).map(name),
             };
             self.block_among(chip, layer, place, x)
         });
