@@ -6,6 +6,10 @@
 //! A row of B or C takes an odd number of cache lines ([`pitch`]): with rows of 2^n lines, a column of a tile would fall
 //! into a few sets of the first cache and push itself out.
 
+//! On a Xeon with two 512-bit units (240 GFLOP/s a core by the peak's loop) products of 64 x 64 x 64 in the first cache run at 190 to
+//! 208 GFLOP/s with four vectors of columns by six rows and four steps of k between branches; three vectors by eight rows 196,
+//! two by eight 174, one by sixteen 143. On AVX2 six rows by two vectors give 107 to 120 of 120.
+
 // Bounds are checked once for a whole tile; a check for each vector would cost as much as its arithmetic.
 #![allow(unsafe_code)]
 

@@ -14,7 +14,9 @@
 //! Up to four rows are summed by vectors in the same order (`unit_stream`): an element's sum must not depend on how many rows
 //! there are. For all others packing is what such a
 //! product waits for: 1024^3 is 0.6 ms of the unit's time, and reading and writing A, B and C once is as much again. So each
-//! is touched once where k allows: B fits the second cache over all of k, and sums never wait in memory.
+//! is touched once where k allows: B fits the second cache over all of k, and sums never wait in memory. At 1024^3 on a Xeon
+//! three quarters of the time are in the tiles all the same, a quarter of that in storing sums, which wait for the last
+//! products: fewer, longer panels (KC) are the next thing to try.
 
 #![allow(unsafe_code)]
 

@@ -157,7 +157,12 @@ unsafe fn grow<S: Simd, const R: usize, const U: usize>(
     parity: usize,
 ) {
     assert!(n <= width && chains.len() >= 2 * R * width);
-    let x = x.map(|x| x.map(|x| flush(s, s.splat(x))));
+    let mut left = [[s.zero(); R]; U];
+    for (left, x) in left.iter_mut().zip(x) {
+        for (v, x) in left.iter_mut().zip(x) {
+            *v = flush(s, s.splat(x));
+        }
+    }
     for j in (0..n).step_by(S::LANES) {
         let mut acc = [[s.zero(); R]; 2];
         for (parity, acc) in acc.iter_mut().enumerate() {
@@ -165,7 +170,7 @@ unsafe fn grow<S: Simd, const R: usize, const U: usize>(
                 *v = s.load(&chains[(parity * R + i) * width + j..]);
             }
         }
-        for (u, x) in x.iter().enumerate() {
+        for (u, x) in left.iter().enumerate() {
             let from = b.0.wrapping_add(u * b.1 + j);
             // SAFETY: row u has n elements, so n - j from here on.
             let column = unsafe {

@@ -1,4 +1,10 @@
 //! Forward on the unit: as `forward` in f32.
+//!
+//! On a Xeon with AMX (2 MiB second cache), one thread, 1024 tokens, heads of 64, nothing hidden: 413 GFLOP/s at first, 496 with a
+//! tile's values multiplied after the next tile's scores, so that the unit does not wait for exponentials nor they for it.
+//! Half of the time the unit waits for operands: scores, outputs and exponentials of a tile with the block's keys are more than
+//! the first cache. Asking for outputs and queries ahead of time made it 9 % slower. Untried: keys that stream past one
+//! tile (16 KiB a block to load instead of 40), and tiles of 32 query rows.
 
 // Each task writes the output rows of its own tiles.
 #![allow(unsafe_code)]
@@ -233,12 +239,7 @@ impl Query<'_> {
         p: &mut [f32],
     ) {
         let bands = tiles(self.tile.rows, SIDE16);
-        // This tile's outputs and, after them in memory, the next tile's queries are wanted next: they have left the first cache.
-        let soon = self.o.len() + self.qt.len();
         for (band, &n) in ends.iter().enumerate().take(bands) {
-            for at in share(&(0..soon), band, bands).step_by(SIDE16) {
-                s.prefetch(self.o.as_ptr().wrapping_add(at));
-            }
             self.band(s, t, scale, band, n, scores, p);
         }
     }

@@ -17,7 +17,8 @@
 //!
 //! The instructions are not stable in Rust yet and stand here as assembly. The compiler keeps nothing in tiles, so between
 //! two blocks of assembly they stay as they are. Linux lends the tiles to a process that asks for them; elsewhere there is no
-//! token. B comes from the second cache while A stays in the first: the blocks after next of B are asked for beside the products.
+//! token. B comes from the second cache while A stays in the first; asking for its blocks ahead, as is done, won nothing
+//! that could be seen.
 
 mod pack;
 #[cfg(test)]
