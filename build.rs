@@ -36,7 +36,7 @@ fn main() {
             .map(|entry| entry.path())
             .any(|path| path.extension().is_some_and(|e| e == "json"));
     }
-    let named = VARIABLES.iter().any(|name| set(name));
+    let named = VARIABLES.iter().any(set);
     if linux && !found && !named && !set(&"SUPERNODE_REQUIRE_GPU") {
         println!("cargo::rustc-cfg=no_adapter");
     }

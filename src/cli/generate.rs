@@ -25,7 +25,12 @@ pub(super) struct Arguments {
     #[arg(long, default_value_t = 100, value_name = "N")]
     tokens: usize,
     /// 1 samples what the model says, less is bolder, 0 takes the likeliest token
-    #[arg(long, default_value_t = 0.8, value_name = "T", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        default_value_t = 0.8,
+        value_name = "T",
+        allow_negative_numbers = true
+    )]
     temperature: f64,
     /// Sample among so many of the likeliest tokens only
     #[arg(long, value_name = "K")]

@@ -24,12 +24,15 @@ const MATRICES: wgpu::Features = wgpu::Features::SHADER_F16
     .union(wgpu::Features::SUBGROUP)
     .union(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
 
+/// A pipeline, or its place until it is compiled.
+type Compiled = Arc<OnceLock<Arc<Pipeline>>>;
+
 pub(crate) struct Device {
     pub(crate) about: Adapter,
     pub(crate) device: wgpu::Device,
     pub(crate) queue: wgpu::Queue,
     pub(crate) limits: wgpu::Limits,
-    pipelines: Mutex<HashMap<(Kernel, Variant), Arc<OnceLock<Arc<Pipeline>>>>>,
+    pipelines: Mutex<HashMap<(Kernel, Variant), Compiled>>,
     kept: Option<Kept>,
     /// Whether cooperative matrices were found to be right; not yet asked where it is empty.
     matrices: OnceLock<bool>,

@@ -39,7 +39,7 @@ impl Chip {
     }
 
     /// What the deciding chip has of something placed so, on every chip that holds it.
-    pub(super) fn from_the_decider(
+    pub(super) fn decided(
         &self,
         x: &Tensor,
         placements: &Placements,

@@ -260,7 +260,7 @@ impl Chip {
         // Chips of several kinds that hold the same take it from the one that decides.
         let agreed = |x: &mut Tensor| {
             if decides.is_some() {
-                *x = self.from_the_decider(x, &kept, site);
+                *x = self.decided(x, &kept, site);
             }
         };
         let agree_on_state = || {

@@ -24,9 +24,12 @@ fn round(dtype: DType, x: f64) -> f64 {
     }
 }
 
+/// An op on its operands.
+type Apply = Box<dyn Fn(&Chip, &[&Sharded]) -> Sharded + Send + Sync>;
+
 /// What is computed of a case: the op, its operands by name and shape in the op's order, and the result's shape.
 struct Work {
-    op: Box<dyn Fn(&Chip, &[&Sharded]) -> Sharded + Send + Sync>,
+    op: Apply,
     operands: Vec<(&'static str, Vec<usize>)>,
     /// Attention's heads stand before tokens in the file.
     by_heads: bool,
@@ -35,9 +38,7 @@ struct Work {
 fn work(case: &Case) -> Option<Work> {
     let size = |name: &str| case.size(name);
     let has = |name: &str| case.optional(name).is_some();
-    fn apply<O: Op + Clone + Send + Sync + 'static>(
-        op: O,
-    ) -> Box<dyn Fn(&Chip, &[&Sharded]) -> Sharded + Send + Sync> {
+    fn apply<O: Op + Clone + Send + Sync + 'static>(op: O) -> Apply {
         Box::new(move |chip, x| chip.apply(op.clone(), x).swap_remove(0))
     }
     let work = |op, operands| {

@@ -5,7 +5,7 @@ use super::splits::{Case, agree, cuts};
 use crate::tiny::{latent, training};
 use supernode::World;
 use supernode::mesh::Mesh;
-use supernode::model::{Config, Latent, Transformer};
+use supernode::model::{Config, ContextMethod, Latent, Transformer};
 
 const CASES: [Case; 11] = [
     ("tp=2", None, false),
@@ -95,7 +95,8 @@ fn impossible_sizes_say_what_stands_in_the_way() {
     for (config, mesh, parts) in cases {
         let mesh = Mesh::parse(mesh).expect("a mesh");
         let model = Transformer::new(config, &mesh);
-        let checked = model.and_then(|model| model.check(&mesh));
+        let ulysses = |m: Transformer| m.with_context_method(Some(ContextMethod::Ulysses));
+        let checked = model.and_then(|model| ulysses(model).check(&mesh));
         let message = checked.expect_err("refused").to_string();
         for part in parts {
             assert!(message.contains(part), "'{part}' is missing in: {message}");

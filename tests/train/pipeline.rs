@@ -214,7 +214,7 @@ fn bytes_are_the_formulas() {
                     borders.iter().filter(sends).count() + borders.iter().filter(takes).count();
                 let ends = [0, plan.last_stage()];
                 let shares = config.tied && plan.last_stage() > 0 && ends.contains(&stage);
-                let table = config.vocab.next_multiple_of(tp) / tp * config.hidden * 4;
+                let table = config.vocab.div_ceil(tp) * config.hidden * 4;
                 let want = messages * micros * value + if shares { table } else { 0 };
                 let at: Vec<usize> = mesh
                     .axes()

@@ -126,7 +126,7 @@ impl Arguments {
         }
         let order: Vec<&str> = self.order.split(',').map(str::trim).collect();
         let known = |axis: &&str| order.iter().filter(|o| o == &axis).count() == 1;
-        if order.len() != AXES.len() || !AXES.iter().all(|a| known(&a)) {
+        if order.len() != AXES.len() || !AXES.iter().all(known) {
             return wrong(format!(
                 "--order {}: name each of {} once",
                 self.order,

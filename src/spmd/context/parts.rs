@@ -66,7 +66,8 @@ pub(super) fn parts(
             keys: all_k,
         }];
     }
-    let (mut whole, mut masked): (Vec<(Range<usize>, Range<usize>)>, Vec<_>) = Default::default();
+    let mut whole: Vec<(Range<usize>, Range<usize>)> = Vec::new();
+    let mut masked = Vec::new();
     let mut first_q = 0;
     for q in queries {
         let here = first_q..first_q + q.len;
