@@ -7,11 +7,11 @@ fn row(r: u32, lane: u32) {
     let place = slot % numbers.capacity - numbers.first_slot;
     let here = slot != 0xffffffffu && expert < numbers.experts && place < numbers.places;
     let sequence = r / numbers.assignments;
-    let from = (expert * numbers.b + sequence) * numbers.places + place;
+    let there = (expert * numbers.b + sequence) * numbers.places + place;
     var sum = 0.0;
     if (here) {
         for (var j = lane; j < numbers.width; j += WG) {
-            sum = fma(load_a(token * numbers.width + j), load_x(from * numbers.width + j), sum);
+            sum = fma(load_a(token * numbers.width + j), load_x(there * numbers.width + j), sum);
         }
     }
     sum = group_sum(lane, sum);
