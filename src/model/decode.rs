@@ -15,7 +15,7 @@ use std::sync::Arc;
 /// What came before the tokens of a forward.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Past {
-    /// Position of the first token of each sequence, [b]: so many tokens of it are in the cache.
+    /// Position of the first token of each sequence, \[b\]: so many tokens of it are in the cache.
     pub starts: Arc<[usize]>,
     /// Tokens that the cache has room for.
     pub capacity: usize,

@@ -45,7 +45,7 @@ pub struct Attention {
     pub window: Option<usize>,
     /// Position of the first query.
     pub offset: usize,
-    /// Position of the first query of each sequence [b], in place of `offset`: sequences of a cache are of different lengths.
+    /// Position of the first query of each sequence \[b\], in place of `offset`: sequences of a cache are of different lengths.
     /// Without backward.
     pub offsets: Option<Arc<[usize]>>,
     /// What multiplies q k^T; `1 / sqrt(d)` if none.

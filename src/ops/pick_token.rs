@@ -9,7 +9,7 @@ use std::sync::Arc;
 /// Decoding has logits of nothing but the last token of each sequence. Letters: `bTc->bUc`; no backward.
 #[derive(Clone, Debug)]
 pub struct PickToken {
-    /// Which token of each sequence of the whole tensor, [b].
+    /// Which token of each sequence of the whole tensor, \[b\].
     pub tokens: Arc<[usize]>,
 }
 

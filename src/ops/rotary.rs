@@ -62,7 +62,7 @@ pub enum RotaryPositions {
         /// The order.
         order: TokenOrder,
     },
-    /// The first token of each sequence stands at its own position [b], and the others behind it.
+    /// The first token of each sequence stands at its own position \[b\], and the others behind it.
     From(Arc<[usize]>),
 }
 

@@ -12,12 +12,12 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 /// The k experts of each token with the largest scores, and their weights (Shazeer et al. 2017; Fedus et al. 2021).
 ///
-/// - scores [.., e] in f32, a softmax's or a sigmoid's results; with `bias`, a second operand [e] in f32 that is added for the
+/// - scores [.., e] in f32, a softmax's or a sigmoid's results; with `bias`, a second operand \[e\] in f32 that is added for the
 ///   choice and is not part of any weight (DeepSeek-AI 2024, arXiv:2412.19437, equation 16);
 /// - result 0: weights [.., k] in f32, largest score first: `scale score`, or `scale score / (sum of the k + 1e-20)` with
 ///   `normalize`;
 /// - result 1: the experts' numbers [.., k] in u32. Of equal scores the lower number wins; NaN counts as the largest;
-/// - result 2: [1] in f32: how many tokens' choices hang on less than [`Route::CLOSE`] between the last score taken and the
+/// - result 2: \[1\] in f32: how many tokens' choices hang on less than [`Route::CLOSE`] between the last score taken and the
 ///   first left out. Rounding, and so another mesh, may turn these.
 ///
 /// Letters: `btE,E->btK,btK,X`: a count over split tokens is a partial sum. Backward, of a choice that is a constant, to the scores that were chosen, 0 elsewhere:
