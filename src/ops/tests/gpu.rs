@@ -33,9 +33,8 @@ the_same_as_on_a_card! {
 }
 
 the_same! {
-    attention::every_mask_once,
-    attention::every_type_once,
-    attention::causal_sizes_at_the_edges,
+    attention::every_mask_in_every_type,
+    attention::sizes_at_the_edges,
     attention::the_largest_head,
     attention::one_key_head_stays_whole_while_query_heads_are_split,
     elementwise::sums_and_products,
@@ -54,7 +53,7 @@ the_same! {
     matmul::products_by_fours_across_tiles,
     matmul::long_sums,
     matmul::either_side_transposed_and_batched,
-    matmul::bias_and_each_activation_once,
+    matmul::bias_and_activation,
     matmul::the_result_has_the_type_that_is_asked_for,
     mixture::sigmoids,
     mixture::routes,

@@ -17,6 +17,14 @@ thread_local! {
     static CHIP: RefCell<Option<crate::gpu::Chip>> = const { RefCell::new(None) };
 }
 
+/// Whether cases of this thread run on a graphics processor.
+pub(super) fn is_on_gpu() -> bool {
+    #[cfg(feature = "gpu")]
+    return CHIP.with_borrow(|chip| chip.is_some());
+    #[cfg(not(feature = "gpu"))]
+    false
+}
+
 /// Runs cases on the first graphics processor. A machine without one leaves them out and says so, or fails where
 /// `SUPERNODE_REQUIRE_GPU` is set.
 #[cfg(feature = "gpu")]

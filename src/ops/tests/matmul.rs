@@ -278,7 +278,7 @@ pub(super) fn either_side_transposed_and_batched() {
 }
 
 #[test]
-fn bias_and_activation() {
+pub(super) fn bias_and_activation() {
     for dtype in FLOATS {
         for (bias, gradient) in [(true, None), (true, Some(DType::F32)), (false, None)] {
             for activation in [None].into_iter().chain(ACTIVATIONS.map(|a| Some(a.0))) {
