@@ -74,7 +74,7 @@ pub(crate) fn llama() -> Config {
 /// that its choices have margins.
 pub(crate) fn mixture() -> Config {
     let mixture = Mixture {
-        router_init: 0.5,
+        router_init: 0.25,
         ..Mixture::new(4, 2, 32)
     };
     Config {
@@ -92,6 +92,7 @@ pub(crate) fn deepseek() -> Config {
         score: Score::Sigmoid,
         scale: 1.5,
         balance: Balance::Bias { rate: 0.01 },
+        router_init: 0.5,
         ..mixture().mixture.expect("it has one")
     };
     Config {

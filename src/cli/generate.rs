@@ -1,10 +1,10 @@
 //! `supernode generate`: a trained model continues texts, on any mesh.
 
+use super::chips::Chips;
 use serde_json::json;
 use std::path::PathBuf;
-use supernode::collective::Algorithm;
 use supernode::mesh::Mesh;
-use supernode::spmd::{Device, World};
+use supernode::spmd::Device;
 use supernode::train::data::{Sampler, Vocabulary};
 use supernode::train::{Generate, Generated, Trained};
 use supernode::{DType, Error, ErrorKind, Result};
@@ -42,18 +42,11 @@ pub(super) struct Arguments {
     /// Chips by axis, such as `tp=2` or `dp=2,tp=2`: sequences are split over dp and fsdp, heads over tp
     #[arg(long, value_name = "AXIS=N,..")]
     mesh: Option<String>,
-    /// How collectives are done: tree, ring or recursive
-    #[arg(long, default_value = "tree", value_name = "ALGORITHM")]
-    collectives: Algorithm,
     /// What chips are: cpu
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: String,
-    /// Threads of each chip; by default the cores are shared out
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
-    /// Most bytes of tensors per chip
-    #[arg(long, value_name = "BYTES")]
-    memory_budget: Option<u64>,
+    #[command(flatten)]
+    chips: Chips,
     /// Type of activations and of the cache; by default that of the training
     #[arg(long, value_name = "f32|bf16")]
     dtype: Option<DType>,
@@ -87,21 +80,7 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
         tokens: a.tokens,
         sampler: Sampler::new(a.seed, a.temperature, a.top_k)?,
     };
-    let mut world = World::threads(&mesh, device)?
-        .with_seed(a.seed)
-        .with_algorithm(a.collectives);
-    if let Some(threads) = a.threads {
-        if threads == 0 {
-            return Err(Error::new(
-                ErrorKind::Input,
-                "--threads 0: a chip needs at least one thread",
-            ));
-        }
-        world = world.with_threads(threads);
-    }
-    if let Some(bytes) = a.memory_budget {
-        world = world.with_memory_budget(bytes);
-    }
+    let world = a.chips.world(&mesh, device, a.seed)?;
     let run = trained.generate(&world, &prompts, &how)?;
     if let Some(path) = &a.trace {
         run.trace().save(path)?;

@@ -5,6 +5,7 @@
 mod architecture;
 mod bench;
 mod calibrate;
+mod chips;
 mod devices;
 mod forecast;
 mod generate;

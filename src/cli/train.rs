@@ -1,17 +1,17 @@
 //! `supernode train`.
 
 use super::architecture::Architecture;
+use super::chips::Chips;
 use super::preset::{Preset, Recipe};
 use super::progress::Progress;
 use super::text::Source;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use supernode::collective::Algorithm;
 use supernode::mesh::Mesh;
 use supernode::model::{Config, ContextMethod, Transformer};
 use supernode::pipeline::Schedule;
-use supernode::spmd::{Device, World, Zero};
+use supernode::spmd::{Device, Zero};
 use supernode::train::data::{Batches, Split, TRAIN_SHARE, Tokens};
 use supernode::train::schedule::LearningRate;
 use supernode::train::{AdamW, Options, Training};
@@ -48,18 +48,11 @@ pub(super) struct Arguments {
     /// Chunks of layers of each stage of pp; by default 1, for zb-v 2; 1f1b with more than one is interleaved
     #[arg(long, value_name = "N")]
     virtual_stages: Option<usize>,
-    /// How collectives are done: tree, ring or recursive
-    #[arg(long, default_value = "tree", value_name = "ALGORITHM")]
-    collectives: Algorithm,
     /// What chips are: cpu, gpu, gpu:1, or a list that they take in turn (see `supernode devices`)
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: String,
-    /// Threads of each chip; by default the cores shared out
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
-    /// Most bytes of tensors per chip
-    #[arg(long, value_name = "BYTES")]
-    memory_budget: Option<u64>,
+    #[command(flatten)]
+    chips: Chips,
 
     /// Blocks
     #[arg(long, value_name = "N", help_heading = "Model")]
@@ -178,21 +171,7 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
     if a.ghost {
         return a.ghost(&mesh, &training);
     }
-    let mut world = World::threads(&mesh, device)?
-        .with_seed(a.seed)
-        .with_algorithm(a.collectives);
-    if let Some(threads) = a.threads {
-        if threads == 0 {
-            return Err(Error::new(
-                ErrorKind::Input,
-                "--threads 0: a chip needs at least one thread",
-            ));
-        }
-        world = world.with_threads(threads);
-    }
-    if let Some(bytes) = a.memory_budget {
-        world = world.with_memory_budget(bytes);
-    }
+    let world = a.chips.world(&mesh, device, a.seed)?;
     let stop = stop_on_interrupt()?;
     let progress = Progress::new(&training, a.json);
     progress.begin(&training, &mesh, world.threads_per_chip());
@@ -333,10 +312,7 @@ impl Arguments {
     }
 
     fn ghost(&self, mesh: &Mesh, training: &Training) -> Result<()> {
-        let mut ghost = World::ghost(mesh).with_algorithm(self.collectives);
-        if let Some(bytes) = self.memory_budget {
-            ghost = ghost.with_memory_budget(bytes);
-        }
+        let ghost = self.chips.ghost(mesh);
         if self.layout {
             super::progress::print_layout(&training.layout(&ghost)?, self.json);
         }

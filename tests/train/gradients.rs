@@ -75,16 +75,21 @@ fn gamma(n: usize) -> f64 {
 fn gathered_gradients_are_those_of_one_chip() {
     for (name, config) in [("gpt2", gpt2()), ("llama", llama())] {
         let cuts = splits::all().chain(pipeline::all()).chain(context::all());
-        agree(name, &config, cuts);
+        let batch = |rows, steps| training(config.clone(), rows, steps);
+        agree(name, &batch, cuts);
     }
 }
 
-/// Every parameter's gradient on every cut within its bound of one chip's.
-pub(crate) fn agree(name: &str, config: &Config, cuts: impl Iterator<Item = Cut>) {
+/// Every parameter's gradient on every cut within its bound of one chip's; `of` gives the training with so many rows and steps.
+pub(crate) fn agree(
+    name: &str,
+    of: &dyn Fn(usize, u64) -> Training,
+    cuts: impl Iterator<Item = Cut>,
+) {
     let single = Mesh::single();
-    let plain = training(config.clone(), ROWS, 1);
+    let plain = of(ROWS, 1);
     let want = gradients(&plain, &single, 1);
-    let bounds = bounds(config, &want);
+    let bounds = bounds(of, &want);
     let mut worst: f64 = 0.0;
     for (mesh, what, training) in cuts.map(|cut| cut(&plain)) {
         let got = gradients(&training, &mesh, 1);
@@ -108,10 +113,11 @@ pub(crate) fn agree(name: &str, config: &Config, cuts: impl Iterator<Item = Cut>
 }
 
 /// The bound of each parameter's gradient.
-fn bounds(config: &Config, want: &Gradients) -> BTreeMap<String, f64> {
+fn bounds(of: &dyn Fn(usize, u64) -> Training, want: &Gradients) -> BTreeMap<String, f64> {
+    let terms = longest_sum(of(ROWS, 1).model.config());
     // Row r of the batch is the only row of step r in a run with one row.
     let alone: Vec<Gradients> = (1..=ROWS as u64)
-        .map(|steps| gradients(&training(config.clone(), 1, 1), &Mesh::single(), steps))
+        .map(|steps| gradients(&of(1, 1), &Mesh::single(), steps))
         .collect();
     let bound = |parameter: &str| {
         // Softmax does not change when all keys are shifted: the gradient of keys' biases is 0 but for rounding, and
@@ -122,7 +128,7 @@ fn bounds(config: &Config, want: &Gradients) -> BTreeMap<String, f64> {
             each.sum::<f64>() / ROWS as f64
         };
         let most = (0..want[parameter].len()).map(sum).fold(0.0, f64::max);
-        2.0 * gamma(longest_sum(config)) * most
+        2.0 * gamma(terms) * most
     };
     want.keys().map(|p| (p.clone(), bound(p))).collect()
 }

@@ -121,11 +121,13 @@ pub(crate) fn scratch(
         return 0;
     }
     let bytes = blocks::scratch_f32(m, n, k, c) * 4;
+    let narrow = (a, b) == (DType::Bf16, DType::Bf16);
     // Also where there is no such unit: scratch does not depend on the machine.
     #[cfg(target_arch = "x86_64")]
-    if (a, b) == (DType::Bf16, DType::Bf16) {
+    if narrow {
         return bytes.max(unit::scratch(m, n, k));
     }
+    let _ = narrow;
     bytes
 }
 

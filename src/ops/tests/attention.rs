@@ -238,26 +238,6 @@ pub(super) fn every_mask_in_every_type() {
     }
 }
 
-/// Each type under one mask.
-#[test]
-pub(super) fn every_type_once() {
-    let op = Attention {
-        causal: true,
-        ..Default::default()
-    };
-    for dtype in FLOATS {
-        let sizes = Sizes {
-            b: 2,
-            t: 13,
-            s: 13,
-            h: 4,
-            g: 2,
-            d: 8,
-        };
-        check(&op, sizes, dtype);
-    }
-}
-
 /// Every mask in one type.
 #[test]
 pub(super) fn every_mask_once() {
@@ -297,26 +277,6 @@ pub(super) fn sizes_at_the_edges() {
                 DType::F32,
             );
         }
-    }
-}
-
-/// The same for one mask: what a device has to compile for each head size is seconds there.
-#[test]
-pub(super) fn causal_sizes_at_the_edges() {
-    let op = Attention {
-        causal: true,
-        ..Default::default()
-    };
-    for (t, s, h, g, d) in [(1, 67, 2, 1, 16), (65, 70, 1, 1, 5), (37, 41, 4, 2, 36)] {
-        let sizes = Sizes {
-            b: 1,
-            t,
-            s,
-            h,
-            g,
-            d,
-        };
-        check(&op, sizes, DType::F32);
     }
 }
 

@@ -293,19 +293,6 @@ pub(super) fn bias_and_activation() {
     }
 }
 
-/// The same without every pair of type and activation: each is seconds of compiling on a device.
-#[test]
-pub(super) fn bias_and_each_activation_once() {
-    for (activation, dtype) in ACTIVATIONS.iter().zip(FLOATS.iter().cycle()) {
-        let op = Matmul {
-            bias: true,
-            activation: Some(activation.0),
-            ..Default::default()
-        };
-        check(&op, &[3], [5, 7, 6], true, [*dtype; 3], Some(DType::F32));
-    }
-}
-
 #[test]
 pub(super) fn the_result_has_the_type_that_is_asked_for() {
     let op = Matmul {
