@@ -1,14 +1,15 @@
 //! How large the blocks of a product are, and where they lie in a thread's scratch. None of this changes a bit.
 
+use super::super::simd::second_cache;
 use crate::dtype::DType;
 use std::ops::Range;
 
-/// k in a block.
-pub(super) const KC: usize = 256;
+/// k in a block at most.
+pub(super) const KC: usize = 512;
 /// Rows in a block: whole tiles of 4, 6, 12 and 14.
 pub(super) const MC: usize = 1008;
-/// Columns in a strip.
-pub(super) const NC: usize = 320;
+/// Columns in a strip at most.
+pub(super) const NC: usize = 640;
 /// Rows and columns whose sums are kept in scratch where C is narrow and k takes several blocks.
 pub(super) const KEPT: (usize, usize) = (504, 512);
 /// Distance between the rows of a copied panel: no two in the same set of the first cache.
@@ -29,7 +30,7 @@ pub(super) const FEW_ROWS: usize = 24;
 pub(super) const FEW_COLS: usize = 64;
 /// k in a block where B is read in place by few rows: its rows then are as many streams as the hardware can follow. With
 /// blocks of KC each row of B is another page, and every line comes from afar.
-pub(super) const SHALLOW: usize = 16;
+pub(super) const SHALLOW: usize = 32;
 /// Elements of B up to which it comes from the second cache anyway.
 pub(super) const SHALLOW_FROM: usize = 1 << 16;
 /// Up to this many multiply-adds neither is.
@@ -38,6 +39,16 @@ pub(super) const SMALL: usize = 96 * 96 * 96;
 pub(super) const STREAMED: usize = 4;
 /// Columns whose sums stay in the first cache while B streams by.
 pub(super) const STREAM_COLS: usize = 1024;
+
+/// k in a block and columns in a strip on this machine, [`KC`] and [`NC`] at most: the packed strip takes half to two thirds of
+/// the second cache, a panel of A as much of the first. Scratch does not follow them, so that a ghost can tell it.
+pub(super) fn block_sizes() -> (usize, usize) {
+    match second_cache() >> 20 {
+        0 => (256, 320),
+        1 => (384, 448),
+        _ => (KC, NC),
+    }
+}
 
 /// Where the pieces of one thread's scratch begin, in f32.
 pub(super) struct Layout {
@@ -89,6 +100,13 @@ pub(super) fn pieces(range: Range<usize>, step: usize) -> impl Iterator<Item = R
     range
         .step_by(step)
         .map(move |start| start..end.min(start + step))
+}
+
+/// `range` in nearly equal pieces of at most `most`, whole tiles but for the last.
+pub(super) fn strips(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
+    let strips = range.len().div_ceil(most).max(1);
+    let width = range.len().div_ceil(strips).next_multiple_of(TILE.1);
+    pieces(range, width)
 }
 
 /// 0..k in nearly equal blocks of at most `most`; one empty block for k = 0, which still writes C.

@@ -11,7 +11,7 @@
 
 #![allow(unsafe_code)]
 
-use super::super::simd::{Kernel, Simd};
+use super::super::simd::{Kernel, Simd, TileLoop};
 use super::Output;
 use crate::dtype::{DType, Float};
 use half::{bf16, f16};
@@ -62,18 +62,22 @@ pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
     s: S,
     rows: usize,
     k: usize,
-    a: Rows,
-    b: Columns,
-    from: Option<Sums>,
-    to: Sums,
+    (a, b): (Rows, Columns),
+    (from, to): (Option<Sums>, Sums),
+    ahead: Ahead,
 ) {
+    if !S::HAS_TILE_LOOP {
+        for at in (0..ahead.bytes).step_by(64) {
+            s.prefetch(ahead.at.wrapping_add(at));
+        }
+    }
     // One function per number of rows, so that all accumulators live in registers. A constant condition keeps the
     // compiler from generating those beyond MR.
     macro_rules! of_rows {
         ($($r:literal)*) => {
             $(if const { $r < MR } {
                 if rows == $r {
-                    s.run(Chains::<$r, V> { k, a, b, from, to });
+                    some_rows::<S, $r, V>(s, Chains { k, a, b, from, to }, ahead);
                     return;
                 }
             })*
@@ -81,16 +85,50 @@ pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
     }
     of_rows!(1 2 3 4 5 6 7 8 9 10 11 12 13);
     debug_assert_eq!(rows, MR);
-    if a.row_stride == 1 && a.k_stride == MR {
-        s.run(PackedChains(Chains::<MR, V> { k, a, b, from, to }));
+    some_rows::<S, MR, V>(s, Chains { k, a, b, from, to }, ahead);
+}
+
+/// [`tile`] of R rows: by the instruction set's own loop, or the compiler's.
+#[inline(always)]
+fn some_rows<S: Simd, const R: usize, const V: usize>(s: S, tile: Chains<R, V>, ahead: Ahead) {
+    let Chains { k, a, b, from, to } = tile;
+    let packed = a.row_stride == 1;
+    if S::HAS_TILE_LOOP && V * S::LANES == 32 && (packed || a.k_stride == 1) {
+        let tile = TileLoop {
+            k,
+            a: a.data,
+            a_packed: packed,
+            a_step: 4 * if packed { a.k_stride } else { a.row_stride },
+            b: b.data,
+            b_step: 4 * b.k_stride,
+            from: from.map_or(std::ptr::null(), |from| from.data),
+            from_row: 4 * from.map_or(0, |from| from.row_stride),
+            to: to.data,
+            to_row: 4 * to.row_stride,
+            next: to.data.wrapping_add(V * S::LANES),
+            ahead: ahead.at,
+            ahead_turns: ahead.bytes / 128,
+        };
+        // SAFETY: made by `tile` only, under its promise.
+        unsafe { s.tile_loop::<R>(&tile) }
+    } else if packed && a.k_stride == R {
+        s.run(PackedChains(tile));
     } else if a.k_stride == 1 {
-        s.run(LongChains(Chains::<MR, V> { k, a, b, from, to }));
+        s.run(LongChains(tile));
     } else {
-        s.run(Chains::<MR, V> { k, a, b, from, to });
+        s.run(tile);
     }
 }
 
+/// Bytes that will be read soon, to be asked for meanwhile where the loop has room for it.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    pub at: *const u8,
+    pub bytes: usize,
+}
+
 /// The arguments of [`tile`], whose promise holds wherever one is made.
+#[derive(Clone, Copy)]
 struct Chains<const R: usize, const V: usize> {
     k: usize,
     a: Rows,

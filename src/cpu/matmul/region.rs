@@ -12,12 +12,15 @@
 //!
 //! Tiles follow one another along the rows of C, so that its lines come as streams; the other order, a panel of B against all
 //! panels of A, reads a line of C from each of many pages. With it, and packing panel by panel, 1024^3 ran at 0.77 of the
-//! FMA peak of a Zen 3, now at 0.80 to 0.88 (the gemm crate beside it: 0.82 to 0.88). Blocks of 384 or 512 of k make fewer
-//! passes over C and won nothing; nor did prefetching C, or B inside the microkernel, or unrolling its loop over k.
+//! FMA peak of a Zen 3, now at 0.80 to 0.88 (the gemm crate beside it: 0.82 to 0.88). There blocks of 384 or 512 of k make
+//! fewer passes over C and won nothing, nor did prefetching C. On a Xeon with two units a core both do: 0.92 of its peak at
+//! 512^3, 0.84 to 0.86 at 1024^3 (PyTorch beside it 0.79). What is missing there: 5 % is the clock, 4 % packing B from the third cache, 3 %
+//! copying A. Packing B while the first panel of A is multiplied took longer, not shorter: its lines then come by software
+//! prefetch alone, of which a core has 16 under way at a time, and not as long streams.
 //!
 //! Packing pays when a packed element is used often. With few rows B is read in place, with few columns A is; with very
-//! few rows the product is bound by reading B, which is streamed row by row (`stream`). The block sizes suit 32 KiB,
-//! 512 KiB and a few MiB of cache. They change no bits, and are the same on all instruction sets, so that scratch is.
+//! few rows the product is bound by reading B, which is streamed row by row (`stream`). The block sizes follow the second
+//! cache (`blocks`). They change no bits, and scratch is for the largest.
 
 #![allow(unsafe_code)]
 
@@ -26,7 +29,7 @@ use super::super::memory::with_scratch_f32;
 use super::super::simd::{Isa, Kernel, Simd, TileKernel, dispatch};
 use super::Product;
 use super::blocks::*;
-use super::microkernel::{Columns, Rows, Sums, finish, keep, tile, widen_output};
+use super::microkernel::{Ahead, Columns, Rows, Sums, finish, keep, tile, widen_output};
 use super::pack::{Block, copy_rows, pack_columns, pack_rows};
 use super::stream::{stream, stream_columns};
 use crate::dtype::{DType, Float};
@@ -66,8 +69,9 @@ impl TileKernel for Region<'_> {
         }
         let in_place = p.b.dtype == DType::F32 && p.b.col_stride == 1;
         let pack_b = !in_place || (m > FEW_ROWS && m * n * p.k > SMALL);
+        let (deep, wide) = block_sizes();
         let deep = if pack_b || m > FEW_ROWS || n * p.k <= SHALLOW_FROM {
-            KC
+            deep
         } else {
             SHALLOW
         };
@@ -87,6 +91,7 @@ impl TileKernel for Region<'_> {
                     left: Left::choose(p, m, n),
                     pack_b,
                     deep,
+                    wide,
                 };
                 strip.run(self.scratch, &layout);
             }
@@ -212,6 +217,8 @@ struct Strip<'p, S, const MR: usize, const V: usize> {
     pack_b: bool,
     /// k in a block.
     deep: usize,
+    /// Columns in a strip of B.
+    wide: usize,
 }
 
 /// How the microkernel gets at A.
@@ -246,7 +253,7 @@ impl Left {
 
 /// Lines of A that are asked for while the panel before them is multiplied: rows begin anew in memory every KC elements,
 /// too often for the hardware to follow.
-struct Ahead {
+struct Wanted {
     at: *const u8,
     /// Row and line.
     next: (usize, usize),
@@ -255,23 +262,27 @@ struct Ahead {
     lines: usize,
     /// Bytes from row to row.
     stride: usize,
-    /// Lines to ask for at a time.
+    /// Lines to ask for at a time, all of one row.
     part: usize,
 }
 
-impl Ahead {
+impl Wanted {
+    /// What to ask for beside the next tile.
     #[inline(always)]
-    fn some<S: Simd>(&mut self, s: S) {
-        for _ in 0..self.part {
-            if self.next.1 == self.lines {
-                self.next = (self.next.0 + 1, 0);
-            }
-            if self.next.0 >= self.rows {
-                return;
-            }
-            let at = self.next.0 * self.stride + self.next.1 * LINE;
-            s.prefetch(self.at.wrapping_add(at));
-            self.next.1 += 1;
+    fn some(&mut self) -> Ahead {
+        if self.next.1 >= self.lines {
+            self.next = (self.next.0 + 1, 0);
+        }
+        let at = self.next.0 * self.stride + self.next.1 * LINE;
+        let lines = if self.next.0 < self.rows {
+            self.part.min(self.lines - self.next.1)
+        } else {
+            0
+        };
+        self.next.1 += lines;
+        Ahead {
+            at: self.at.wrapping_add(at),
+            bytes: lines * LINE,
         }
     }
 }
@@ -320,7 +331,7 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
                 // SAFETY: the block lies in A; the layout has room for MC rows, whole tiles, and the excess.
                 unsafe { pack_rows::<S, MR>(self.s, block, places.a) }
             }
-            for cols in pieces(self.cols.clone(), NC) {
+            for cols in strips(self.cols.clone(), self.wide) {
                 self.block(&depth, cols, places);
             }
         }
@@ -349,7 +360,7 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
             let height = self.height(rows.len() - i);
             let a = self.panel(depth, i, height, places);
             let tiles = cols.len().div_ceil(Self::NR);
-            let mut ahead = self.ahead(depth, i + height, tiles);
+            let mut wanted = self.wanted(depth, i + height, tiles);
             for j in (0..cols.len()).step_by(Self::NR) {
                 let width = Self::NR.min(cols.len() - j);
                 let b = if self.pack_b {
@@ -368,10 +379,9 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
                         k_stride: p.b.row_stride,
                     }
                 };
-                let shape = (height, width);
-                ahead.some(self.s);
+                let ahead = wanted.some();
                 let at = (rows.start + i, cols.start + j - self.cols.start);
-                self.tile(depth, at, shape, a, b, places);
+                self.tile(depth, at, (height, width), (a, b), ahead, places);
             }
             i += height;
         }
@@ -389,7 +399,7 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
 
     /// What the next panel, from row i on, will read, in as many parts as there are tiles before it.
     #[inline(always)]
-    fn ahead(&self, depth: &Range<usize>, i: usize, tiles: usize) -> Ahead {
+    fn wanted(&self, depth: &Range<usize>, i: usize, tiles: usize) -> Wanted {
         let a = &self.product.a;
         let rows = if self.left == Left::Packed || a.col_stride != 1 {
             0
@@ -397,13 +407,15 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
             self.height(self.rows.len() - i)
         };
         let lines = (depth.len() * a.dtype.size()).div_ceil(LINE);
-        Ahead {
+        // With few tiles the first rows only.
+        let parts = (tiles / rows.max(1)).max(1);
+        Wanted {
             at: a.at(self.batch, self.rows.start + i, depth.start),
             next: (0, 0),
             rows,
             lines,
             stride: a.row_stride * a.dtype.size(),
-            part: (rows * lines).div_ceil(tiles),
+            part: lines.div_ceil(parts).next_multiple_of(2),
         }
     }
 
@@ -450,8 +462,8 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
         depth: &Range<usize>,
         (i, j): (usize, usize),
         shape: (usize, usize),
-        a: Rows,
-        b: Columns,
+        (a, b): (Rows, Columns),
+        ahead: Ahead,
         places: Places,
     ) {
         let (s, p) = (self.s, self.product);
@@ -492,9 +504,9 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
         // shape.0 rows of NR columns. Where from and to are one place, all is read before it is written.
         unsafe {
             if shape.1 <= S::LANES {
-                tile::<S, MR, 1>(s, shape.0, depth.len(), a, b, from, to)
+                tile::<S, MR, 1>(s, shape.0, depth.len(), (a, b), (from, to), ahead)
             } else {
-                tile::<S, MR, V>(s, shape.0, depth.len(), a, b, from, to)
+                tile::<S, MR, V>(s, shape.0, depth.len(), (a, b), (from, to), ahead)
             }
         }
         if last && !(whole && p.c.is_plain()) {

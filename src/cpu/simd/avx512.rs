@@ -2,7 +2,7 @@
 //!
 //! bf16 is narrowed in integers, not by `vcvtneps2bf16`, which flushes subnormals.
 
-use super::{Kernel, Simd, TILE_OF_16, TileKernel};
+use super::{Kernel, Simd, TILE_OF_16, TileKernel, TileLoop, avx512_tile};
 use crate::dtype::{DType, Float};
 use core::arch::x86_64::*;
 
@@ -62,6 +62,7 @@ impl Simd for Avx512 {
     type V = __m512;
     type M = __mmask16;
     const LANES: usize = 16;
+    const HAS_TILE_LOOP: bool = true;
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -75,6 +76,18 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
         kernel.call::<Self, { TILE_OF_16.0 }, { TILE_OF_16.1 }>(self)
+    }
+    #[inline(always)]
+    unsafe fn tile_loop<const R: usize>(self, tile: &TileLoop) {
+        const { assert!(R <= TILE_OF_16.0 && TILE_OF_16.1 == 2) };
+        // SAFETY: the token proves AVX-512 F; the rest is the caller's promise.
+        unsafe {
+            if tile.a_packed {
+                avx512_tile::packed_rows::<R>(tile);
+            } else {
+                avx512_tile::long_rows::<R>(tile);
+            }
+        }
     }
     #[inline(always)]
     fn transpose(self, x: &mut [Self::V]) {

@@ -18,6 +18,9 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
+#[cfg(target_arch = "x86_64")]
+mod avx512_tile;
+mod cache;
 #[cfg(test)]
 mod emulated;
 #[cfg(target_arch = "aarch64")]
@@ -37,6 +40,7 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512_bf16::Avx512Bf16;
+pub(crate) use cache::second_cache;
 #[cfg(test)]
 use emulated::{Emulated4, Emulated16};
 #[cfg(target_arch = "aarch64")]
@@ -72,6 +76,37 @@ pub(crate) trait TileKernel {
     fn call<S: Simd, const ROWS: usize, const VECTORS: usize>(self, s: S) -> Self::Output;
 }
 
+/// A whole tile's chains: to\[i, j\] = from\[i, j\] + sum over p < k of a\[i, p\] b\[p, j\]. Distances are in bytes.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct TileLoop {
+    /// Terms of a sum.
+    pub k: usize,
+    /// Element (0, 0) of A.
+    pub a: *const f32,
+    /// Whether A's rows lie side by side, one p after another; else they lie along k.
+    pub a_packed: bool,
+    /// From p to p if packed, else from row to row.
+    pub a_step: usize,
+    /// Row 0 of B: a tile's columns, side by side.
+    pub b: *const f32,
+    /// From row to row of B.
+    pub b_step: usize,
+    /// Null for sums that begin at 0.
+    pub from: *const f32,
+    /// From row to row.
+    pub from_row: usize,
+    /// May be `from`.
+    pub to: *mut f32,
+    /// From row to row, here and of the next tile.
+    pub to_row: usize,
+    /// Where the next tile will be; need not exist.
+    pub next: *const f32,
+    /// What else will be read soon, so many times 128 bytes; need not exist.
+    pub ahead: *const u8,
+    pub ahead_turns: usize,
+}
+
 /// A token of an instruction set that this CPU has, and its operations on vectors of `LANES` f32.
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `LANES` f32.
@@ -80,6 +115,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type M: Copy;
     /// f32 in a vector; divides 32.
     const LANES: usize;
+    /// Whether [`Simd::tile_loop`] does anything.
+    const HAS_TILE_LOOP: bool = false;
 
     /// Calls `kernel` compiled for this instruction set.
     fn run<K: Kernel>(self, kernel: K) -> K::Output;
@@ -87,6 +124,16 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Calls `kernel` with the tile that suits this instruction set's registers: at most 14 rows, at most 32 columns,
     /// a divisor of 32. Must itself be called under [`Simd::run`].
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output;
+
+    /// Computes a tile of `R` rows and the columns of [`Simd::tiled`], if this instruction set has a loop of its own for it
+    /// ([`Simd::HAS_TILE_LOOP`]); otherwise does nothing.
+    ///
+    /// # Safety
+    /// What `tile` describes is readable, and writable at `to`.
+    #[inline(always)]
+    unsafe fn tile_loop<const R: usize>(self, tile: &TileLoop) {
+        let _ = tile;
+    }
 
     /// Transposes `LANES` vectors in place: lane j of vector i goes to lane i of vector j. Panics on another number.
     fn transpose(self, x: &mut [Self::V]);
