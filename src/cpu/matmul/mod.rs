@@ -212,10 +212,17 @@ impl Output {
 
     /// Whether sums may be written to C as they are.
     fn is_plain(&self) -> bool {
-        self.dtype == DType::F32
-            && self.bias.is_none()
-            && self.activation.is_none()
-            && self.preactivation.is_none()
+        self.dtype == DType::F32 && self.is_bare()
+    }
+
+    /// Whether sums need but be narrowed to bf16.
+    #[cfg(target_arch = "x86_64")]
+    fn is_only_narrow(&self) -> bool {
+        self.dtype == DType::Bf16 && self.is_bare()
+    }
+
+    fn is_bare(&self) -> bool {
+        self.bias.is_none() && self.activation.is_none() && self.preactivation.is_none()
     }
 }
 

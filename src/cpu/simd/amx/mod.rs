@@ -31,7 +31,7 @@ use core::marker::PhantomData;
 use half::bf16;
 use std::sync::OnceLock;
 
-pub(crate) use pack::{Lines, pack_left, pack_right};
+pub(crate) use pack::{Lines, narrow, pack_left, pack_right};
 
 /// Rows of a panel of A, columns of a panel of B.
 pub(crate) const SIDE: usize = 32;
@@ -42,7 +42,7 @@ pub(crate) const BLOCK: usize = SIDE * DEPTH;
 /// Rows, and 32-bit columns, of a tile.
 const TILE: usize = 16;
 
-/// Proof that this CPU has AMX-BF16 and AVX-512, that the system lends its tiles, and that they sum as is said here.
+/// Proof that this CPU has AMX-BF16, AVX-512 and AVX512-BF16, that the system lends its tiles, and that they sum as is said here.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Amx(Avx512);
 
@@ -69,7 +69,8 @@ impl Amx {
 
     /// The token, if a product of the unit has the bits that it should have.
     fn tried() -> Option<Self> {
-        let unit = Amx(Avx512::new().filter(|_| is_here() && is_lent())?);
+        let vectors = Avx512::new().filter(|_| is_x86_feature_detected!("avx512bf16"));
+        let unit = Amx(vectors.filter(|_| is_here() && is_lent())?);
         let (blocks, mut state) = (3, 1u32);
         let mut number = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

@@ -39,6 +39,22 @@ pub(crate) unsafe fn pack_right(unit: Amx, from: Lines, to: *mut bf16) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 unsafe fn pack<const PAIRS: bool>(s: Avx512, from: Lines, to: *mut bf16) {
     let blocks = from.depth.div_ceil(DEPTH);
+    let whole = from.lines / SIDE * SIDE;
+    if PAIRS && from.line_stride == 1 {
+        // A row of 32 columns is a cache line. What is left is packed below.
+        for block in 0..from.depth / DEPTH {
+            for line in (0..whole).step_by(SIDE) {
+                // SAFETY: whole blocks, by the caller's promise.
+                unsafe {
+                    let to = to.add((line / SIDE * blocks + block) * BLOCK);
+                    whole_pairs(from, line, block * DEPTH, to);
+                }
+            }
+        }
+    }
+    let done = |line: usize, block: usize| {
+        PAIRS && from.line_stride == 1 && line < whole && block < from.depth / DEPTH
+    };
     let lines = from.lines.next_multiple_of(SIDE);
     // As it lies: what goes along k line by line, all else k by k.
     if from.depth_stride == 1 {
@@ -51,9 +67,90 @@ unsafe fn pack<const PAIRS: bool>(s: Avx512, from: Lines, to: *mut bf16) {
     } else {
         for block in 0..blocks {
             for line in (0..lines).step_by(TILE) {
-                // SAFETY: the caller's promise.
-                unsafe { pack_tile::<PAIRS>(s, from, (line, block), to) }
+                if !done(line, block) {
+                    // SAFETY: the caller's promise.
+                    unsafe { pack_tile::<PAIRS>(s, from, (line, block), to) }
+                }
             }
+        }
+    }
+}
+
+/// A block of a panel of B whose 32 columns lie side by side, for 32 k that there are.
+///
+/// # Safety
+/// The columns are readable; [`BLOCK`] elements are writable at `to`. The CPU has AVX-512 F and BW.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn whole_pairs(from: Lines, line: usize, p: usize, to: *mut bf16) {
+    // Word 2 i is word i of the first row, word 2 i + 1 that of the second; then the upper half of both.
+    const LOW: [u16; 32] = interleaved(0);
+    const HIGH: [u16; 32] = interleaved(16);
+    let data = from.data.wrapping_add(line + p * from.depth_stride);
+    // SAFETY: 32 elements of 32 rows from here on are the caller's; rows that are asked for need not exist.
+    unsafe {
+        let low = _mm512_loadu_si512(LOW.as_ptr().cast());
+        let high = _mm512_loadu_si512(HIGH.as_ptr().cast());
+        for q in 0..TILE {
+            let even = data.wrapping_add(2 * q * from.depth_stride);
+            let odd = even.wrapping_add(from.depth_stride);
+            _mm_prefetch::<_MM_HINT_T0>(even.wrapping_add(2 * SIDE).cast());
+            _mm_prefetch::<_MM_HINT_T0>(odd.wrapping_add(2 * SIDE).cast());
+            let even = _mm512_loadu_si512(even.cast());
+            let odd = _mm512_loadu_si512(odd.cast());
+            let to = to.add(2 * TILE * q);
+            _mm512_storeu_si512(to.cast(), _mm512_permutex2var_epi16(even, low, odd));
+            let second = to.add(TILE * DEPTH);
+            _mm512_storeu_si512(second.cast(), _mm512_permutex2var_epi16(even, high, odd));
+        }
+    }
+}
+
+/// Indices of words from `first` on of two vectors in turn.
+const fn interleaved(first: u16) -> [u16; 32] {
+    let mut x = [0; 32];
+    let mut i = 0;
+    while i < 16 {
+        (x[2 * i], x[2 * i + 1]) = (first + i as u16, 32 + first + i as u16);
+        i += 1;
+    }
+    x
+}
+
+/// Narrows rows of f32 to bf16 as the CPU does: to the nearest, ties to even, subnormal numbers to 0.
+///
+/// # Safety
+/// `cols` elements of `rows` rows are readable `from_row` apart and writable `to_row` apart.
+pub(crate) unsafe fn narrow(
+    unit: Amx,
+    [rows, cols]: [usize; 2],
+    (from, from_row): (*const f32, usize),
+    (to, to_row): (*mut bf16, usize),
+) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn row(cols: usize, from: *const f32, to: *mut bf16) {
+        for j in (0..cols).step_by(2 * TILE) {
+            let here = cols - j;
+            let mask = |from: usize| ((1u32 << here.saturating_sub(from).min(TILE)) - 1) as u16;
+            // SAFETY: masked elements are not touched.
+            unsafe {
+                let from = from.wrapping_add(j);
+                let low = _mm512_maskz_loadu_ps(mask(0), from);
+                let high = _mm512_maskz_loadu_ps(mask(TILE), from.wrapping_add(TILE));
+                let both: __m512i = core::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
+                let mask = u32::from(mask(TILE)) << TILE | u32::from(mask(0));
+                _mm512_mask_storeu_epi16(to.wrapping_add(j).cast(), mask, both);
+            }
+        }
+    }
+    let _ = unit;
+    for i in 0..rows {
+        // SAFETY: the caller's promise; the token proves AVX512-BF16 too.
+        unsafe {
+            row(
+                cols,
+                from.wrapping_add(i * from_row),
+                to.wrapping_add(i * to_row),
+            )
         }
     }
 }
@@ -105,6 +202,14 @@ unsafe fn along_k(from: Lines, line: usize, p: usize) -> [__m512i; TILE] {
     // SAFETY: lines below `lines` have `deep` elements from p on; others are not read. AVX-512 is the caller's.
     unsafe {
         let mut tile = [_mm512_setzero_si512(); TILE];
+        if deep == DEPTH && line + TILE <= from.lines {
+            for (l, v) in tile.iter_mut().enumerate() {
+                let at = data.wrapping_add(l * from.line_stride);
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(2 * DEPTH).cast());
+                *v = _mm512_loadu_si512(at.cast());
+            }
+            return tile;
+        }
         for (l, v) in tile.iter_mut().enumerate() {
             if line + l < from.lines {
                 let at = data.wrapping_add(l * from.line_stride);
