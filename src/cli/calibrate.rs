@@ -2,15 +2,16 @@
 //!
 //! What is measured are training steps of small models of several widths on the asked number of chips: a trace of a real run holds
 //! the time of every op. So the curves have in them what a step has: threads that wake, caches that are cold, chips that share cores.
-//! Times of kernels alone were not tried.
+//! `--compare` prices the trace of a model that was not among them, the one of the example `train_step`, and runs it.
 
 use super::progress::print_text;
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use supernode::cluster::{Curve, Machine};
-use supernode::forecast::{measured_curves, measured_gap, price_trace};
+use supernode::forecast::{measured_account, measured_curves, measured_gap, price_trace};
 use supernode::kernels::{MemoryStream, peak_flops};
 use supernode::mesh::Mesh;
 use supernode::model::{Config, Transformer};
@@ -32,22 +33,40 @@ pub(super) struct Arguments {
     /// Threads of each; by default the cores divided by the chips
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Price a training step of another model on the new machine, run it, and print both
+    /// Price a step of the example `train_step` on the new machine, run it in turn with what is measured, and print both
     #[arg(long)]
     compare: bool,
 }
 
-/// Widths of the models that are timed; the one that `--compare` runs lies between them and is none of them.
-const WIDTHS: [usize; 4] = [64, 96, 192, 256];
-const COMPARED: usize = 128;
-/// Runs of each, and steps of a run, of which the last one's events are kept.
-const RUNS: usize = 3;
-const STEPS: u64 = 4;
+/// More threads of a chip than this are a mistake.
+const MOST_THREADS: usize = 256;
+
+/// Width, heads and key-value heads of the models that are timed. The one that `--compare` runs lies between them and is none of them.
+const TIMED: [[usize; 3]; 4] = [[64, 2, 2], [96, 2, 2], [160, 4, 2], [192, 6, 2]];
+/// The model of the example `train_step`.
+const COMPARED: [usize; 3] = [128, 4, 2];
+/// Runs of each, in turn, and steps of a run, of which the last one's events are kept.
+const RUNS: usize = 12;
+const STEPS: u64 = 5;
+
+/// What the example `train_step` reads.
+const TEXT: &str = concat!(
+    include_str!("../mesh.rs"),
+    include_str!("../placement.rs"),
+    include_str!("../tensor.rs"),
+    include_str!("../ops/mod.rs"),
+    include_str!("../ops/matmul.rs"),
+    include_str!("../spmd/chip.rs"),
+    include_str!("../spmd/redistribute.rs"),
+    include_str!("../model/mod.rs"),
+);
 
 struct Timed {
     trace: Trace,
-    /// Seconds of a step, the median of all but the first.
+    /// Seconds of the last step, which the trace holds.
     seconds: f64,
+    /// Seconds of all steps but the first.
+    all: Vec<f64>,
 }
 
 fn median(mut all: Vec<f64>) -> f64 {
@@ -55,25 +74,24 @@ fn median(mut all: Vec<f64>) -> f64 {
     all[all.len() / 2]
 }
 
-/// A Llama of this width that reads numbered tokens, four sequences a chip.
-fn training(width: usize, mesh: &Mesh, steps: u64) -> Result<Training> {
-    let text: String = (0..40_000u32)
-        .map(|i| char::from(b' ' + (i.wrapping_mul(2_654_435_761) >> 16) as u8 % 90))
-        .collect();
-    let tokens = Tokens::from_text(text.as_bytes(), Alphabet::Characters, "numbers")?;
-    let split = Split::new(tokens.len(), 1.0)?;
-    let context = 64;
-    let config = Config::llama(
-        4,
-        width,
-        width / 32,
-        width / 32,
-        tokens.vocabulary().len(),
-        context,
-    );
+/// The mesh of the example for so many chips: data parallel, from four chips on with two ways of tensor parallel.
+fn mesh_of(chips: usize) -> Mesh {
+    match chips {
+        1 | 2 => Mesh::new([("dp", chips)]),
+        _ => Mesh::new([("dp", chips / 2), ("tp", 2)]),
+    }
+}
+
+/// A Llama of this width that reads characters, 16 sequences a step.
+fn training([width, heads, kv_heads]: [usize; 3], mesh: &Mesh, steps: u64) -> Result<Training> {
+    let tokens = Tokens::from_text(TEXT.as_bytes(), Alphabet::Characters, "the source")?;
+    let split = Split::new(tokens.len(), 0.9)?;
+    let (context, batch) = (64, 16);
+    let vocabulary = tokens.vocabulary().len();
+    let config = Config::llama(4, width, heads, kv_heads, vocabulary, context);
     Ok(Training {
         model: Transformer::new(config, mesh)?,
-        batches: Batches::new(Arc::new(tokens), split, context, 16, 0)?,
+        batches: Batches::new(Arc::new(tokens), split, context, batch, 0)?,
         options: Options {
             steps,
             ..Options::default()
@@ -81,7 +99,7 @@ fn training(width: usize, mesh: &Mesh, steps: u64) -> Result<Training> {
     })
 }
 
-fn run_once(a: &Arguments, width: usize, mesh: &Mesh, steps: u64) -> Result<Timed> {
+fn run_once(a: &Arguments, model: [usize; 3], mesh: &Mesh) -> Result<Timed> {
     let times = Mutex::new(Vec::new());
     let observe = |report: &Report| {
         if let Report::Step { ms, .. } = report {
@@ -95,46 +113,69 @@ fn run_once(a: &Arguments, width: usize, mesh: &Mesh, steps: u64) -> Result<Time
     if let Some(threads) = a.threads {
         world = world.with_threads(threads);
     }
-    let training = training(width, mesh, steps)?;
+    let training = training(model, mesh, STEPS)?;
     let run = training.run(&world, &observe, &AtomicBool::new(false))?;
     let times = times.into_inner().unwrap_or_else(|e| e.into_inner());
     Ok(Timed {
         trace: run.trace().clone(),
-        seconds: median(times[1..].to_vec()),
+        seconds: times[times.len() - 1],
+        all: times[1..].to_vec(),
     })
+}
+
+/// The half of the runs whose last steps lie around the median: a step that the machine interrupted says nothing of its kernels.
+fn middle(mut runs: Vec<Timed>) -> Vec<Timed> {
+    runs.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
+    let quarter = runs.len() / 4;
+    runs.drain(..quarter);
+    runs.truncate(runs.len() - quarter);
+    runs
 }
 
 /// Runs the command.
 pub(super) fn run(a: &Arguments) -> Result<()> {
     let input = |why: &str| Err(Error::new(ErrorKind::Input, why));
-    if a.chips == 0 || !16usize.is_multiple_of(a.chips) {
-        return input("--chips: 1, 2, 4, 8 or 16, of which each gets a share of 16 sequences");
+    if ![1, 2, 4, 8, 16].contains(&a.chips) {
+        return input(&format!(
+            "--chips {}: 1, 2, 4, 8 or 16, of which each gets a share of 16 sequences",
+            a.chips
+        ));
     }
-    if a.threads == Some(0) {
-        return input("--threads: a chip needs at least one thread");
+    if let Some(threads) = a.threads.filter(|t| !(1..=MOST_THREADS).contains(t)) {
+        return input(&format!(
+            "--threads {threads}: a chip has 1 to {MOST_THREADS}"
+        ));
     }
     if a.out.extension().is_none_or(|e| e != "toml") {
-        return input("--out: a machine is named by its path, which ends in .toml");
+        return input(&format!(
+            "--out {}: a machine is named by its path, which ends in .toml",
+            a.out.display()
+        ));
     }
-    let mesh = Mesh::new([("dp", a.chips)]);
-    let mut timed = Vec::new();
+    // A path that cannot be written is refused before anything is measured.
+    std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(&a.out)
+        .map_err(|e| unwritable(&a.out, &e))?;
+    let mesh = mesh_of(a.chips);
+    // In turn, so that all see the same machine, the run that the forecast is held against too.
+    let mut timed: Vec<Vec<Timed>> = TIMED.iter().map(|_| vec![]).collect();
+    let mut compared = vec![];
     for round in 0..RUNS {
-        for width in WIDTHS {
-            eprint!(
-                "\rmeasuring: round {} of {RUNS}, width {width}   ",
-                round + 1
-            );
-            timed.push(run_once(a, width, &mesh, STEPS)?);
+        eprint!("\rmeasuring: round {} of {RUNS}   ", round + 1);
+        for (model, runs) in TIMED.into_iter().zip(&mut timed) {
+            runs.push(run_once(a, model, &mesh)?);
+        }
+        if a.compare {
+            compared.push(run_once(a, COMPARED, &mesh)?);
         }
     }
     eprintln!();
-    let gap = median(
-        timed
-            .iter()
-            .map(|t| measured_gap(&t.trace, t.seconds))
-            .collect(),
-    );
-    let traces: Vec<Trace> = timed.into_iter().map(|t| t.trace).collect();
+    let kept: Vec<Timed> = timed.into_iter().flat_map(middle).collect();
+    let gaps = kept.iter().map(|t| measured_gap(&t.trace, t.seconds));
+    let gap = gaps.sum::<f64>() / kept.len() as f64;
+    let traces: Vec<Trace> = kept.into_iter().map(|t| t.trace).collect();
     let curves = measured_curves(&traces, a.chips, "measured");
     write_machine(a, &curves, gap)?;
     print_text(&format!(
@@ -144,10 +185,10 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
         gap * 1e6,
         a.out.display()
     ));
-    if a.compare {
-        compare(a, &mesh)?;
+    match a.compare {
+        true => compare(a, &mesh, compared),
+        false => Ok(()),
     }
-    Ok(())
 }
 
 /// Bytes that a chip's trace says it sends in its latest step.
@@ -161,24 +202,43 @@ fn sent(trace: &Trace) -> u64 {
         .sum()
 }
 
-fn compare(a: &Arguments, mesh: &Mesh) -> Result<()> {
-    let name = a.out.to_string_lossy();
-    let machine = Machine::named(&name)?;
+/// The forecast of the example's step on the machine that was written, beside its real runs.
+fn compare(a: &Arguments, mesh: &Mesh, runs: Vec<Timed>) -> Result<()> {
+    let machine = Machine::named(&a.out.to_string_lossy())?;
     let ghost = training(COMPARED, mesh, 1)?.trace(&World::ghost(mesh))?;
-    let forecast = price_trace(&ghost, &machine, "f32")?.seconds();
-    let runs: Vec<Timed> = (0..RUNS)
-        .map(|_| run_once(a, COMPARED, mesh, 12))
-        .collect::<Result<_>>()?;
-    let real = median(runs.iter().map(|r| r.seconds).collect());
+    let price = price_trace(&ghost, &machine, "f32")?;
+    let real = median(runs.iter().flat_map(|r| r.all.clone()).collect());
     let (said, moved) = (sent(&ghost), sent(&runs[0].trace));
-    print_text(&format!(
-        "a step of width {COMPARED} on {} chips: forecast {:.2} ms, measured {:.2} ms, {:+.1} %; bytes sent {said} and {moved}, {}\n",
+    let middle = middle(runs);
+    let mut rows: BTreeMap<String, [f64; 2]> = BTreeMap::new();
+    let class = &price.classes[0];
+    let kernels = class.compute.iter().map(|(k, s)| (k.to_string(), *s));
+    for (name, seconds) in kernels.chain(class.exposed.clone()) {
+        rows.entry(name).or_default()[0] += seconds;
+    }
+    for run in &middle {
+        for (name, seconds) in measured_account(&run.trace) {
+            rows.entry(name).or_default()[1] += seconds / middle.len() as f64;
+        }
+        let between = measured_gap(&run.trace, run.seconds) * events(&run.trace) as f64;
+        rows.entry("launch".into()).or_default()[1] += between / middle.len() as f64;
+    }
+    let mut text = format!("{:>12} {:>10} {:>10}\n", "ms of", "forecast", "measured");
+    for (name, [forecast, measured]) in rows {
+        let (forecast, measured) = (forecast * 1e3, measured * 1e3);
+        let _ = writeln!(text, "{name:>12} {forecast:>10.2} {measured:>10.2}");
+    }
+    let forecast = price.seconds();
+    let _ = writeln!(
+        text,
+        "a step of the example train_step on {} chips ({mesh}): forecast {:.2} ms, measured {:.2} ms, {:+.1} %; bytes sent {said} and {moved}, {}",
         a.chips,
         forecast * 1e3,
         real * 1e3,
         100.0 * (forecast / real - 1.0),
         if said == moved { "equal" } else { "DIFFERENT" }
-    ));
+    );
+    print_text(&text);
     match said == moved {
         true => Ok(()),
         false => Err(Error::new(
@@ -186,6 +246,13 @@ fn compare(a: &Arguments, mesh: &Mesh) -> Result<()> {
             format!("the ghost sends {said} bytes a step, the run {moved}"),
         )),
     }
+}
+
+/// Events of the latest step of the first chip.
+fn events(trace: &Trace) -> usize {
+    let chip = &trace.classes[0].chip;
+    let step = chip.latest.as_ref().or(chip.first.as_ref());
+    step.map_or(0, |s| s.events.len())
 }
 
 /// Rate of the op `name` at its largest size: work a second.
@@ -217,18 +284,18 @@ fn write_machine(a: &Arguments, curves: &[Curve], gap: f64) -> Result<()> {
 }
 
 fn put(path: &Path, text: &str) -> Result<()> {
-    std::fs::write(path, text).map_err(|e| {
-        let why = format!("cannot write {}: {e}", path.display());
-        Error::new(ErrorKind::Io, why)
-    })
+    std::fs::write(path, text).map_err(|e| unwritable(path, &e))
+}
+
+fn unwritable(path: &Path, why: &std::io::Error) -> Error {
+    let what = format!("cannot write {}: {why}", path.display());
+    Error::new(ErrorKind::Io, what)
 }
 
 fn chip_sheet(a: &Arguments, curves: &[Curve]) -> String {
     // The peak of one chip while all of them compute, as the curves are.
     let threads = a.threads.unwrap_or_else(|| {
-        std::thread::available_parallelism()
-            .map_or(1, |n| n.get())
-            .div_ceil(a.chips)
+        std::thread::available_parallelism().map_or(1, |n| (n.get() / a.chips).max(1))
     });
     let peak = peak_flops(DType::F32) * threads as f64;
     let bandwidth = MemoryStream::new(1 << 28, 1 << 27).bytes_per_second();

@@ -42,7 +42,7 @@ pub use expert::Exchange;
 pub use goodput::{Failures, Goodput};
 pub use inference::{Phase, Served};
 pub use kernel::{Rates, element_bytes};
-pub use measured::{curves as measured_curves, gap as measured_gap};
+pub use measured::{account as measured_account, curves as measured_curves, gap as measured_gap};
 pub use memory::Memory;
 pub use models::{named as model_named, names as model_names};
 pub use network::{Network, closed_form, walk};

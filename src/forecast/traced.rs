@@ -64,6 +64,10 @@ pub fn price_trace(trace: &Trace, machine: &Machine, dtype: &str) -> Result<Trac
         let mut wire = 0.0f64;
         let mut launches = 0;
         for event in events {
+            if gap > 0.0 {
+                price.seconds += gap;
+                *price.compute.entry("launch").or_default() += gap;
+            }
             if event.kind == EventKind::Wait {
                 if let Some((axis, end)) = event.ticket.and_then(|t| tickets.remove(&t)) {
                     wait_until(&mut price, axis, end);
@@ -116,11 +120,6 @@ pub fn price_trace(trace: &Trace, machine: &Machine, dtype: &str) -> Result<Trac
             }
         }
         price.seconds = price.seconds.max(wire);
-        if gap > 0.0 {
-            let between = gap * events.len() as f64;
-            price.seconds += between;
-            *price.compute.entry("launch").or_default() += between;
-        }
         let behind = rates.launch * launches as f64 - price.seconds;
         if behind > 0.0 {
             price.seconds += behind;
@@ -138,16 +137,10 @@ impl Measured<'_> {
     fn seconds(&self, event: &Event) -> Option<f64> {
         let (name, amount) = super::measured::amount(event)?;
         let chips = event.traffic.as_ref().map(|t| t.chips);
-        // A machine's own all-reduce curves belong to its network.
+        // Without curves of ops the machine was not calibrated, and its all-reduces belong to its network.
+        self.0.iter().find(|c| c.kernel == "matmul")?;
         let known = |c: &&Curve| c.kernel == name && chips.is_none_or(|n| n == c.group);
-        let mine = |c: &&Curve| {
-            chips.is_none()
-                || self
-                    .0
-                    .iter()
-                    .any(|o| o.kernel == "matmul" && o.group == c.group)
-        };
-        let curve = self.0.iter().filter(mine).find(known)?;
+        let curve = self.0.iter().find(known)?;
         // Below the first point an op costs in proportion too, but never less than half of it.
         let first = curve.points[0];
         Some(match amount < first.0 {

@@ -31,3 +31,56 @@ fn a_ghosts_trace_has_a_price() {
     let sum: f64 = eight.classes[0].compute.values().sum::<f64>() + gather;
     assert!((eight.seconds() / sum - 1.0).abs() <= 1e-9);
 }
+
+/// Curves of a trace with made-up times go through these times: a collective beside computation apart from one in line, by the chips
+/// of its own group; the gap is what the program's own events leave of a step.
+#[test]
+fn curves_hold_what_a_trace_timed() {
+    use crate::placement::Placement::{Partial, Replicate, Shard};
+    use crate::spmd::{Chip, FromIndex, World};
+    use crate::trace::{EventKind, Stream, Time};
+    let program = |chip: &Chip| {
+        let numbers = FromIndex(|i| i as f32);
+        let x = chip.input("x", [64, 64], [Replicate, Shard(1)], &numbers);
+        let w = chip.input("w", [64, 64], [Replicate, Shard(0)], &numbers);
+        let sum = x.matmul(&w);
+        assert_eq!(sum.placements()[1], Partial);
+        let pending = sum.start_redistribute([Replicate, Replicate]);
+        let _ = x.matmul(&w).redistribute([Replicate, Replicate]);
+        let _ = pending.wait();
+    };
+    let mesh = Mesh::new([("dp", 2), ("tp", 4)]);
+    let mut trace = World::ghost(&mesh)
+        .trace(|chip| chip.step(1, || program(chip)))
+        .unwrap();
+    let step = trace.classes[0].chip.first.as_mut().unwrap();
+    let (mut own, mut events) = (0.0, 0);
+    for event in &mut step.events {
+        let nanoseconds = match (event.kind, event.stream) {
+            (EventKind::Op, _) => 1_000,
+            (EventKind::Wait, _) => 500,
+            (_, Stream::Communication) => 7_000,
+            (_, Stream::Compute) => 3_000,
+        };
+        event.time = Some(Time {
+            start_ns: 0,
+            duration_ns: nanoseconds,
+        });
+        events += 1;
+        if event.stream == Stream::Compute {
+            own += nanoseconds as f64 * 1e-9;
+        }
+    }
+    let gap = measured_gap(&trace, own + 2e-6 * events as f64);
+    assert!((gap / 2e-6 - 1.0).abs() <= 1e-9, "{gap}");
+    let account: f64 = measured_account(&trace).values().sum();
+    assert!((account / own - 1.0).abs() <= 1e-9);
+    let curves = measured_curves(&[trace], 8, "made up");
+    let at = |name: &str| {
+        let curve = curves.iter().find(|c| c.kernel == name).expect(name);
+        (curve.group, curve.points[0].1)
+    };
+    assert_eq!(at("matmul"), (8, 1e-6));
+    assert_eq!(at("all-reduce"), (4, 3e-6));
+    assert_eq!(at("all-reduce.beside"), (4, 7e-6));
+}
