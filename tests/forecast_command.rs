@@ -297,3 +297,76 @@ fn the_page_opens_without_a_network() {
         assert!(!text.contains(word), "{word}");
     }
 }
+
+#[test]
+fn options_that_say_nothing_are_refused() {
+    for (line, says) in [
+        (
+            format!("{KORTHIKANTI} --speculated 3"),
+            "give --mode decode",
+        ),
+        (format!("{KORTHIKANTI} --accepted 2"), "give --mode decode"),
+        (
+            format!("{KORTHIKANTI} --expert-ffn 5"),
+            "give --experts too",
+        ),
+        (
+            format!("{KORTHIKANTI} --dense-layers 9"),
+            "give --experts too",
+        ),
+        (
+            format!("{KORTHIKANTI} --experts 4 --dense-layers 999"),
+            "999 dense layers in front of a model of 96",
+        ),
+        (
+            format!("{KORTHIKANTI} --predicted-tokens 999"),
+            "999 layers that predict further tokens",
+        ),
+        (
+            format!("{KORTHIKANTI} --context 18446744073709551615").replace("--context 2048 ", ""),
+            "at most 2^32",
+        ),
+        (
+            "plan --machine dgx-h100 --model llama3-8b --tokens-per-batch 1M --top 0".into(),
+            "--top 0: print at least 1",
+        ),
+    ] {
+        let (good, out, err) = supernode(&line);
+        assert!(!good && out.is_empty(), "{line}: {out}");
+        assert!(err.contains(says), "{line}: {err}");
+        assert_eq!(err.trim_end().matches('\n').count(), 0, "{line}: {err}");
+    }
+}
+
+/// Wrong values of `calibrate` are refused before anything is measured.
+#[test]
+fn calibration_refuses_what_it_cannot_do() {
+    let here = std::env::temp_dir().join(format!("supernode-calibrate-{}", std::process::id()));
+    std::fs::create_dir_all(here.join("folder.toml")).expect("a folder");
+    let path = |name: &str| here.join(name).display().to_string();
+    for (line, says) in [
+        (
+            format!("--out {} --chips 3", path("m.toml")),
+            "--chips 3: 1, 2, 4, 8 or 16",
+        ),
+        (
+            format!("--out {} --chips 0", path("m.toml")),
+            "--chips 0: 1, 2, 4, 8 or 16",
+        ),
+        (
+            format!("--out {} --threads 0", path("m.toml")),
+            "--threads 0: a chip has 1 to 256",
+        ),
+        (format!("--out {}", path("m")), "ends in .toml"),
+        (format!("--out {}", path("nowhere/m.toml")), "cannot write"),
+        (format!("--out {}", path("folder.toml")), "cannot write"),
+    ] {
+        let began = Instant::now();
+        let (good, out, err) = supernode(&format!("calibrate {line}"));
+        assert!(!good && out.is_empty(), "{line}: {out}");
+        assert!(err.contains(says), "{line}: {err}");
+        assert_eq!(err.trim_end().matches('\n').count(), 0, "{line}: {err}");
+        assert!(began.elapsed().as_secs() < 5, "{line} was measured first");
+    }
+    std::fs::remove_dir_all(here).expect("the folder goes");
+}

@@ -38,6 +38,10 @@ pub(super) struct Arguments {
 
 /// Runs the command.
 pub(super) fn run(a: &Arguments) -> Result<()> {
+    if a.top == 0 {
+        let why = "--top 0: print at least 1 split";
+        return Err(Error::new(ErrorKind::Input, why));
+    }
     let machine = a.on.machine()?;
     let model = a.model.architecture(&a.on)?;
     let context = a.context.unwrap_or(model.context);

@@ -324,6 +324,18 @@ impl Architecture {
         if let Some((name, n)) = sizes.iter().find(|(_, n)| *n > 1 << 32) {
             return wrong(format!("{n} {name} are more than any model has"));
         }
+        if self.predicted > self.layers {
+            return wrong(format!(
+                "{} layers that predict further tokens are more than the {} before them",
+                self.predicted, self.layers
+            ));
+        }
+        if let Some(m) = self.mixture.filter(|m| m.dense_layers > self.layers) {
+            return wrong(format!(
+                "{} dense layers in front of a model of {} layers",
+                m.dense_layers, self.layers
+            ));
+        }
         if !self.heads.is_multiple_of(self.kv_heads) {
             return wrong(format!(
                 "{} heads are not divisible by {} kv-heads",

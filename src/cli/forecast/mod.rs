@@ -83,7 +83,7 @@ pub(super) struct Arguments {
 pub(super) fn run(a: &Arguments) -> Result<()> {
     let machine = a.on.machine()?;
     let setting = a.setting()?;
-    if let Some(phase) = a.phase() {
+    if let Some(phase) = a.phase()? {
         return a.serve(&setting, phase, &machine);
     }
     let forecast = setting.price(&machine)?;
@@ -141,15 +141,22 @@ impl Arguments {
         Ok(Mesh::new(order.iter().map(|axis| (*axis, size(axis)))))
     }
 
-    fn phase(&self) -> Option<Phase> {
-        match self.mode.as_str() {
+    fn phase(&self) -> Result<Option<Phase>> {
+        if self.mode != "decode" && (self.speculated, self.accepted) != (0, 0.0) {
+            let why = format!(
+                "--speculated {} and --accepted {} belong to a step of decoding; give --mode decode",
+                self.speculated, self.accepted
+            );
+            return Err(Error::new(ErrorKind::Input, why));
+        }
+        Ok(match self.mode.as_str() {
             "prefill" => Some(Phase::Prefill),
             "decode" => Some(Phase::Decode {
                 speculated: self.speculated,
                 accepted: self.accepted,
             }),
             _ => None,
-        }
+        })
     }
 
     fn serve(&self, setting: &Setting, phase: Phase, machine: &Machine) -> Result<()> {

@@ -137,6 +137,10 @@ impl Model {
             })?;
             resize(&mut m, &name, number);
         }
+        if m.mixture.is_some_and(|x| x.experts == 1) && self.experts.is_none_or(|n| n <= 1) {
+            let why = "--experts-per-token, --expert-ffn, --shared-experts and --dense-layers belong to a mixture; give --experts too";
+            return Err(Error::new(ErrorKind::Input, why));
+        }
         m.check()?;
         Ok(m)
     }

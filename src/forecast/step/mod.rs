@@ -145,6 +145,12 @@ impl Setting {
         if self.micro_batch == 0 || self.context == 0 || self.virtual_stages == 0 {
             return wrong("micro-batch, context and virtual stages are at least 1".into());
         }
+        if self.context > 1 << 32 {
+            let tokens = self.context;
+            return wrong(format!(
+                "a context of {tokens} tokens; at most 2^32 are priced"
+            ));
+        }
         self.check_division()?;
         let each = self.data() * self.micro_batch;
         if self.global_batch == 0 || !self.global_batch.is_multiple_of(each) {
