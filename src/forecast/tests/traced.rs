@@ -78,9 +78,10 @@ fn curves_hold_what_a_trace_timed() {
     let curves = measured_curves(&[trace], 8, "made up");
     let at = |name: &str| {
         let curve = curves.iter().find(|c| c.kernel == name).expect(name);
-        (curve.group, curve.points[0].1)
+        let nanoseconds = (curve.points[0].1 * 1e9).round();
+        (curve.group, nanoseconds)
     };
-    assert_eq!(at("matmul"), (8, 1e-6));
-    assert_eq!(at("all-reduce"), (4, 3e-6));
-    assert_eq!(at("all-reduce.beside"), (4, 7e-6));
+    assert_eq!(at("matmul"), (8, 1_000.0));
+    assert_eq!(at("all-reduce"), (4, 3_000.0));
+    assert_eq!(at("all-reduce.beside"), (4, 7_000.0));
 }
