@@ -7,7 +7,7 @@ use std::ops::Range;
 /// k in a block at most.
 pub(super) const KC: usize = 512;
 /// Rows in a block: whole tiles of 4, 6, 12 and 14.
-pub(super) const MC: usize = 1008;
+pub(super) const MC: usize = 1092;
 /// Columns in a strip at most.
 pub(super) const NC: usize = 640;
 /// Rows and columns whose sums are kept in scratch where C is narrow and k takes several blocks.
@@ -37,8 +37,8 @@ pub(super) const SHALLOW_FROM: usize = 1 << 16;
 pub(super) const SMALL: usize = 96 * 96 * 96;
 /// Up to so many rows B is streamed.
 pub(super) const STREAMED: usize = 4;
-/// Columns whose sums stay in the first cache while B streams by.
-pub(super) const STREAM_COLS: usize = 1024;
+/// Sums that stay in the first cache while B streams by: rows of B are read in long pieces. (Of 4 KiB each they gave a sixth less.)
+pub(super) const STREAM_SUMS: usize = 4096;
 
 /// k in a block and columns in a strip on this machine, [`KC`] and [`NC`] at most: the packed strip takes half to two thirds of
 /// the second cache, a panel of A as much of the first. Scratch does not follow them, so that a ghost can tell it.
@@ -74,7 +74,7 @@ impl Layout {
             0
         };
         let streamed = if m <= STREAMED {
-            m * n.min(STREAM_COLS) + m * depth
+            STREAM_SUMS.min(m * n) + m * depth
         } else {
             0
         };
@@ -102,10 +102,14 @@ pub(super) fn pieces(range: Range<usize>, step: usize) -> impl Iterator<Item = R
         .map(move |start| start..end.min(start + step))
 }
 
-/// `range` in nearly equal pieces of at most `most`, whole tiles but for the last.
-pub(super) fn strips(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
+/// `range` in nearly equal pieces of at most `most`, which `tile` divides: whole tiles but for the last.
+pub(super) fn strips(
+    range: Range<usize>,
+    most: usize,
+    tile: usize,
+) -> impl Iterator<Item = Range<usize>> {
     let strips = range.len().div_ceil(most).max(1);
-    let width = range.len().div_ceil(strips).next_multiple_of(TILE.1);
+    let width = range.len().div_ceil(strips).next_multiple_of(tile);
     pieces(range, width)
 }
 

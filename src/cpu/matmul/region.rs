@@ -75,12 +75,16 @@ impl TileKernel for Region<'_> {
         } else {
             SHALLOW
         };
+        let left = Left::choose(p, m, n);
         let (rows, cols) = if p.c.dtype != DType::F32 && p.k > deep {
             KEPT
-        } else {
+        } else if left == Left::Packed {
             (MC, n)
+        } else {
+            (m, n)
         };
-        for rows in pieces(self.rows.clone(), rows) {
+        // Equal pieces: a few rows left over would have all of B packed once more.
+        for rows in strips(self.rows.clone(), rows, MR) {
             for cols in pieces(self.cols.clone(), cols) {
                 let strip = Strip::<S, MR, V> {
                     s,
@@ -88,7 +92,7 @@ impl TileKernel for Region<'_> {
                     batch: self.batch,
                     rows: rows.clone(),
                     cols,
-                    left: Left::choose(p, m, n),
+                    left,
                     pack_b,
                     deep,
                     wide,
@@ -144,13 +148,14 @@ impl Region<'_> {
     #[inline(always)]
     fn stream_typed<S: Simd, T: Float>(&self, s: S, scratch: &mut [f32]) {
         let (p, m) = (self.product, self.rows.len());
-        let width = self.cols.len().min(STREAM_COLS);
+        let most = STREAM_SUMS / m;
+        let width = self.cols.len().min(most);
         let (sums, panel) = scratch.split_at_mut(m * width);
         let y = Sums {
             data: sums.as_mut_ptr(),
             row_stride: width,
         };
-        for cols in pieces(self.cols.clone(), STREAM_COLS) {
+        for cols in pieces(self.cols.clone(), most) {
             let (at, shape) = ((self.batch, self.rows.start, cols.start), (m, cols.len()));
             match p.accum {
                 Accum::Replace => sums.fill(0.0),
@@ -331,7 +336,7 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
                 // SAFETY: the block lies in A; the layout has room for MC rows, whole tiles, and the excess.
                 unsafe { pack_rows::<S, MR>(self.s, block, places.a) }
             }
-            for cols in strips(self.cols.clone(), self.wide) {
+            for cols in strips(self.cols.clone(), self.wide, TILE.1) {
                 self.block(&depth, cols, places);
             }
         }

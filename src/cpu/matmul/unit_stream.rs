@@ -17,8 +17,8 @@ use std::ops::Range;
 
 /// Rows up to which B is streamed.
 const STREAMED: usize = 4;
-/// Columns whose sums stay in the first cache.
-const COLS: usize = 1024;
+/// Columns whose sums and chains stay near while rows of B are read in long pieces: of 2 KiB each, a quarter slower.
+const COLS: usize = 4096;
 /// Rows of B at a time.
 const ROWS: usize = 8;
 

@@ -8,8 +8,6 @@
 //! While it runs it asks for the lines of C that the next tile begins from: 28 lines that come one after another from the
 //! third cache would take as long as a tenth of a tile.
 
-#![allow(unsafe_code)]
-
 use super::TileLoop;
 use core::arch::asm;
 use core::mem::offset_of;

@@ -1,7 +1,5 @@
 //! How large the second cache of this CPU is: what blocks of a product are cut by. It decides no bit.
 
-#![allow(unsafe_code)]
-
 use std::sync::OnceLock;
 
 /// Bytes of a core's second cache; 512 KiB where the CPU does not say.
