@@ -5,6 +5,8 @@
 
 use super::launch::{Launch, Operand};
 use super::library as k;
+use super::rows::table;
+use crate::dtype::DType;
 
 /// What attends to what; see the CPU's.
 #[derive(Clone)]
@@ -212,4 +214,25 @@ pub(crate) fn attention_merge(
         .operand("o", o)
         .run(rows * m.width);
     launch(1).run(rows);
+}
+
+/// New tokens x of sequences into y, whose sequences have `inner` elements: those of sequence b from element `starts[b]` of it
+/// on. The rest of y is left as it is.
+pub(crate) fn write_tokens(x: Operand, starts: &[usize], inner: usize, y: Operand) {
+    let narrow = |&s: &usize| {
+        u32::try_from(s).unwrap_or_else(|_| {
+            panic!("a cache of {inner} elements a sequence is more than a shader's 32 bits count")
+        })
+    };
+    let starts: Vec<u32> = starts.iter().map(narrow).collect();
+    let n = x.elements;
+    let width = n.checked_div(starts.len()).unwrap_or(0);
+    let starts = table(&y.chip, DType::U32, &starts);
+    Launch::new(&k::WRITE_TOKENS)
+        .operand("x", x)
+        .operand("starts", starts)
+        .operand("y", y)
+        .number("width", width.max(1))
+        .number("inner", inner)
+        .run(n);
 }
