@@ -9,8 +9,9 @@ What is timed runs in turn with PyTorch in one sitting: ours, PyTorch, ours, PyT
 off, attention takes the flash backend. What is checked: kernels against the textbook (by `supernode bench` itself), ten training
 steps against the processor's losses, the same steps again bit for bit, chips on both kinds in one mesh.
 
-The results go to benches/results/DATE-DEVICE.json and to standard output; the exit status is 1 if something that was checked is
-wrong, 2 if all is right and a ratio is missed.
+The results go to benches/results/DATE-DEVICE.json and to standard output, each as soon as it is there: what fails, or finds no
+time, is named there and the rest still runs. The exit status is 1 if something that was checked is wrong or failed, 2 if all is
+right and a ratio is missed.
 """
 
 import argparse
@@ -45,6 +46,10 @@ TOY = [
 ]
 
 
+class Failed(Exception):
+    """Something that was run ended badly, or did not end in time."""
+
+
 class Clock:
     """The time that is left."""
 
@@ -54,14 +59,20 @@ class Clock:
     def left(self):
         left = self.end - time.monotonic()
         if left <= 0:
-            sys.exit(f"more than {LIMIT} s: the rest is left out")
+            raise Failed(f"no time was left of {LIMIT} s")
         return left
 
 
 def run(clock, command, stdin=None):
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=clock.left(), cwd=ROOT)
+    line = " ".join(map(str, command))
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=clock.left(), cwd=ROOT)
+    except FileNotFoundError as missing:
+        raise Failed(f"{missing.filename} is not there; cargo build --release makes it, --binary names another") from None
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{line} was not done when the {LIMIT} s of all were over") from None
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        raise Failed(f"{line} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return done.stdout
 
 
@@ -193,17 +204,50 @@ def far(a, b):
     return max(abs(x - y) for x, y in zip(a, b))
 
 
-def checks(clock, binary, device, steps):
-    """Yields (name, passed, what was seen)."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        want = losses(clock, binary, folder, "cpu", None, steps)
-        got = losses(clock, binary, folder, device, None, steps)
-        again = losses(clock, binary, folder, device, None, steps)
-        yield "losses of the processor within 1e-3", far(want, got) <= 1e-3, far(want, got)
-        yield "two runs bit for bit", got == again, far(got, again)
-        mixed = losses(clock, binary, folder, f"cpu,{device}", "dp=2,tp=2", steps)
-        yield "a 2x2 mesh of both kinds within 1e-3", far(want, mixed) <= 1e-3, far(want, mixed)
+def checks(clock, binary, folder, device, steps):
+    """Pairs of a name and what says whether it is so and how far off it was."""
+
+    def of(device, mesh=None):
+        return losses(clock, binary, folder, device, mesh, steps)
+
+    def near(other, mesh=None):
+        off = far(of("cpu"), of(other, mesh))
+        return off <= 1e-3, off
+
+    def twice():
+        first, second = of(device), of(device)
+        return first == second, far(first, second)
+
+    return [
+        ("losses of the processor within 1e-3", lambda: near(device)),
+        ("two runs bit for bit", twice),
+        ("a 2x2 mesh of both kinds within 1e-3", lambda: near(f"cpu,{device}", "dp=2,tp=2")),
+    ]
+
+
+def compared(clock, binary, device, peer, case, bar):
+    """What is kept of a case, and its line."""
+    rounds, theirs = [ours(clock, binary, device, case)], []
+    line = {}
+    if peer:
+        try:
+            call = peer[case["op"]](case)
+            theirs.append(best_of(call))
+            rounds.append(ours(clock, binary, device, case))
+            theirs.append(best_of(call))
+        except (RuntimeError, ImportError) as failed:  # PyTorch's: ours stands alone, and the ratio is missed.
+            theirs = []
+            line = {"pytorch_failed": str(failed)[-2000:], "ratio": None, "bar": bar}
+    best = min(rounds, key=lambda r: r["seconds"])
+    line |= {"seconds": best["seconds"], "gflops": best["gflops"], "kernels": best.get("kernels", [])}
+    text = f"{best['seconds'] * 1e3:.3f} ms, {best['gflops']:.0f} GFLOP/s"
+    if theirs:
+        ratio = min(theirs) / best["seconds"]
+        line |= {"pytorch_seconds": min(theirs), "ratio": ratio, "bar": bar}
+        text += f"; PyTorch {min(theirs) * 1e3:.3f} ms, ratio {ratio:.2f} ({'met' if ratio >= bar else 'MISSED'}, bar {bar})"
+    elif peer:
+        text += f"; PyTorch failed: {line['pytorch_failed']}"
+    return line, text
 
 
 def main():
@@ -215,43 +259,45 @@ def main():
     arguments = arguments.parse_args()
     clock, began = Clock(), time.monotonic()
     binary, device = arguments.binary, arguments.device
-    found = [d for d in lines(run(clock, [binary, "devices", "--json"])) if d.get("device") == device]
+    try:
+        found = [d for d in lines(run(clock, [binary, "devices", "--json"])) if d.get("device") == device]
+    except Failed as why:
+        sys.exit(str(why))
     if not found:
         sys.exit(f"there is no {device}: see `{binary} devices`")
     peer, version = pytorch()
     result = {"date": datetime.date.today().isoformat(), "device": found[0], "pytorch": version, "toy": arguments.toy}
-    result["cases"], result["checks"] = [], []
-    wrong, missed = False, False
+    result |= {"cases": [], "checks": []}
+    slug = re.sub(r"[^a-z0-9]+", "-", found[0]["name"].lower()).strip("-")
+    into = arguments.out or ROOT / "benches/results"
+    into.mkdir(parents=True, exist_ok=True)
+    path = into / f"{result['date']}-{slug}{'-toy' if arguments.toy else ''}.json"
 
-    for name, passed, seen in checks(clock, binary, device, 3 if arguments.toy else 10):
-        wrong |= not passed
-        result["checks"].append({"check": name, "passed": passed, "seen": seen})
-        print(f"{'passed' if passed else 'FAILED'}  {name}: {seen:.3g}", flush=True)
-
-    for name, case, bar in TOY if arguments.toy else FULL:
-        rounds = [ours(clock, binary, device, case)]
-        theirs = []
-        if peer:
-            call = peer[case["op"]](case)
-            theirs = [best_of(call)]
-            rounds.append(ours(clock, binary, device, case))
-            theirs.append(best_of(call))
-        best = min(rounds, key=lambda r: r["seconds"])
-        line = {"case": name, "seconds": best["seconds"], "gflops": best["gflops"], "kernels": best.get("kernels", [])}
-        text = f"{name}: {best['seconds'] * 1e3:.3f} ms, {best['gflops']:.0f} GFLOP/s"
-        if theirs:
-            ratio = min(theirs) / best["seconds"]
-            missed |= not (ratio >= bar)
-            line |= {"pytorch_seconds": min(theirs), "ratio": ratio, "bar": bar}
-            text += f"; PyTorch {min(theirs) * 1e3:.3f} ms, ratio {ratio:.2f} ({'met' if ratio >= bar else 'MISSED'}, bar {bar})"
-        result["cases"].append(line)
+    def keep(kind, entry, text):
+        result[kind].append(entry)
+        result["seconds"] = time.monotonic() - began
+        path.write_text(json.dumps(result, indent=1) + "\n")
         print(text, flush=True)
 
-    result["seconds"] = time.monotonic() - began
-    slug = re.sub(r"[^a-z0-9]+", "-", found[0]["name"].lower()).strip("-")
-    folder = arguments.out or ROOT / "benches/results"
-    path = folder / f"{result['date']}-{slug}{'-toy' if arguments.toy else ''}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    wrong, missed = False, False
+    with tempfile.TemporaryDirectory() as folder:
+        for name, check in checks(clock, binary, pathlib.Path(folder), device, 3 if arguments.toy else 10):
+            try:
+                passed, seen = check()
+                entry, text = {"passed": passed, "seen": seen}, f"{name}: {seen:.3g}"
+            except (Failed, AssertionError) as why:
+                passed, entry, text = False, {"passed": False, "failed": str(why)}, f"{name}: {why}"
+            wrong |= not passed
+            keep("checks", {"check": name} | entry, f"{'passed' if passed else 'FAILED'}  {text}")
+
+    for name, case, bar in TOY if arguments.toy else FULL:
+        try:
+            line, text = compared(clock, binary, device, peer, case, bar)
+            missed |= "ratio" in line and not (line["ratio"] is not None and line["ratio"] >= bar)
+        except Failed as why:
+            wrong, line, text = True, {"failed": str(why)}, f"FAILED  {why}"
+        keep("cases", {"case": name} | line, f"{name}: {text}")
+
     print(f"{result['seconds']:.0f} s; PyTorch: {version}; written to {path}")
     sys.exit(1 if wrong else 2 if missed else 0)
 

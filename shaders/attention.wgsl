@@ -1,11 +1,13 @@
 // o = softmax(mask(logit(q k^T))) v and its log-sum-exp: an invocation for each query row, online over ascending keys. The sums
 // are scaled only when a larger logit comes: about ln(keys) times. Keys that a query cannot see are never read.
-// elements; reads q, k, v, of_queries?: u32, of_keys?: u32; writes o, lse: f32; numbers heads, kv_heads, queries, keys, head_dim, offset, causal, window, scale: f32, cap: f32; constants D
+// elements; reads q, k, v, of_queries?: u32, of_keys?: u32, offsets?: u32; writes o, lse: f32; numbers heads, kv_heads, queries, keys, head_dim, offset, causal, window, scale: f32, cap: f32; constants D
 #include attention_sees
 fn element(i: u32) {
     let t = i % numbers.queries;
     let h = (i / numbers.queries) % numbers.heads;
     let b = i / (numbers.queries * numbers.heads);
+    offset = numbers.offset;
+    if (has_offsets) { offset = load_offsets(b); }
     let g = h / (numbers.heads / numbers.kv_heads);
     let q_at = ((b * numbers.queries + t) * numbers.heads + h) * D;
 #unroll d D

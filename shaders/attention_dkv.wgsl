@@ -6,6 +6,7 @@ fn element(i: u32) {
     let s = i % numbers.keys;
     let g = (i / numbers.keys) % numbers.kv_heads;
     let b = i / (numbers.keys * numbers.kv_heads);
+    offset = numbers.offset;
     let k_at = ((b * numbers.keys + s) * numbers.kv_heads + g) * D;
 #unroll d D
     let k@d = load_k(k_at + @du);

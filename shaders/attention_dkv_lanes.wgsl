@@ -13,6 +13,7 @@ var<workgroup> slopes: array<vec4<f32>, 4u * LANES * LANES>;
 fn tile(group: vec3<u32>, lane: u32) {
     let g = group.y % numbers.kv_heads;
     let b = group.y / numbers.kv_heads;
+    offset = numbers.offset;
     let s0 = group.x * 4u * LANES;
     let d0 = group.z * 4u * LANES * VECTORS;
     let s = s0 + 4u * lane;

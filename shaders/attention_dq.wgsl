@@ -6,6 +6,7 @@ fn element(i: u32) {
     let t = i % numbers.queries;
     let h = (i / numbers.queries) % numbers.heads;
     let b = i / (numbers.queries * numbers.heads);
+    offset = numbers.offset;
     let g = h / (numbers.heads / numbers.kv_heads);
     let q_at = ((b * numbers.queries + t) * numbers.heads + h) * D;
 #unroll d D

@@ -11,6 +11,7 @@ var<workgroup> slopes: array<vec4<f32>, 4u * LANES * LANES>;
 fn tile(group: vec3<u32>, lane: u32) {
     let g = group.y % numbers.kv_heads;
     let b = group.y / numbers.kv_heads;
+    offset = numbers.offset;
     let rows = rows_of_head();
     let first = group.x * 4u * LANES;
     let d0 = group.z * 4u * LANES * VECTORS;

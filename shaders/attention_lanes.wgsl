@@ -2,7 +2,7 @@
 // four query rows, so softmax needs no other invocation; rows of keys and values reach all by broadcast. Rows of the query heads
 // that share a key head stand behind one another. Online over blocks of 4 LANES keys; blocks that nobody sees are skipped.
 // Groups: blocks of rows, key heads of each sequence, pieces of 4 LANES VECTORS elements of o.
-// lanes; reads q, k, v, of_queries?: u32, of_keys?: u32; writes o, lse: f32; numbers heads, kv_heads, queries, keys, head_dim, offset, causal, window, scale: f32, cap: f32; constants D, LANES, VECTORS
+// lanes; reads q, k, v, of_queries?: u32, of_keys?: u32, offsets?: u32; writes o, lse: f32; numbers heads, kv_heads, queries, keys, head_dim, offset, causal, window, scale: f32, cap: f32; constants D, LANES, VECTORS
 #include attention_sees
 #include attention_part x=q
 #include attention_part x=k
@@ -13,6 +13,8 @@ var<workgroup> weights: array<vec4<f32>, 4u * LANES * LANES>;
 fn tile(group: vec3<u32>, lane: u32) {
     let g = group.y % numbers.kv_heads;
     let b = group.y / numbers.kv_heads;
+    offset = numbers.offset;
+    if (has_offsets) { offset = load_offsets(b); }
     let rows = rows_of_head();
     let first = group.x * 4u * LANES;
     let d0 = group.z * 4u * LANES * VECTORS;

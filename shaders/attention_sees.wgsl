@@ -1,16 +1,18 @@
-// What attends to what: query t stands at position offset + t, key s at position s. No window is one beyond every position, and
+// What attends to what, once a kernel has set `offset` to that of its sequence: query t stands at position offset + t, key s at position s. No window is one beyond every position, and
 // no cap is 0: masks are numbers, so that one pipeline serves all of them.
+
+var<private> offset: u32;
 
 const NO_WINDOW: u32 = 0xffffffffu;
 
 fn first_key(t: u32) -> u32 {
-    let p = numbers.offset + t;
+    let p = offset + t;
     if (numbers.window != NO_WINDOW && p + 1u > numbers.window) { return min(p + 1u - numbers.window, numbers.keys); }
     return 0u;
 }
 
 fn end_of_keys(t: u32) -> u32 {
-    let p = numbers.offset + t;
+    let p = offset + t;
     if (numbers.causal == 1u) { return min(p + 1u, numbers.keys); }
     if (numbers.window != NO_WINDOW) { return min(p + numbers.window, numbers.keys); }
     return numbers.keys;
@@ -19,13 +21,13 @@ fn end_of_keys(t: u32) -> u32 {
 fn first_query(s: u32) -> u32 {
     var p = 0u;
     if (numbers.causal == 1u) { p = s; } else if (numbers.window != NO_WINDOW && s + 1u > numbers.window) { p = s + 1u - numbers.window; }
-    return min(select(0u, p - numbers.offset, p > numbers.offset), numbers.queries);
+    return min(select(0u, p - offset, p > offset), numbers.queries);
 }
 
 fn end_of_queries(s: u32) -> u32 {
     if (numbers.window == NO_WINDOW) { return numbers.queries; }
     let p = s + numbers.window;
-    return min(select(0u, p - numbers.offset, p > numbers.offset), numbers.queries);
+    return min(select(0u, p - offset, p > offset), numbers.queries);
 }
 
 fn same_document(b: u32, t: u32, s: u32) -> bool {

@@ -3,11 +3,17 @@
 //! A machine without one leaves these cases out and says so; where `SUPERNODE_REQUIRE_GPU` is set, that is a failure.
 
 use crate::parity::models::check_on;
-use crate::tiny::{assert_close, bits, losses, models, training, world, world_on};
+use crate::tiny::{
+    assert_close, batches, bits, deepseek, gpt2, llama, losses, mixture, models, models_of_three,
+    training, world, world_on,
+};
 use supernode::mesh::Mesh;
+use supernode::model::{Config, ContextMethod};
 use supernode::ops::Activation;
+use supernode::pipeline::Schedule;
 use supernode::placement::Placement::{Replicate, Shard};
-use supernode::spmd::{Chip, Device, FromIndex, Init, World};
+use supernode::spmd::{Chip, Device, FromIndex, Init, World, Zero};
+use supernode::train::Training;
 
 /// The first graphics processor, if there is one.
 fn gpu() -> Option<Device> {
@@ -73,6 +79,135 @@ fn a_mesh_of_four_chips_trains_as_one_does() {
     let mesh = Mesh::new([("dp", 2), ("tp", 2)]);
     let got = losses(&training, &world_on(&mesh, gpu));
     assert_close(&got, &want, 1e-4, name);
+}
+
+/// A training on `mesh` of chips that share the adapter has the losses of one chip on the processor.
+fn split_agrees(what: &str, plain: &Training, mesh: &str, change: impl FnOnce(&mut Training)) {
+    let Some(gpu) = gpu() else { return };
+    let want = losses(plain, &world(&Mesh::single()));
+    let mut training = plain.clone();
+    change(&mut training);
+    let mesh = Mesh::parse(mesh).expect("a mesh");
+    let got = losses(&training, &world_on(&mesh, gpu));
+    assert_close(&got, &want, 1e-4, &format!("{what} on {mesh}"));
+}
+
+fn with_zero(stage: usize) -> impl FnOnce(&mut Training) {
+    move |t| t.options.zero = Some(Zero::stage(stage).expect("a stage"))
+}
+
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn sharded_parameters_gradients_and_states_train_as_one_chip_does() {
+    let plain = training(llama(), 4, 6);
+    split_agrees("llama", &plain, "fsdp=2", |_| ());
+    for stage in 1..=3 {
+        split_agrees(&format!("ZeRO-{stage}"), &plain, "dp=2", with_zero(stage));
+    }
+    split_agrees("ZeRO-2", &plain, "dp=2,tp=2", with_zero(2));
+}
+
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn split_tokens_train_as_one_chip_does() {
+    let plain = training(llama(), 4, 6);
+    split_agrees("sequence parallel", &plain, "tp=2", |t| {
+        t.model = t.model.clone().with_sequence_parallel(true);
+    });
+    split_agrees("Ulysses", &plain, "cp=2", |t| {
+        t.model = t
+            .model
+            .clone()
+            .with_context_method(Some(ContextMethod::Ulysses));
+    });
+}
+
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn rings_train_as_one_chip_does() {
+    let ring = |method: ContextMethod| {
+        move |t: &mut Training| t.model = t.model.clone().with_context_method(Some(method))
+    };
+    let plain = training(llama(), 4, 6);
+    split_agrees("ring", &plain, "cp=2", ring(ContextMethod::Ring));
+    split_agrees("ring", &plain, "cp=4", ring(ContextMethod::Ring));
+    let usp = ContextMethod::Usp { exchange: Some(2) };
+    split_agrees("usp", &plain, "cp=4", ring(usp));
+    // 16 tokens over three chips: shares and halves of unlike lengths.
+    let (name, config) = models_of_three()[2].clone();
+    let plain = training(config, 3, 6);
+    split_agrees(name, &plain, "cp=3", ring(ContextMethod::Ring));
+}
+
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn rings_agree_with_the_textbook() {
+    let Some(gpu) = gpu() else { return };
+    crate::spmd::ring::check_on(&gpu);
+}
+
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn decoding_over_a_cache_has_the_processors_logits() {
+    let Some(gpu) = gpu() else { return };
+    crate::train::generate::check_on(&gpu);
+}
+
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn pipelines_train_as_one_chip_does() {
+    let plain = training(gpt2(), 4, 6);
+    for (mesh, schedule, parts) in [
+        ("pp=2", Schedule::GPipe, None),
+        ("pp=2", Schedule::OneForwardOneBackward, Some(2)),
+        ("pp=2", Schedule::ZbH1, None),
+        ("pp=2", Schedule::ZbV, None),
+        ("dp=2,pp=2", Schedule::OneForwardOneBackward, None),
+    ] {
+        split_agrees(&format!("{schedule:?}"), &plain, mesh, |t| {
+            (t.options.schedule, t.options.virtual_stages) = (schedule, parts);
+        });
+    }
+}
+
+/// The seeds are those of the processor's tests, where no choice of an expert is close.
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn mixtures_train_as_one_chip_does() {
+    let of = |config: Config, seed| Training {
+        batches: batches(16, seed),
+        ..training(config, 16, 4)
+    };
+    let models = [
+        ("mixture", of(mixture(), 22)),
+        ("deepseek", of(deepseek(), 85)),
+    ];
+    for (name, plain) in models {
+        for mesh in ["single", "ep=2", "ep=2,tp=2"] {
+            split_agrees(name, &plain, mesh, |_| ());
+        }
+    }
 }
 
 /// Chips in turn on the processor and on the adapter; parameters that both kinds hold stay the same to the bit.

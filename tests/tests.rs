@@ -33,7 +33,7 @@ mod spmd {
     mod grid;
     mod own_op;
     mod placements;
-    mod ring;
+    pub(crate) mod ring;
     mod started;
     mod transposes;
     mod zero;
@@ -41,7 +41,7 @@ mod spmd {
 
 mod train {
     mod context;
-    mod generate;
+    pub(crate) mod generate;
     mod gradients;
     mod latent;
     mod meshes;

@@ -64,7 +64,7 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
         .mesh
         .as_deref()
         .map_or_else(|| Ok(Mesh::single()), Mesh::parse)?;
-    let device = a.device()?;
+    let device = Device::parse(&a.device)?;
     let mut trained = Trained::open(&a.checkpoint)?;
     if let Some(dtype) = a.dtype {
         if !matches!(dtype, DType::F32 | DType::Bf16) {
@@ -90,20 +90,6 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
 }
 
 impl Arguments {
-    fn device(&self) -> Result<Device> {
-        let device = Device::parse(&self.device)?;
-        if !device.is_cpu() {
-            return Err(Error::new(
-                ErrorKind::Device,
-                format!(
-                    "--device {}: a cache of keys and values has no kernels on graphics processors yet; generate on cpu",
-                    self.device
-                ),
-            ));
-        }
-        Ok(device)
-    }
-
     fn prompts(&self, vocabulary: &Vocabulary) -> Result<Vec<Vec<u32>>> {
         let mut texts = self.prompt.clone();
         for path in &self.prompt_file {

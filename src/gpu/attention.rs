@@ -5,6 +5,8 @@
 
 use super::launch::{Launch, Operand};
 use super::library as k;
+use super::rows::table;
+use crate::dtype::DType;
 
 /// What attends to what; see the CPU's.
 #[derive(Clone)]
@@ -20,6 +22,8 @@ pub(crate) struct Heads {
     pub(crate) causal: bool,
     pub(crate) window: Option<usize>,
     pub(crate) offset: usize,
+    /// In place of `offset`, of each sequence; forward alone.
+    pub(crate) offsets: Option<Operand>,
     /// Documents of queries and keys.
     pub(crate) documents: Option<[Operand; 2]>,
 }
@@ -104,6 +108,7 @@ pub(crate) fn attention(g: &Heads, [q, k, v]: [Operand; 3], o: Operand, lse: Ope
     };
     let launch = Launch::new(kernel).operand("q", q).operand("k", k);
     let launch = launch.operand("v", v).operand("o", o).operand("lse", lse);
+    let launch = launch.optional("offsets", g.offsets.clone());
     match lanes {
         Some(lanes) => g.run_by_blocks(
             launch,
@@ -169,4 +174,65 @@ pub(crate) fn attention_backward(
             g.of(launch).run(g.batch * g.kv_heads * g.keys);
         }
     }
+}
+
+/// Results over some keys that are merged into those over others; see the CPU's.
+#[derive(Clone, Copy)]
+pub(crate) struct MergedPart {
+    pub(crate) batch: usize,
+    pub(crate) heads: usize,
+    /// Elements of a result's row.
+    pub(crate) width: usize,
+    /// Queries of the whole.
+    pub(crate) queries: usize,
+    /// The part's first query.
+    pub(crate) first: usize,
+    /// The part's queries.
+    pub(crate) part: usize,
+}
+
+/// Merges o [b, part, h, d] and lse [b, h, part] of a part into o [b, t, h, d] and lse [b, h, t], all f32.
+pub(crate) fn attention_merge(
+    m: MergedPart,
+    [o, lse]: [Operand; 2],
+    [part, part_lse]: [Operand; 2],
+) {
+    let rows = m.batch * m.heads * m.part;
+    let launch = |width: usize| {
+        Launch::new(&k::ATTENTION_MERGE)
+            .operand("lse", lse.clone())
+            .operand("part_lse", part_lse.clone())
+            .number("heads", m.heads)
+            .number("width", width)
+            .number("queries", m.queries)
+            .number("first", m.first)
+            .number("some", m.part)
+    };
+    // First o, whose shares come from the log-sum-exp as it was.
+    launch(m.width)
+        .operand("part", part)
+        .operand("o", o)
+        .run(rows * m.width);
+    launch(1).run(rows);
+}
+
+/// New tokens x of sequences into y, whose sequences have `inner` elements: those of sequence b from element `starts[b]` of it
+/// on. The rest of y is left as it is.
+pub(crate) fn write_tokens(x: Operand, starts: &[usize], inner: usize, y: Operand) {
+    let narrow = |&s: &usize| {
+        u32::try_from(s).unwrap_or_else(|_| {
+            panic!("a cache of {inner} elements a sequence is more than a shader's 32 bits count")
+        })
+    };
+    let starts: Vec<u32> = starts.iter().map(narrow).collect();
+    let n = x.elements;
+    let width = n.checked_div(starts.len()).unwrap_or(0);
+    let starts = table(&y.chip, DType::U32, &starts);
+    Launch::new(&k::WRITE_TOKENS)
+        .operand("x", x)
+        .operand("starts", starts)
+        .operand("y", y)
+        .number("width", width.max(1))
+        .number("inner", inner)
+        .run(n);
 }

@@ -28,6 +28,7 @@ kernels! {
     ATTENTION_DQ "attention_dq",
     ATTENTION_DQ_LANES "attention_dq_lanes",
     ATTENTION_LANES "attention_lanes",
+    ATTENTION_MERGE "attention_merge",
     BALANCE_BIAS "balance_bias",
     BALANCE_LOSS "balance_loss",
     BALANCE_LOSS_BACKWARD "balance_loss_backward",
@@ -78,4 +79,5 @@ kernels! {
     SWIGLU_DUP "swiglu_dup",
     TAKE "take",
     TRANSPOSE "transpose",
+    WRITE_TOKENS "write_tokens",
 }

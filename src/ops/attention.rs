@@ -184,7 +184,7 @@ fn strides(ty: &TensorType) -> [usize; 3] {
 
 #[cfg(feature = "gpu")]
 impl Attention {
-    fn heads_gpu(
+    pub(super) fn heads_gpu(
         &self,
         q: &TensorType,
         k: &TensorType,
@@ -203,6 +203,7 @@ impl Attention {
             causal: g.causal,
             window: g.window,
             offset: g.offset,
+            offsets: None,
             documents,
         }
     }
@@ -366,22 +367,29 @@ impl Op for Attention {
     }
 
     #[cfg(feature = "gpu")]
-    fn forward_gpu(&self, _: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
-        assert!(
-            self.offsets.is_none(),
-            "attention of sequences at positions of their own has no kernel for graphics processors yet; run it on cpu"
-        );
+    fn forward_gpu(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
         let [o, lse] = outputs else {
             unreachable!("infer gives two results")
         };
         let documents = self.documents.then(|| [read(inputs[3]), read(inputs[4])]);
-        let g = self.heads_gpu(inputs[0].ty(), inputs[1].ty(), documents);
+        let mut g = self.heads_gpu(inputs[0].ty(), inputs[1].ty(), documents);
         let qkv = [0, 1, 2].map(|i| read(inputs[i]));
+        if let Some(offsets) = &self.offsets {
+            let first = site.inputs[0].start[0];
+            let mine = &offsets[first..first + g.batch];
+            // Positions are 32-bit in WGSL; no cache is longer than the least of these.
+            let mine: Vec<u32> = mine.iter().map(|&o| o.min(1 << 30) as u32).collect();
+            g.offsets = Some(gpu::table(&qkv[0].chip, DType::U32, &mine));
+        }
         gpu::attention(&g, qkv, write(o), write(lse));
     }
 
     #[cfg(feature = "gpu")]
     fn backward_gpu(&self, _: &Site, backward: &mut Backward) {
+        assert!(
+            self.offsets.is_none(),
+            "attention of sequences at positions of their own is for inference; it has no backward"
+        );
         let dout = read(backward.only_gradient("attention"));
         let documents = self
             .documents

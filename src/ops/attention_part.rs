@@ -7,6 +7,8 @@
 //! `D = rowsum(do o)` (Dao et al. 2022, section 3.1; Liu et al. 2023, arXiv:2310.01889).
 
 use super::attention::{heads, heads_mut};
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Attention, Cost, traffic};
 use crate::cpu::attention::{
     Heads, Merge, attention_backward, attention_forward, attention_merge, attention_scratch,
@@ -14,6 +16,8 @@ use crate::cpu::attention::{
 use crate::cpu::rows;
 use crate::cpu::rows::parallel::{part, part_mut};
 use crate::dtype::DType;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 use std::ops::Range;
 
@@ -136,6 +140,10 @@ impl AttentionPart {
 
     /// The part's output [b, queries, h, d] and log-sum-exp [b, h, queries].
     pub(crate) fn forward(&self, x: Operands, o: &mut Tensor, lse: &mut Tensor) {
+        #[cfg(feature = "gpu")]
+        if o.is_on_gpu() {
+            return gpu::attention(&self.heads_gpu(&x), self.qkv_gpu(&x), write(o), write(lse));
+        }
         let [q, k, _] = self.types(x.q.ty(), x.k.ty(), x.v.ty());
         let documents = self.documents(&x);
         let documents = documents.as_ref().map(|[q, k]| (&q[..], &k[..]));
@@ -157,6 +165,17 @@ impl AttentionPart {
         [o, lse, dout]: [&Tensor; 3],
         gradients: &mut [Tensor; 3],
     ) {
+        #[cfg(feature = "gpu")]
+        if gradients[0].is_on_gpu() {
+            let kept = [
+                cut_gpu(o, 1, &self.queries),
+                cut_gpu(dout, 1, &self.queries),
+                cut_gpu(lse, 2, &self.queries),
+            ];
+            let wanted = gradients.each_mut().map(|g| Some(write(g)));
+            let (g, qkv) = (self.heads_gpu(&x), self.qkv_gpu(&x));
+            return gpu::attention_backward(&g, qkv, kept, wanted);
+        }
         let [q, k, _] = self.types(x.q.ty(), x.k.ty(), x.v.ty());
         let documents = self.documents(&x);
         let documents = documents.as_ref().map(|[q, k]| (&q[..], &k[..]));
@@ -182,11 +201,65 @@ impl AttentionPart {
     }
 }
 
+#[cfg(feature = "gpu")]
+impl AttentionPart {
+    fn heads_gpu(&self, x: &Operands) -> gpu::Heads {
+        let [q, k, _] = self.types(x.q.ty(), x.k.ty(), x.v.ty());
+        let documents = x.documents.map(|[of_q, of_k]| {
+            [
+                cut_gpu(of_q, 1, &self.queries),
+                cut_gpu(of_k, 1, &self.keys),
+            ]
+        });
+        self.op.heads_gpu(&q, &k, documents)
+    }
+
+    fn qkv_gpu(&self, x: &Operands) -> [gpu::Operand; 3] {
+        [
+            cut_gpu(x.q, 1, &self.queries),
+            cut_gpu(x.k, 1, &self.keys),
+            cut_gpu(x.v, 1, &self.keys),
+        ]
+    }
+}
+
+/// x with `range` of its axis `axis`. Shaders read tensors from their beginning, so that what is less than all is copied.
+#[cfg(feature = "gpu")]
+fn cut_gpu(x: &Tensor, axis: usize, range: &Range<usize>) -> gpu::Operand {
+    let whole = read(x);
+    if *range == (0..x.shape()[axis]) {
+        return whole;
+    }
+    let line: usize = x.shape()[axis + 1..].iter().product();
+    let blocks: usize = x.shape()[..axis].iter().product();
+    let piece = gpu::Piece {
+        inner: x.shape()[axis] * line,
+        start: range.start * line,
+        width: range.len() * line,
+    };
+    let part = whole.scratch_of(x.dtype(), blocks * piece.width);
+    piece.take(whole, part.clone(), false);
+    part
+}
+
 /// Merges the results of a part, from query `first` on, into o [b, t, h, d] and lse [b, h, t], all in f32.
 pub(crate) fn merge_results(whole: &mut [Tensor; 2], part: &[Tensor; 2], first: usize) {
     let [b, t, h, d] = whole[0].shape()[..] else {
         unreachable!("an output has four axes")
     };
+    #[cfg(feature = "gpu")]
+    if whole[0].is_on_gpu() {
+        let merge = gpu::MergedPart {
+            batch: b,
+            heads: h,
+            width: d,
+            queries: t,
+            first,
+            part: part[0].shape()[1],
+        };
+        let part = part.each_ref().map(read);
+        return gpu::attention_merge(merge, whole.each_mut().map(write), part);
+    }
     let merge = Merge {
         batch: b,
         heads: h,
@@ -207,6 +280,11 @@ pub(crate) fn merge_results(whole: &mut [Tensor; 2], part: &[Tensor; 2], first: 
 
 /// Fills o [b, t, h, d] and lse [b, h, t] with what a query has that saw nothing yet.
 pub(crate) fn begin_results(whole: &mut [Tensor; 2]) {
+    #[cfg(feature = "gpu")]
+    if whole[0].is_on_gpu() {
+        gpu::fill(0.0, None, write(&mut whole[0]));
+        return gpu::fill(f32::NEG_INFINITY, None, write(&mut whole[1]));
+    }
     whole[0].slice_mut().typed::<f32>().fill(0.0);
     whole[1].slice_mut().typed::<f32>().fill(f32::NEG_INFINITY);
 }
@@ -215,15 +293,19 @@ pub(crate) fn begin_results(whole: &mut [Tensor; 2]) {
 pub(crate) fn add_tokens(whole: &mut Tensor, more: &Tensor, first: usize) {
     let line: usize = whole.shape()[2..].iter().product();
     let (batch, tokens, n) = (whole.shape()[0], whole.shape()[1], more.shape()[1]);
+    #[cfg(feature = "gpu")]
+    if whole.is_on_gpu() {
+        let piece = gpu::Piece {
+            inner: tokens * line,
+            start: first * line,
+            width: n * line,
+        };
+        return piece.put(read(more), write(whole), true);
+    }
     for b in 0..batch {
         let mut all = whole.slice_mut();
         let from = (b * tokens + first) * line;
         let to = part_mut(&mut all, from..from + n * line);
         rows::add_assign(to, part(more.slice(), b * n * line..(b + 1) * n * line));
     }
-}
-
-/// Zeros.
-pub(crate) fn clear(x: &mut Tensor) {
-    x.bytes_mut().fill(0);
 }

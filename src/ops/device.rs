@@ -58,6 +58,33 @@ pub(crate) fn copy(x: &Tensor, y: &mut Tensor) {
     y.bytes_mut().copy_from_slice(x.bytes());
 }
 
+/// Zeros, of a float tensor.
+pub(crate) fn clear(x: &mut Tensor) {
+    #[cfg(feature = "gpu")]
+    if x.is_on_gpu() {
+        return gpu::fill(0.0, None, write(x));
+    }
+    x.bytes_mut().fill(0);
+}
+
+/// Copies rows of x [b, n, ..] to tokens `starts[b]` and on of a cache [b, capacity, ..].
+pub(crate) fn write_tokens(x: &Tensor, starts: &[usize], cache: &mut Tensor) {
+    let line: usize = x.shape()[2..].iter().product();
+    let (b, n) = (x.shape()[0], x.shape()[1]);
+    let inner = cache.shape()[1] * line;
+    #[cfg(feature = "gpu")]
+    if cache.is_on_gpu() {
+        let starts: Vec<usize> = starts[..b].iter().map(|s| s * line).collect();
+        return gpu::write_tokens(read(x), &starts, inner, write(cache));
+    }
+    let size = x.dtype().size();
+    let (from, to) = (x.bytes(), cache.bytes_mut());
+    for (b, start) in starts[..b].iter().enumerate() {
+        let row = &from[b * n * line * size..][..n * line * size];
+        to[(b * inner + start * line) * size..][..row.len()].copy_from_slice(row);
+    }
+}
+
 /// The tensor for a kernel to read.
 #[cfg(feature = "gpu")]
 pub(crate) fn read(x: &Tensor) -> Operand {

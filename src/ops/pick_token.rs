@@ -1,6 +1,12 @@
 //! One token of each sequence.
 
+#[cfg(feature = "gpu")]
+use super::device::{read, write};
 use super::{Axes, Cost, Op, Site, misfit};
+#[cfg(feature = "gpu")]
+use crate::dtype::DType;
+#[cfg(feature = "gpu")]
+use crate::gpu;
 use crate::tensor::{Tensor, TensorType};
 use std::sync::Arc;
 
@@ -55,5 +61,17 @@ impl Op for PickToken {
             let at = (b * tokens + self.tokens[first + b]) * row;
             to.copy_from_slice(&from[at..at + row]);
         }
+    }
+
+    #[cfg(feature = "gpu")]
+    fn forward_gpu(&self, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+        let (b, t) = (inputs[0].shape()[0], inputs[0].shape()[1]);
+        let first = site.inputs[0].start[0];
+        let mine = self.tokens[first..first + b].iter().enumerate();
+        // The rows among all tokens of all sequences, of which a tensor has fewer than 2^32.
+        let rows: Vec<u32> = mine.map(|(b, token)| (b * t + token) as u32).collect();
+        let (x, y) = (read(inputs[0]), write(&mut outputs[0]));
+        let rows = gpu::table(&y.chip, DType::U32, &rows);
+        gpu::embedding(x, rows, 0, inputs[0].ty().last(), y);
     }
 }

@@ -6,7 +6,7 @@
 
 use super::apply::Told;
 use super::{Chip, Sharded};
-use crate::ops::Cost;
+use crate::ops::{Cost, device};
 use crate::placement::Placements;
 use crate::tensor::{Tensor, TensorType};
 use crate::trace::{EventKind, Stream};
@@ -39,7 +39,7 @@ impl Chip {
             let mut tensor = self.allocate(&local.ty);
             if !tensor.is_ghost() {
                 // Attention multiplies what is hidden by 0, which NaN would survive.
-                tensor.bytes_mut().fill(0);
+                device::clear(&mut tensor);
             }
             Cache {
                 tensor,
@@ -57,7 +57,7 @@ impl Chip {
         let began = self.now();
         if !self.is_ghost() {
             let first = self.local(&x.global, x.dtype(), &x.placements, site).start[0];
-            write(&mut cache.tensor, &x.tensor, &starts[first..]);
+            device::write_tokens(&x.tensor, &starts[first..], &mut cache.tensor);
         }
         let value = Sharded::unrecorded(self, cache.tensor.clone(), shape, x.placements.clone());
         let bytes = 2 * x.tensor.ty().bytes();
@@ -103,13 +103,6 @@ impl Chip {
             self.inner().tape.borrow().is_none(),
             "cache '{name}' at {site}: a cache has no gradient; end recording first"
         );
-        #[cfg(feature = "gpu")]
-        if self.memory().gpu_chip().is_some() {
-            self.fail(crate::Error::new(
-                crate::ErrorKind::Device,
-                "a cache of keys and values cannot be written on graphics processors yet; generate on cpu",
-            ));
-        }
     }
 
     /// Frees all caches: the next text begins.
@@ -122,16 +115,5 @@ impl Chip {
         let caches = self.inner().caches.borrow();
         let bytes = caches.values().map(|c| TensorType::bytes(c.tensor.ty()));
         bytes.sum()
-    }
-}
-
-/// Copies rows of x [b, n, ..] to tokens `starts[b]` and on of [b, capacity, ..].
-fn write(cache: &mut Tensor, x: &Tensor, starts: &[usize]) {
-    let line = x.shape()[2..].iter().product::<usize>() * x.dtype().size();
-    let (capacity, n) = (cache.shape()[1], x.shape()[1]);
-    let to = cache.bytes_mut();
-    for (b, row) in x.bytes().chunks_exact((n * line).max(1)).enumerate() {
-        let at = (b * capacity + starts[b]) * line;
-        to[at..at + row.len()].copy_from_slice(row);
     }
 }

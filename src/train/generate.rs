@@ -312,8 +312,8 @@ impl Training {
             .min(self.batches.tokens().len() - 1);
         let mut text = vec![0u32; 1];
         self.batches.tokens().copy(start, &mut text);
-        // Stages of a pipeline and graphics processors have no cache: the whole context runs again for every token.
-        if chip.size_of("pp") > 1 || is_on_gpu(chip) {
+        // Stages of a pipeline have no cache: the whole context runs again for every token.
+        if chip.size_of("pp") > 1 {
             return self.sample_again(chip, stages, &sampler, text);
         }
         let model = self.model.clone().without_capacity();
@@ -346,14 +346,4 @@ impl Training {
         }
         text
     }
-}
-
-#[cfg(feature = "gpu")]
-fn is_on_gpu(chip: &Chip) -> bool {
-    chip.memory().gpu_chip().is_some()
-}
-
-#[cfg(not(feature = "gpu"))]
-fn is_on_gpu(_: &Chip) -> bool {
-    false
 }

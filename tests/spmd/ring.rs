@@ -142,8 +142,12 @@ impl Case {
     }
 
     fn run(&self, dtype: DType) -> Run<Vec<ArrayD<f32>>> {
+        self.run_on(Device::cpu(), dtype)
+    }
+
+    fn run_on(&self, device: Device, dtype: DType) -> Run<Vec<ArrayD<f32>>> {
         let mesh = Mesh::parse(self.mesh).expect("a mesh");
-        let world = World::threads(&mesh, Device::cpu()).expect("a small mesh");
+        let world = World::threads(&mesh, device).expect("a small mesh");
         let run = world.with_threads(1).run(|chip| self.program(chip, dtype));
         run.unwrap_or_else(|e| panic!("{self:?}: {e}"))
     }
@@ -208,7 +212,12 @@ impl Case {
     }
 
     fn check(&self) {
-        let run = self.run(DType::F32);
+        let run = self.check_on(Device::cpu());
+        assert_eq!(run.pool_peaks(), self.ghost().peak_bytes(), "{self:?}");
+    }
+
+    fn check_on(&self, device: Device) -> Run<Vec<ArrayD<f32>>> {
+        let run = self.run_on(device, DType::F32);
         let names = ["o", "dq", "dk", "dv"];
         for ((got, (want, bound)), name) in run.outputs()[0].iter().zip(self.textbook()).zip(names)
         {
@@ -220,7 +229,41 @@ impl Case {
         }
         let ghost = self.ghost();
         assert_eq!(run.trace().difference(&ghost), None, "{self:?}");
-        assert_eq!(run.pool_peaks(), ghost.peak_bytes(), "{self:?}");
+        run
+    }
+}
+
+/// The masks on chips of another kind: of the textbook within the same bounds, and twice the same bits.
+pub(crate) fn check_on(device: &Device) {
+    let documents = Attention {
+        documents: true,
+        window: Some(3),
+        ..causal()
+    };
+    let capped = Attention {
+        soft_cap: Some(2.0),
+        window: Some(5),
+        ..causal()
+    };
+    for (mesh, exchange) in [("cp=2", 1), ("cp=3", 1), ("cp=4", 2)] {
+        for op in [
+            causal(),
+            Attention::default(),
+            documents.clone(),
+            capped.clone(),
+        ] {
+            for (zigzag, t) in [(true, 16), (false, 21)] {
+                let case = Case {
+                    op: op.clone(),
+                    zigzag,
+                    t,
+                    ..case(mesh, exchange)
+                };
+                let first = case.check_on(device.clone()).into_outputs();
+                let again = case.run_on(device.clone(), DType::F32).into_outputs();
+                assert_eq!(first, again, "two runs of {case:?}");
+            }
+        }
     }
 }
 

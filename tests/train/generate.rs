@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use supernode::mesh::Mesh;
 use supernode::model::{Past, Transformer};
-use supernode::spmd::{Chip, World};
+use supernode::spmd::{Chip, Device, World};
 use supernode::train::data::Sampler;
 use supernode::train::{Generate, Trained, Training};
 
@@ -80,6 +80,30 @@ fn logits(model: &Transformer, chip: &Chip, cached: bool) -> Vec<Vec<Vec<f32>>> 
         run(starts, rows, vec![0; b]);
     }
     all
+}
+
+/// Decoding on chips of another kind has the logits of one chip of the processor, and its cache those of the whole forward.
+pub(crate) fn check_on(device: &Device) {
+    for (name, config) in [("gpt2", gpt2()), ("llama", llama()), ("latent", latent())] {
+        let model = tiny::transformer(config);
+        let want = world(&mesh("single")).run(|chip| logits(&model, chip, false));
+        let want = want.expect("it runs on cpu").into_outputs().swap_remove(0);
+        for at in ["single", "tp=2", "dp=2"] {
+            let run = tiny::world_on(&mesh(at), device.clone());
+            let run = run.run(|chip| logits(&model, chip, true));
+            let run = run.unwrap_or_else(|e| panic!("{name} on {at}: {e}"));
+            let got = run.into_outputs().swap_remove(0);
+            assert_eq!(got.len(), want.len());
+            for (got, want) in got.iter().zip(&want) {
+                let (got, want) = (got.concat(), want.concat());
+                assert_eq!(got.len(), want.len(), "{name} on {at}");
+                for (a, b) in got.iter().zip(&want) {
+                    // As between meshes: logits are of size 1, of some hundred roundings.
+                    assert!((a - b).abs() <= 1e-5, "{name} on {at}: {a} {b}");
+                }
+            }
+        }
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use super::input;
 use crate::cli::progress::print_text;
+use std::fs::OpenOptions;
 use std::path::Path;
 use supernode::mesh::Mesh;
 use supernode::spmd::{Device, World};
@@ -18,6 +19,17 @@ pub(super) fn run(device: &Device, path: &Path) -> Result<()> {
         ));
     }
     let world = World::threads(&Mesh::single(), device.clone())?;
+    let cannot = |e: std::io::Error| {
+        let what = format!("cannot write {}: {e}", path.display());
+        Error::new(ErrorKind::Io, what)
+    };
+    // Minutes of timing are not spent on a table that has no place to go. What is there stays until there is a new one.
+    let was_there = path.exists();
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .map_err(cannot)?;
     let run = world.run(|chip| {
         let adapter = chip
             .memory()
@@ -28,13 +40,11 @@ pub(super) fn run(device: &Device, path: &Path) -> Result<()> {
             print_text(&format!("{shape:<44} {rate:>9.1} GFLOP/s\n"));
         });
         tuned.unwrap_or_else(|e| chip.fail(e))
-    })?;
-    std::fs::write(path, &run.outputs()[0]).map_err(|e| {
-        Error::new(
-            ErrorKind::Io,
-            format!("cannot write {}: {e}", path.display()),
-        )
-    })?;
+    });
+    if run.is_err() && !was_there {
+        std::fs::remove_file(path).map_err(cannot)?;
+    }
+    std::fs::write(path, &run?.outputs()[0]).map_err(cannot)?;
     print_text(&format!(
         "written to {}; SUPERNODE_TILES names it to later runs\n",
         path.display()

@@ -37,7 +37,6 @@ use super::sharded::Tracked;
 use super::{Chip, Sharded};
 use crate::dtype::TensorType;
 #[cfg(feature = "gpu")]
-use crate::error::{Error, ErrorKind};
 use crate::mesh::Group;
 use crate::ops::{Attention, Op};
 use crate::placement::Placement::{Replicate, Shard};
@@ -125,13 +124,11 @@ impl Chip {
     ///
     /// # Panics
     /// If shapes or placements do not fit; if `ring.exchange` does not divide the chips of the axis and the heads that a chip
-    /// has; for a two-sided window, and an offset, which only whole sequences have. On a graphics processor the run ends with
-    /// an error: there are no kernels for parts of a softmax there.
+    /// has; for a two-sided window, and an offset, which only whole sequences have.
     #[track_caller]
     pub fn ring_attention(&self, op: &Attention, operands: &[&Sharded], ring: &Ring) -> Sharded {
         let site = Location::caller();
         self.arrive("ring attention", site);
-        self.refuse_gpu();
         let shares = self.shares(op, operands, ring, site);
         // The op has documents for queries and for keys; here they are one.
         let named: Vec<&Sharded> = operands.iter().chain(operands.get(3)).copied().collect();
@@ -156,17 +153,6 @@ impl Chip {
         });
         self.record_ring(shares, kept, operands, &mut o);
         o
-    }
-
-    fn refuse_gpu(&self) {
-        #[cfg(feature = "gpu")]
-        if self.memory().gpu_chip().is_some() {
-            self.fail(Error::new(
-                ErrorKind::Device,
-                "ring attention has no kernels on graphics processors yet, for parts of a softmax over ranges of keys; split \
-                 the context there by ulysses",
-            ));
-        }
     }
 
     fn shares(

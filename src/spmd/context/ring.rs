@@ -3,7 +3,7 @@
 use super::Shares;
 use super::parts::parts;
 use crate::dtype::{DType, TensorType};
-use crate::ops::attention_part::{self, AttentionPart, Operands, add_tokens, clear, merge_results};
+use crate::ops::attention_part::{self, AttentionPart, Operands, add_tokens, merge_results};
 use crate::ops::{Cost, device};
 use crate::spmd::Chip;
 use crate::spmd::apply::Told;
@@ -328,7 +328,7 @@ impl Shares {
     fn zeros(&self, chip: &Chip, ty: &TensorType) -> Tensor {
         let mut tensor = chip.allocate(ty);
         if !chip.is_ghost() {
-            clear(&mut tensor);
+            device::clear(&mut tensor);
         }
         tensor
     }
