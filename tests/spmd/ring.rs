@@ -234,6 +234,7 @@ impl Case {
 }
 
 /// The masks on chips of another kind: of the textbook within the same bounds, and twice the same bits.
+#[cfg(feature = "gpu")]
 pub(crate) fn check_on(device: &Device) {
     let documents = Attention {
         documents: true,

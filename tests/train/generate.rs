@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use supernode::mesh::Mesh;
 use supernode::model::{Past, Transformer};
-use supernode::spmd::{Chip, Device, World};
+use supernode::spmd::{Chip, World};
 use supernode::train::data::Sampler;
 use supernode::train::{Generate, Trained, Training};
 
@@ -83,7 +83,8 @@ fn logits(model: &Transformer, chip: &Chip, cached: bool) -> Vec<Vec<Vec<f32>>> 
 }
 
 /// Decoding on chips of another kind has the logits of one chip of the processor, and its cache those of the whole forward.
-pub(crate) fn check_on(device: &Device) {
+#[cfg(feature = "gpu")]
+pub(crate) fn check_on(device: &supernode::spmd::Device) {
     for (name, config) in [("gpt2", gpt2()), ("llama", llama()), ("latent", latent())] {
         let model = tiny::transformer(config);
         let want = world(&mesh("single")).run(|chip| logits(&model, chip, false));

@@ -36,7 +36,6 @@ use super::resolve::resolve;
 use super::sharded::Tracked;
 use super::{Chip, Sharded};
 use crate::dtype::TensorType;
-#[cfg(feature = "gpu")]
 use crate::mesh::Group;
 use crate::ops::{Attention, Op};
 use crate::placement::Placement::{Replicate, Shard};
