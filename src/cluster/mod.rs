@@ -96,7 +96,7 @@ static SYSTEM: [Field; 20] = {
     ]
 };
 
-static STACK: [Field; 20] = [
+static STACK: [Field; 19] = [
     ("stack.attention", Holds::Word(&["fused", "unfused"])),
     ("stack.dropout", Holds::Word(&["yes", "no"])),
     (
@@ -121,8 +121,6 @@ static STACK: [Field; 20] = [
     ("stack.stragglers", Holds::Number(Dimension::Pure)),
     ("stack.straggling", Holds::Number(Dimension::Pure)),
     ("stack.jitter", Holds::Number(Dimension::Pure)),
-    // Seconds in which the host launches a kernel of a backward, where that is not `launch`.
-    ("stack.launch_backward", Holds::Extra(Dimension::Time)),
     // Seconds between one kernel and the next, of a step beside its passes, and of a message between stages beside its bytes.
     ("stack.gap", Holds::Extra(Dimension::Time)),
     ("stack.step", Holds::Extra(Dimension::Time)),

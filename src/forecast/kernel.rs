@@ -38,8 +38,6 @@ pub struct Rates {
     /// Seconds in which the host launches a kernel. It runs ahead of the chip: a run of kernels lasts as long as the slower of
     /// the two, `max(launches * launch, sum of seconds)`.
     pub launch: f64,
-    /// The same for kernels of a backward: where the forward is a script, its gradients are launched by the framework itself.
-    pub launch_backward: f64,
     cores: Option<f64>,
     efficiency: f64,
     narrow: f64,
@@ -65,7 +63,6 @@ impl Rates {
         let efficiency = chip.value("kernel.matmul.efficiency")?;
         let memory = chip.value("kernel.matmul.memory")?;
         let attention = chip.value("kernel.attention.efficiency")?;
-        let launch = machine.stack.value("stack.launch")?;
         Ok(Rates {
             peak,
             wide: if size < 2.0 {
@@ -75,11 +72,7 @@ impl Rates {
             },
             size,
             bandwidth: chip.value("memory.bandwidth")?,
-            launch,
-            launch_backward: machine
-                .stack
-                .find("stack.launch_backward")
-                .unwrap_or(launch),
+            launch: machine.stack.value("stack.launch")?,
             cores: chip.find("chip.cores"),
             efficiency,
             narrow: chip.find("kernel.matmul.narrow").unwrap_or(efficiency),
@@ -119,7 +112,6 @@ impl Rates {
             norm: self.norm / by,
             activation: self.activation / by,
             launch: self.launch * by,
-            launch_backward: self.launch_backward * by,
             ..self.clone()
         }
     }

@@ -32,7 +32,7 @@ impl Setting {
         let again = prices.span(&shape.again(self.recompute, block))?.seconds;
         Ok((
             forward,
-            prices.backward(&shape.backward(block))?.seconds + again,
+            prices.span(&shape.backward(block))?.seconds + again,
         ))
     }
 
@@ -192,17 +192,14 @@ impl Setting {
             prices_of[i] = match backward {
                 false => prices.span(&shape.forward(block))?,
                 true => {
-                    let mut span = prices.backward(&shape.backward(block))?;
+                    let mut span = prices.span(&shape.backward(block))?;
                     span.add(&prices.span(&shape.again(self.recompute, block))?, 1.0);
                     span
                 }
             };
         }
         let embedding = prices.span(&shape.embedding())?;
-        let head = match backward {
-            false => prices.span(&shape.head(false))?,
-            true => prices.backward(&shape.head(true))?,
-        };
+        let head = prices.span(&shape.head(backward))?;
         let (v, last) = (self.virtual_stages, self.last_stage());
         let chunk = |stage: usize, chunk: usize| {
             let mut span = Span::default();

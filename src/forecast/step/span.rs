@@ -95,15 +95,6 @@ impl<'a> Prices<'a> {
     /// Tasks one after another. A transfer that may hide does so behind the one kernel that follows it; exchanges of tokens behind
     /// everything, if other micro-batches compute meanwhile.
     pub(crate) fn span(&self, tasks: &[Task]) -> Result<Span> {
-        self.launched(tasks, self.rates.launch)
-    }
-
-    /// [`Prices::span`] of a backward.
-    pub(crate) fn backward(&self, tasks: &[Task]) -> Result<Span> {
-        self.launched(tasks, self.rates.launch_backward)
-    }
-
-    fn launched(&self, tasks: &[Task], launch: f64) -> Result<Span> {
         let mut span = Span::default();
         let mut beside: Vec<(&str, f64)> = vec![];
         let mut exchanged = 0.0;
@@ -141,7 +132,7 @@ impl<'a> Prices<'a> {
         if self.gap > 0.0 {
             span.work("launch", self.gap * tasks.len() as f64);
         }
-        let behind = launch * tasks.len() as f64 - span.seconds;
+        let behind = self.rates.launch * tasks.len() as f64 - span.seconds;
         if behind > 0.0 {
             span.work("launch", behind);
         }
