@@ -330,6 +330,18 @@ fn options_that_say_nothing_are_refused() {
             "plan --machine dgx-h100 --model llama3-8b --tokens-per-batch 1M --top 0".into(),
             "--top 0: print at least 1",
         ),
+        (
+            format!("{KORTHIKANTI} --set memory.bandwidth=0"),
+            "a rate is more than 0",
+        ),
+        (
+            "forecast --machine dgx-h100 --model llama3-8b --mesh dp=8 --global-batch 99999999999999992".into(),
+            "at most 2^32",
+        ),
+        (
+            "plan --machine dgx-h100 --model llama3-8b --tokens-per-batch 1M --context 0".into(),
+            "at least 1 token",
+        ),
     ] {
         let (good, out, err) = supernode(&line);
         assert!(!good && out.is_empty(), "{line}: {out}");
@@ -368,5 +380,7 @@ fn calibration_refuses_what_it_cannot_do() {
         assert_eq!(err.trim_end().matches('\n').count(), 0, "{line}: {err}");
         assert!(began.elapsed().as_secs() < 5, "{line} was measured first");
     }
+    let left = std::fs::read_dir(&here).expect("the folder").count();
+    assert_eq!(left, 1, "what was refused leaves no files");
     std::fs::remove_dir_all(here).expect("the folder goes");
 }

@@ -34,6 +34,7 @@ mod spmd {
     mod own_op;
     mod placements;
     pub(crate) mod ring;
+    mod ring_mistakes;
     mod started;
     mod transposes;
     mod zero;

@@ -4,6 +4,7 @@
 //! the time of every op. So the curves have in them what a step has: threads that wake, caches that are cold, chips that share cores.
 //! `--compare` prices the trace of a model that was not among them, the one of the example `train_step`, and runs it.
 
+use super::output::Output;
 use super::progress::print_text;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -152,12 +153,7 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
             a.out.display()
         ));
     }
-    // A path that cannot be written is refused before anything is measured.
-    std::fs::OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(&a.out)
-        .map_err(|e| unwritable(&a.out, &e))?;
+    let files = Files::new(&a.out)?;
     let mesh = mesh_of(a.chips);
     // In turn, so that all see the same machine, the run that the forecast is held against too.
     let mut timed: Vec<Vec<Timed>> = TIMED.iter().map(|_| vec![]).collect();
@@ -177,7 +173,7 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
     let gap = gaps.sum::<f64>() / kept.len() as f64;
     let traces: Vec<Trace> = kept.into_iter().map(|t| t.trace).collect();
     let curves = measured_curves(&traces, a.chips, "measured");
-    write_machine(a, &curves, gap)?;
+    files.write(a, &curves, gap)?;
     print_text(&format!(
         "{} curves of {} chips, {:.1} us between ops, written to {}\n",
         curves.len(),
@@ -272,24 +268,32 @@ fn number(name: &str, value: f64, unit: &str, trust: &str) -> String {
 const SOURCES: &str = "[sources]\nrun = \"supernode calibrate on this machine: training steps of small models\"\n\
     none = \"no measurement\"\n\n";
 
-fn write_machine(a: &Arguments, curves: &[Curve], gap: f64) -> Result<()> {
-    let stem = a
-        .out
-        .file_stem()
-        .map_or("machine".into(), |s| s.to_string_lossy());
-    let beside = |part: &str| a.out.with_file_name(format!("{stem}-{part}.toml"));
-    put(&beside("chip"), &chip_sheet(a, curves))?;
-    put(&beside("stack"), &stack_sheet(gap))?;
-    put(&a.out, &system_sheet(a, curves, &stem))
+/// The files of a machine: its chip and its stack lie beside the system.
+struct Files {
+    stem: String,
+    chip: Output,
+    stack: Output,
+    system: Output,
 }
 
-fn put(path: &Path, text: &str) -> Result<()> {
-    std::fs::write(path, text).map_err(|e| unwritable(path, &e))
-}
+impl Files {
+    fn new(system: &Path) -> Result<Self> {
+        let stem = system.file_stem().unwrap_or_default();
+        let stem = stem.to_string_lossy().into_owned();
+        let beside = |part| Output::new(&system.with_file_name(format!("{stem}-{part}.toml")));
+        Ok(Files {
+            chip: beside("chip")?,
+            stack: beside("stack")?,
+            system: Output::new(system)?,
+            stem,
+        })
+    }
 
-fn unwritable(path: &Path, why: &std::io::Error) -> Error {
-    let what = format!("cannot write {}: {why}", path.display());
-    Error::new(ErrorKind::Io, what)
+    fn write(self, a: &Arguments, curves: &[Curve], gap: f64) -> Result<()> {
+        self.chip.write(&chip_sheet(a, curves))?;
+        self.stack.write(&stack_sheet(gap))?;
+        self.system.write(&system_sheet(a, curves, &self.stem))
+    }
 }
 
 fn chip_sheet(a: &Arguments, curves: &[Curve]) -> String {

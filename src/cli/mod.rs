@@ -10,6 +10,7 @@ mod devices;
 mod forecast;
 mod generate;
 mod machines;
+mod output;
 mod plan;
 mod preset;
 mod progress;

@@ -46,8 +46,15 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
     let model = a.model.architecture(&a.on)?;
     let context = a.context.unwrap_or(model.context);
     let tokens = count(&a.tokens_per_batch)?;
-    if context == 0 || !tokens.is_multiple_of(context) {
-        let why = format!("--tokens-per-batch {tokens} is no multiple of the context {context}");
+    if context == 0 {
+        let why = "--context 0: a sequence has at least 1 token";
+        return Err(Error::new(ErrorKind::Input, why));
+    }
+    if !tokens.is_multiple_of(context) {
+        let why = format!(
+            "--tokens-per-batch {tokens} is no multiple of the context {context}; {} is",
+            (tokens / context).max(1) * context
+        );
         return Err(Error::new(ErrorKind::Input, why));
     }
     let search = Search {

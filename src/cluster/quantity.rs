@@ -57,6 +57,11 @@ impl Dimension {
         found.map(|(_, _, scale)| *scale)
     }
 
+    /// Whether times are work over such a number, which then cannot be 0.
+    pub(super) fn divides(self) -> bool {
+        matches!(self, Dimension::Rate | Dimension::Bandwidth)
+    }
+
     /// The units that may stand beside such a number.
     pub fn units(self) -> String {
         let names = UNITS.iter().filter(|(_, d, _)| *d == self);

@@ -158,6 +158,14 @@ impl Sheet {
                 "{field}={value}: '{value}' is no number of at least 0; write one in SI units"
             ));
         };
+        if let Holds::Number(d) | Holds::Extra(d) = holds
+            && value == 0.0
+            && d.divides()
+        {
+            return wrong(format!(
+                "{field}={value}: nothing would ever be done; a rate is more than 0"
+            ));
+        }
         self.unknown.remove(field);
         self.absent.remove(field);
         let number = Number {
@@ -384,6 +392,10 @@ impl Reader<'_> {
         let plain = self.float(part("value")?, key)?;
         if plain < 0.0 {
             return Err(self.wrong(value.span(), key, format!("{plain} is negative")));
+        }
+        if plain == 0.0 && d.divides() {
+            let why = "0: nothing would ever be done; what nobody knows stands in `unknown`";
+            return Err(self.wrong(value.span(), key, why));
         }
         let (source, trust) = self.believed(table, value.span(), key)?;
         Ok(Number {

@@ -105,6 +105,11 @@ fn wrong_files_are_refused_with_line_and_field() {
         "value = -400,",
         &["here", "power.tdp", "negative"],
     );
+    refused(
+        "value = 2.04,",
+        "value = 0,",
+        &["here", "memory.bandwidth", "unknown"],
+    );
     refused("value = 400,", "", &["here", "power.tdp", "no value"]);
     refused(
         "value = 400, unit = \"W\", source = \"known\"",
@@ -158,4 +163,5 @@ fn set_changes_one_number() {
     assert_eq!(machine.levels().unwrap()[1].bandwidth, 0.84e11);
     assert!(machine.set("chip.colour", "1").is_err());
     assert!(machine.set("power.tdp", "much").is_err());
+    assert!(machine.set("memory.bandwidth", "0").is_err());
 }

@@ -1,12 +1,12 @@
 //! `supernode bench --backend gpu --tune FILE`: how products are best cut up on an adapter.
 
 use super::input;
+use crate::cli::output::Output;
 use crate::cli::progress::print_text;
-use std::fs::OpenOptions;
 use std::path::Path;
+use supernode::Result;
 use supernode::mesh::Mesh;
 use supernode::spmd::{Device, World};
-use supernode::{Error, ErrorKind, Result};
 
 /// A product that keeps a card busy for some milliseconds, and a processor for less than a second.
 const SIZES: [usize; 2] = [2048, 512];
@@ -19,17 +19,7 @@ pub(super) fn run(device: &Device, path: &Path) -> Result<()> {
         ));
     }
     let world = World::threads(&Mesh::single(), device.clone())?;
-    let cannot = |e: std::io::Error| {
-        let what = format!("cannot write {}: {e}", path.display());
-        Error::new(ErrorKind::Io, what)
-    };
-    // Minutes of timing are not spent on a table that has no place to go. What is there stays until there is a new one.
-    let was_there = path.exists();
-    OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(path)
-        .map_err(cannot)?;
+    let output = Output::new(path)?;
     let run = world.run(|chip| {
         let adapter = chip
             .memory()
@@ -40,11 +30,8 @@ pub(super) fn run(device: &Device, path: &Path) -> Result<()> {
             print_text(&format!("{shape:<44} {rate:>9.1} GFLOP/s\n"));
         });
         tuned.unwrap_or_else(|e| chip.fail(e))
-    });
-    if run.is_err() && !was_there {
-        std::fs::remove_file(path).map_err(cannot)?;
-    }
-    std::fs::write(path, &run?.outputs()[0]).map_err(cannot)?;
+    })?;
+    output.write(&run.outputs()[0])?;
     print_text(&format!(
         "written to {}; SUPERNODE_TILES names it to later runs\n",
         path.display()

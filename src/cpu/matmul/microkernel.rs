@@ -77,7 +77,7 @@ pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
         ($($r:literal)*) => {
             $(if const { $r < MR } {
                 if rows == $r {
-                    some_rows::<S, $r, V>(s, Chains { k, a, b, from, to }, ahead);
+                    some_rows::<S, $r, V, false>(s, Chains { k, a, b, from, to }, ahead);
                     return;
                 }
             })*
@@ -85,15 +85,20 @@ pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
     }
     of_rows!(1 2 3 4 5 6 7 8 9 10 11 12 13);
     debug_assert_eq!(rows, MR);
-    some_rows::<S, MR, V>(s, Chains { k, a, b, from, to }, ahead);
+    some_rows::<S, MR, V, true>(s, Chains { k, a, b, from, to }, ahead);
 }
 
-/// [`tile`] of R rows: by the instruction set's own loop, or the compiler's.
+/// [`tile`] of R rows, `WHOLE` if there are no more: by the instruction set's own loop, or the compiler's.
 #[inline(always)]
-fn some_rows<S: Simd, const R: usize, const V: usize>(s: S, tile: Chains<R, V>, ahead: Ahead) {
+fn some_rows<S: Simd, const R: usize, const V: usize, const WHOLE: bool>(
+    s: S,
+    tile: Chains<R, V>,
+    ahead: Ahead,
+) {
     let Chains { k, a, b, from, to } = tile;
     let packed = a.row_stride == 1;
-    if S::HAS_TILE_LOOP && V * S::LANES == 32 && (packed || a.k_stride == 1) {
+    let looped = const { S::HAS_TILE_LOOP && V * S::LANES == 32 };
+    if looped && (packed || a.k_stride == 1) {
         let tile = TileLoop {
             k,
             a: a.data,
@@ -111,13 +116,18 @@ fn some_rows<S: Simd, const R: usize, const V: usize>(s: S, tile: Chains<R, V>, 
         };
         // SAFETY: made by `tile` only, under its promise.
         unsafe { s.tile_loop::<R>(&tile) }
-    } else if packed && a.k_stride == R {
-        s.run(PackedChains(tile));
-    } else if a.k_stride == 1 {
-        s.run(LongChains(tile));
-    } else {
-        s.run(tile);
+        return;
     }
+    // Constant strides free registers. A constant condition, because each version is compiled for every instruction set.
+    if const { WHOLE && !(S::HAS_TILE_LOOP && V * S::LANES == 32) } {
+        if packed && a.k_stride == R {
+            return s.run(PackedChains(tile));
+        }
+        if a.k_stride == 1 {
+            return s.run(LongChains(tile));
+        }
+    }
+    s.run(tile);
 }
 
 /// Bytes that will be read soon, to be asked for meanwhile where the loop has room for it.

@@ -12,114 +12,69 @@ use super::TileLoop;
 use core::arch::asm;
 use core::mem::offset_of;
 
-/// `$one!` of each row: its two sums' registers, where it lies in rows at a distance of rax, and in a packed panel.
+/// `$one!` of a row, if the tile has it: its two sums' registers, where it lies in rows at a distance of rax, and in a packed
+/// panel. (The first sum's register is also the row's number.)
+#[rustfmt::skip]
+macro_rules! row {
+    ($one:ident($low:literal, $high:literal, $row:literal, $packed:literal)) => {
+        concat!(".if {rows} > ", $low, "\n", $one!($low, $high, $row, $packed), ".endif\n")
+    };
+}
+
+#[rustfmt::skip]
 macro_rules! rows {
     ($one:ident) => {
         concat!(
-            ".if {rows} > 0\n",
-            $one!(0, 14, "r8", 0),
-            ".endif\n",
-            ".if {rows} > 1\n",
-            $one!(1, 15, "r8 + rax", 4),
-            ".endif\n",
-            ".if {rows} > 2\n",
-            $one!(2, 16, "r8 + 2*rax", 8),
-            ".endif\n",
-            ".if {rows} > 3\n",
-            $one!(3, 17, "r9", 12),
-            ".endif\n",
-            ".if {rows} > 4\n",
-            $one!(4, 18, "r9 + rax", 16),
-            ".endif\n",
-            ".if {rows} > 5\n",
-            $one!(5, 19, "r9 + 2*rax", 20),
-            ".endif\n",
-            ".if {rows} > 6\n",
-            $one!(6, 20, "r10", 24),
-            ".endif\n",
-            ".if {rows} > 7\n",
-            $one!(7, 21, "r10 + rax", 28),
-            ".endif\n",
-            ".if {rows} > 8\n",
-            $one!(8, 22, "r10 + 2*rax", 32),
-            ".endif\n",
-            ".if {rows} > 9\n",
-            $one!(9, 23, "r11", 36),
-            ".endif\n",
-            ".if {rows} > 10\n",
-            $one!(10, 24, "r11 + rax", 40),
-            ".endif\n",
-            ".if {rows} > 11\n",
-            $one!(11, 25, "r11 + 2*rax", 44),
-            ".endif\n",
-            ".if {rows} > 12\n",
-            $one!(12, 26, "r12", 48),
-            ".endif\n",
-            ".if {rows} > 13\n",
-            $one!(13, 27, "r12 + rax", 52),
-            ".endif\n"
+            row!($one(0, 14, "r8", 0)),
+            row!($one(1, 15, "r8 + rax", 4)),
+            row!($one(2, 16, "r8 + 2*rax", 8)),
+            row!($one(3, 17, "r9", 12)),
+            row!($one(4, 18, "r9 + rax", 16)),
+            row!($one(5, 19, "r9 + 2*rax", 20)),
+            row!($one(6, 20, "r10", 24)),
+            row!($one(7, 21, "r10 + rax", 28)),
+            row!($one(8, 22, "r10 + 2*rax", 32)),
+            row!($one(9, 23, "r11", 36)),
+            row!($one(10, 24, "r11 + rax", 40)),
+            row!($one(11, 25, "r11 + 2*rax", 44)),
+            row!($one(12, 26, "r12", 48)),
+            row!($one(13, 27, "r12 + rax", 52)),
         )
     };
 }
 
+#[rustfmt::skip]
 macro_rules! zero {
     ($low:literal, $high:literal, $row:literal, $packed:literal) => {
         concat!(
-            "vpxord zmm",
-            $low,
-            ", zmm",
-            $low,
-            ", zmm",
-            $low,
-            "\n",
-            "vpxord zmm",
-            $high,
-            ", zmm",
-            $high,
-            ", zmm",
-            $high,
-            "\n"
+            "vpxord zmm", $low, ", zmm", $low, ", zmm", $low, "\n",
+            "vpxord zmm", $high, ", zmm", $high, ", zmm", $high, "\n",
         )
     };
 }
 
+#[rustfmt::skip]
 macro_rules! load {
     ($low:literal, $high:literal, $row:literal, $packed:literal) => {
-        concat!(
-            "vmovups zmm",
-            $low,
-            ", [rcx]\nvmovups zmm",
-            $high,
-            ", [rcx + 64]\nadd rcx, rdx\n"
-        )
+        concat!("vmovups zmm", $low, ", [rcx]\nvmovups zmm", $high, ", [rcx + 64]\nadd rcx, rdx\n")
     };
 }
 
+#[rustfmt::skip]
 macro_rules! store {
     ($low:literal, $high:literal, $row:literal, $packed:literal) => {
-        concat!(
-            "vmovups [rcx], zmm",
-            $low,
-            "\nvmovups [rcx + 64], zmm",
-            $high,
-            "\nadd rcx, rdx\n"
-        )
+        concat!("vmovups [rcx], zmm", $low, "\nvmovups [rcx + 64], zmm", $high, "\nadd rcx, rdx\n")
     };
 }
 
 /// A row's sums grow by a product; zmm28 and 29 hold a row of B.
+#[rustfmt::skip]
 macro_rules! grow {
     ($low:literal, $high:literal, $at:expr) => {
         concat!(
-            "vbroadcastss zmm30, dword ptr [",
-            $at,
-            "]\n",
-            "vfmadd231ps zmm",
-            $low,
-            ", zmm30, zmm28\n",
-            "vfmadd231ps zmm",
-            $high,
-            ", zmm30, zmm29\n"
+            "vbroadcastss zmm30, dword ptr [", $at, "]\n",
+            "vfmadd231ps zmm", $low, ", zmm30, zmm28\n",
+            "vfmadd231ps zmm", $high, ", zmm30, zmm29\n",
         )
     };
 }
@@ -168,7 +123,7 @@ macro_rules! tile_of {
         $(#[$doc])*
         ///
         /// # Safety
-        /// As [`super::Simd::whole_tile`]; the CPU has AVX-512 F.
+        /// As [`super::Simd::tile_loop`]; the CPU has AVX-512 F.
         #[target_feature(enable = "avx512f")]
         pub(super) unsafe fn $name<const ROWS: usize>(tile: &TileLoop) {
             // SAFETY: the caller vouches for what is read and written. Lines that are asked for need not exist.

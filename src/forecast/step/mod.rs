@@ -151,6 +151,12 @@ impl Setting {
                 "a context of {tokens} tokens; at most 2^32 are priced"
             ));
         }
+        if self.global_batch > 1 << 32 {
+            let sequences = self.global_batch;
+            return wrong(format!(
+                "a global batch of {sequences} sequences; at most 2^32 are priced"
+            ));
+        }
         self.check_division()?;
         let each = self.data() * self.micro_batch;
         if self.global_batch == 0 || !self.global_batch.is_multiple_of(each) {

@@ -157,7 +157,7 @@ impl Setting {
         let even = end + (busiest.seconds - before);
         let straggler_seconds = even * self.straggling(machine)?;
         let step_seconds = even + straggler_seconds;
-        let tokens = (self.global_batch * self.context) as f64;
+        let tokens = self.global_batch as f64 * self.context as f64;
         let flops = |causal| 3.0 * tokens * self.model.forward_flops(self.context, causal);
         let peak = prices.rates.peak * self.mesh.chips() as f64;
         Ok(Forecast {

@@ -39,22 +39,6 @@ pub(crate) unsafe fn pack_right(unit: Amx, from: Lines, to: *mut bf16) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 unsafe fn pack<const PAIRS: bool>(s: Avx512, from: Lines, to: *mut bf16) {
     let blocks = from.depth.div_ceil(DEPTH);
-    let whole = from.lines / SIDE * SIDE;
-    if PAIRS && from.line_stride == 1 {
-        // A row of 32 columns is a cache line. What is left is packed below.
-        for block in 0..from.depth / DEPTH {
-            for line in (0..whole).step_by(SIDE) {
-                // SAFETY: whole blocks, by the caller's promise.
-                unsafe {
-                    let to = to.add((line / SIDE * blocks + block) * BLOCK);
-                    whole_pairs(from, line, block * DEPTH, to);
-                }
-            }
-        }
-    }
-    let done = |line: usize, block: usize| {
-        PAIRS && from.line_stride == 1 && line < whole && block < from.depth / DEPTH
-    };
     let lines = from.lines.next_multiple_of(SIDE);
     // As it lies: what goes along k line by line, all else k by k.
     if from.depth_stride == 1 {
@@ -66,10 +50,18 @@ unsafe fn pack<const PAIRS: bool>(s: Avx512, from: Lines, to: *mut bf16) {
         }
     } else {
         for block in 0..blocks {
-            for line in (0..lines).step_by(TILE) {
-                if !done(line, block) {
-                    // SAFETY: the caller's promise.
-                    unsafe { pack_tile::<PAIRS>(s, from, (line, block), to) }
+            for line in (0..lines).step_by(SIDE) {
+                let whole = line + SIDE <= from.lines && (block + 1) * DEPTH <= from.depth;
+                // SAFETY: the caller's promise.
+                unsafe {
+                    if PAIRS && from.line_stride == 1 && whole {
+                        // A row of 32 columns is a cache line, which is read once.
+                        let to = to.add((line / SIDE * blocks + block) * BLOCK);
+                        whole_pairs(from, line, block * DEPTH, to);
+                    } else {
+                        pack_tile::<PAIRS>(s, from, (line, block), to);
+                        pack_tile::<PAIRS>(s, from, (line + TILE, block), to);
+                    }
                 }
             }
         }
@@ -131,7 +123,7 @@ pub(crate) unsafe fn narrow(
         for j in (0..cols).step_by(2 * TILE) {
             let here = cols - j;
             let mask = |from: usize| ((1u32 << here.saturating_sub(from).min(TILE)) - 1) as u16;
-            // SAFETY: masked elements are not touched.
+            // SAFETY: masked elements are not touched; both types are 64 bytes of any bits.
             unsafe {
                 let from = from.wrapping_add(j);
                 let low = _mm512_maskz_loadu_ps(mask(0), from);
@@ -202,14 +194,6 @@ unsafe fn along_k(from: Lines, line: usize, p: usize) -> [__m512i; TILE] {
     // SAFETY: lines below `lines` have `deep` elements from p on; others are not read. AVX-512 is the caller's.
     unsafe {
         let mut tile = [_mm512_setzero_si512(); TILE];
-        if deep == DEPTH && line + TILE <= from.lines {
-            for (l, v) in tile.iter_mut().enumerate() {
-                let at = data.wrapping_add(l * from.line_stride);
-                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(2 * DEPTH).cast());
-                *v = _mm512_loadu_si512(at.cast());
-            }
-            return tile;
-        }
         for (l, v) in tile.iter_mut().enumerate() {
             if line + l < from.lines {
                 let at = data.wrapping_add(l * from.line_stride);
