@@ -185,6 +185,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// a where m, else b.
     fn select(self, m: Self::M, a: Self::V, b: Self::V) -> Self::V;
     /// True in the first n lanes.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     fn mask_first(self, n: usize) -> Self::M;
     /// Both.
     fn mask_and(self, a: Self::M, b: Self::M) -> Self::M;
