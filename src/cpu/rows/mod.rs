@@ -14,6 +14,7 @@ mod embedding;
 pub(crate) mod lanes;
 mod mix;
 mod norm;
+mod one_pass;
 mod optimizer;
 pub(crate) mod parallel;
 mod pointwise;

@@ -28,7 +28,7 @@ impl Avx512 {
 // Every intrinsic below needs only features whose presence the token proves; this is the reason behind each SAFETY line.
 macro_rules! avx {
     ($e:expr) => {
-        // SAFETY: the token proves AVX-512 F, BW, DQ and VL; the intrinsics called here touch registers only.
+        // SAFETY: the token proves AVX-512 F, BW, DQ and VL; the intrinsics called here touch registers and a constant.
         unsafe { $e }
     };
 }
@@ -40,16 +40,30 @@ fn widen_bf16(x: __m256i) -> __m512 {
     )))
 }
 
+/// Words 1, 3, 5, ... of a vector, then anything.
+const ODD_WORDS: [u16; 32] = {
+    let mut words = [0; 32];
+    let mut i = 0;
+    while i < 16 {
+        words[i] = 2 * i as u16 + 1;
+        i += 1;
+    }
+    words
+};
+
 #[inline(always)]
 fn narrow_bf16(v: __m512) -> __m256i {
     avx!({
+        // x + 0x7fff, and one more where bit 16 is set; NaN keeps its upper bits and becomes quiet.
         let x = _mm512_castps_si512(v);
-        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(x), _mm512_set1_epi32(1));
-        let rounded = _mm512_add_epi32(x, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-        let quiet = _mm512_or_si512(x, _mm512_set1_epi32(0x0040_0000));
+        let odd = _mm512_test_epi32_mask(x, _mm512_set1_epi32(0x0001_0000));
+        let rounded = _mm512_add_epi32(x, _mm512_set1_epi32(0x7fff));
+        let rounded = _mm512_mask_add_epi32(rounded, odd, x, _mm512_set1_epi32(0x8000));
         let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
-        let high = _mm512_srli_epi32::<16>(_mm512_mask_blend_epi32(nan, rounded, quiet));
-        _mm512_cvtepi32_epi16(high)
+        let whole = _mm512_mask_or_epi32(rounded, nan, x, _mm512_set1_epi32(0x0040_0000));
+        // The upper halves of all lanes, side by side: one move where a shift and a conversion would be three.
+        let odd_words = _mm512_loadu_si512(ODD_WORDS.as_ptr().cast());
+        _mm512_castsi512_si256(_mm512_permutexvar_epi16(odd_words, whole))
     })
 }
 
