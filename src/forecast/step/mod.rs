@@ -193,13 +193,7 @@ impl Setting {
                 m.kv_heads
             ));
         }
-        if self.context_parallel == ContextParallel::Ulysses && !m.heads.is_multiple_of(tp * cp) {
-            return wrong(format!(
-                "Ulysses exchanges tokens for heads: cp={cp} does not divide the {} that tp={tp} leaves of {}; the ring needs no such",
-                m.heads / tp,
-                m.heads
-            ));
-        }
+        self.exchange()?;
         if self.sequence_parallel && !self.context.is_multiple_of(tp) {
             return wrong(format!(
                 "{} tokens are not divisible by tp={tp}",
@@ -216,6 +210,14 @@ impl Setting {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Neighbours of `cp` that exchange tokens for heads. Latent attention has as many keys as heads.
+    fn exchange(&self) -> Result<usize> {
+        let m = &self.model;
+        let keys = m.latent.map_or(m.kv_heads, |_| m.heads);
+        let (tp, cp) = (self.along("tp"), self.along("cp"));
+        self.context_parallel.exchange(cp, tp, m.heads, keys)
     }
 
     /// The lists of the stages.
@@ -237,9 +239,12 @@ impl Setting {
             cp: self.along("cp"),
             ep: self.along("ep"),
             context_parallel: self.context_parallel,
+            // What was checked.
+            exchange: self.exchange().unwrap_or(1),
             sequence_parallel: self.sequence_parallel && self.along("tp") > 1,
             fused: is("stack.attention", "fused"),
             dropout: is("stack.dropout", "yes"),
+            accumulated: is("stack.accumulation", "apart").then(|| self.gradient_bytes(machine)),
             size: super::kernel::element_bytes(&self.dtype),
             imbalance: machine
                 .stack
