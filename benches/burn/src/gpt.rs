@@ -3,8 +3,10 @@
 use super::CHAR_6X384;
 use burn::module::Module;
 use burn::nn::loss::CrossEntropyLossConfig;
-use burn::nn::{Embedding, EmbeddingConfig, Initializer, LayerNorm, LayerNormConfig, Linear, LinearConfig};
-use burn::optim::{AdamW, AdamWConfig, GradientsParams, Optimizer as _};
+use burn::nn::{
+    Embedding, EmbeddingConfig, Initializer, LayerNorm, LayerNormConfig, Linear, LinearConfig,
+};
+use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData, activation};
 
 #[derive(Module, Debug)]
@@ -26,12 +28,19 @@ struct Gpt {
 }
 
 fn normal() -> Initializer {
-    Initializer::Normal { mean: 0.0, std: 0.02 }
+    Initializer::Normal {
+        mean: 0.0,
+        std: 0.02,
+    }
 }
 
 impl Block {
     fn new(width: usize, device: &Device) -> Block {
-        let linear = |from, to| LinearConfig::new(from, to).with_initializer(normal()).init(device);
+        let linear = |from, to| {
+            LinearConfig::new(from, to)
+                .with_initializer(normal())
+                .init(device)
+        };
         let norm = || LayerNormConfig::new(width).init(device);
         Block {
             attend: norm(),
@@ -46,11 +55,20 @@ impl Block {
     fn forward(&self, x: Tensor<3>, heads: usize, hidden: &Tensor<4, Bool>) -> Tensor<3> {
         let [b, t, c] = x.dims();
         let all = self.qkv.forward(self.attend.forward(x.clone()));
-        let all = all.reshape([b, t, 3, heads, c / heads]).permute([2, 0, 3, 1, 4]);
-        let part = |i: usize| all.clone().slice([i..i + 1]).reshape([b, heads, t, c / heads]);
+        let all = all
+            .reshape([b, t, 3, heads, c / heads])
+            .permute([2, 0, 3, 1, 4]);
+        let part = |i: usize| {
+            all.clone()
+                .slice([i..i + 1])
+                .reshape([b, heads, t, c / heads])
+        };
         let scores = part(0).matmul(part(1).transpose()) / ((c / heads) as f64).sqrt();
         let shares = activation::softmax(scores.mask_fill(hidden.clone(), f32::NEG_INFINITY), 3);
-        let mixed = shares.matmul(part(2)).permute([0, 2, 1, 3]).reshape([b, t, c]);
+        let mixed = shares
+            .matmul(part(2))
+            .permute([0, 2, 1, 3])
+            .reshape([b, t, c]);
         let x = x + self.out.forward(mixed);
         let inner = activation::gelu(self.up.forward(self.think.forward(x.clone())));
         x + self.down.forward(inner)
@@ -76,7 +94,7 @@ impl Gpt {
 /// The model in training on one batch.
 pub(crate) struct Trainer {
     model: Option<Gpt>,
-    optimizer: burn::optim::adaptor::OptimizerAdaptor<AdamW, Gpt>,
+    optimizer: ModuleOptimizer,
     ids: Tensor<2, Int>,
     labels: Tensor<1, Int>,
     device: Device,
@@ -85,7 +103,11 @@ pub(crate) struct Trainer {
 impl Trainer {
     pub(crate) fn new(device: &Device, ids: &[u32], labels: &[u32]) -> Trainer {
         let [layers, width, _, vocab, tokens, rows] = CHAR_6X384;
-        let table = |n| EmbeddingConfig::new(n, width).with_initializer(normal()).init(device);
+        let table = |n| {
+            EmbeddingConfig::new(n, width)
+                .with_initializer(normal())
+                .init(device)
+        };
         let model = Gpt {
             tokens: table(vocab),
             positions: table(tokens),
@@ -106,7 +128,9 @@ impl Trainer {
     pub(crate) fn step(&mut self) -> f64 {
         let [_, _, heads, vocab, tokens, rows] = CHAR_6X384;
         let model = self.model.take().expect("a step gives it back");
-        let logits = model.forward(self.ids.clone(), heads).reshape([rows * tokens, vocab]);
+        let logits = model
+            .forward(self.ids.clone(), heads)
+            .reshape([rows * tokens, vocab]);
         let loss = CrossEntropyLossConfig::new().init(&self.device);
         let value = loss.forward(logits, self.labels.clone());
         let gradients = GradientsParams::from_grads(value.backward(), &model);

@@ -2,7 +2,9 @@
 //!
 //! Every timing ends with a read: burn records work lazily and this crate submits it in batches, so only what has come back is
 //! done. Both sides compute the same sizes in f32; products are checked against sums in f64, and both models must begin near the
-//! loss of even odds and fall on their one batch. Prints medians, and the ratio.
+//! loss of even odds and fall on their one batch. Prints medians, and the ratio. `PRODUCTS` and `STEPS` are rounds, 0 for none;
+//! burn compiles and chooses among kernels in its first steps, for a minute on a software adapter: with `WAIT=1` timing begins
+//! with a line on the standard input after "warm" was printed.
 
 #![recursion_limit = "512"]
 
@@ -12,9 +14,9 @@ mod ours;
 use burn::tensor::{Device, DeviceKind, Tensor, TensorData};
 use std::time::Instant;
 use supernode::mesh::Mesh;
+use supernode::placement::Placement::Replicate;
 use supernode::random::Stream;
 use supernode::spmd::{Chip, Device as Kind, FromIndex, World};
-use supernode::placement::Placement::Replicate;
 
 /// Layers, width, heads, vocabulary, tokens of a sequence, sequences.
 pub(crate) const CHAR_6X384: [usize; 6] = [6, 384, 6, 256, 256, 1];
@@ -35,10 +37,12 @@ fn main() {
             Ok("integrated") => DeviceKind::IntegratedGpu(0),
             _ => DeviceKind::Cpu,
         });
-        for n in [256, 512, 1024] {
-            matmul(chip, &device, n, products);
+        if products > 0 {
+            [256, 512, 1024].map(|n| matmul(chip, &device, n, products));
         }
-        step(chip, &device, steps);
+        if steps > 0 {
+            step(chip, &device, steps);
+        }
     });
     run.expect("both sides ran");
 }
@@ -47,6 +51,12 @@ fn main() {
 fn in_turn(rounds: usize, mut one: impl FnMut(), mut other: impl FnMut()) -> [f64; 2] {
     let mut seconds = [vec![], vec![]];
     for round in 0..WARM + rounds {
+        if round == WARM && std::env::var_os("WAIT").is_some() {
+            eprintln!("warm");
+            std::io::stdin()
+                .read_line(&mut String::new())
+                .expect("a line");
+        }
         let runs: [&mut dyn FnMut(); 2] = [&mut one, &mut other];
         for (run, seconds) in runs.into_iter().zip(&mut seconds) {
             let began = Instant::now();
@@ -65,18 +75,35 @@ fn in_turn(rounds: usize, mut one: impl FnMut(), mut other: impl FnMut()) -> [f6
 fn matmul(chip: &Chip, device: &Device, n: usize, rounds: usize) {
     let numbers = ["a", "b"].map(|name| Stream::new(0, name));
     let [a, b] = [0, 1].map(|side| -> Vec<f32> {
-        (0..(n * n) as u64).map(|i| numbers[side].normal(i)).collect()
+        (0..(n * n) as u64)
+            .map(|i| numbers[side].normal(i))
+            .collect()
     });
     let [x, y] = [(0, "a"), (1, "b")].map(|(side, name)| {
         let contents = FromIndex(|i| numbers[side].normal(i));
         chip.input(name, [n, n], [Replicate; 0], &contents)
     });
-    let [p, q] = [&a, &b].map(|v| Tensor::<2>::from_data(TensorData::new(v.clone(), [n, n]), device));
+    let [p, q] =
+        [&a, &b].map(|v| Tensor::<2>::from_data(TensorData::new(v.clone(), [n, n]), device));
     let (mut mine, mut theirs) = (vec![], vec![]);
     let [ours, burn] = in_turn(
         rounds,
-        || mine = x.matmul(&y).read().expect("a real chip has contents"),
-        || theirs = p.clone().matmul(q.clone()).into_data().to_vec().expect("f32"),
+        || {
+            mine = x
+                .matmul(&y)
+                .read()
+                .expect("a real chip has contents")
+                .into_raw_vec_and_offset()
+                .0
+        },
+        || {
+            theirs = p
+                .clone()
+                .matmul(q.clone())
+                .into_data()
+                .try_to_vec()
+                .expect("f32")
+        },
     );
     for (side, got) in [("supernode", &mine), ("burn", &theirs)] {
         check(side, n, &a, &b, got);
@@ -98,7 +125,10 @@ fn check(side: &str, n: usize, a: &[f32], b: &[f32], got: &[f32]) {
         let (sum, size) = terms.fold((0.0, 0.0), |(s, t), x| (s + x, t + x.abs()));
         let bound = n as f64 * f64::from(f32::EPSILON) * size;
         let error = (f64::from(got[i * n + j]) - sum).abs();
-        assert!(error <= bound, "{side} {n}: [{i}, {j}] is off by {error}, bound {bound}");
+        assert!(
+            error <= bound,
+            "{side} {n}: [{i}, {j}] is off by {error}, bound {bound}"
+        );
     }
 }
 
@@ -107,7 +137,9 @@ fn step(chip: &Chip, device: &Device, rounds: usize) {
     let [ids, labels] = ["tokens", "labels"].map(|name| -> Vec<u32> {
         let stream = Stream::new(0, name);
         let count = (rows * tokens) as u64;
-        (0..count).map(|i| stream.below(i, vocab as u64) as u32).collect()
+        (0..count)
+            .map(|i| stream.below(i, vocab as u64) as u32)
+            .collect()
     });
     let mut mine = ours::Trainer::new(chip, ids.clone(), labels.clone());
     let mut theirs = gpt::Trainer::new(&device.clone().autodiff(), &ids, &labels);
@@ -116,7 +148,10 @@ fn step(chip: &Chip, device: &Device, rounds: usize) {
     let even = (vocab as f64).ln();
     for (side, losses) in [("supernode", &a), ("burn", &b)] {
         let (first, last) = (losses[0], losses[losses.len() - 1]);
-        assert!((first - even).abs() <= 1.5, "{side} begins at {first}, even odds are {even}");
+        assert!(
+            (first - even).abs() <= 1.5,
+            "{side} begins at {first}, even odds are {even}"
+        );
         assert!(last < first, "{side} goes from {first} to {last}");
         println!("{side}: loss {first:.3} to {last:.3}");
     }

@@ -56,6 +56,6 @@ impl<'a> Trainer<'a> {
             loss
         });
         let read = loss.read().expect("a real chip has contents");
-        f64::from(read[0])
+        f64::from(*read.first().expect("a scalar has one element"))
     }
 }

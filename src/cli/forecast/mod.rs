@@ -164,12 +164,16 @@ impl Arguments {
 
     fn serve(&self, setting: &Setting, phase: Phase, machine: &Machine) -> Result<()> {
         let refused = [
-            ("--trace", self.trace.is_some()),
-            ("--html", self.html.is_some()),
+            ("--trace shows", self.trace.is_some()),
+            ("--html shows", self.html.is_some()),
+            ("--schedule is of", self.schedule != "1f1b"),
+            ("--virtual-stages is of", self.virtual_stages.is_some()),
+            ("--recompute is of", self.recompute != "none"),
+            ("--zero is of", self.zero != 0),
         ];
         if let Some((name, _)) = refused.iter().find(|(_, given)| *given) {
             let why = format!(
-                "{name} shows a training step; leave out --mode {}",
+                "{name} a training step; leave it out, or leave out --mode {}",
                 self.mode
             );
             return Err(Error::new(ErrorKind::Input, why));
@@ -225,6 +229,13 @@ impl Arguments {
     fn setting(&self) -> Result<Setting> {
         let model = self.model.architecture(&self.on)?;
         let mesh = self.mesh()?;
+        if self.sequence_parallel && mesh.size_of("tp") == 1 {
+            let why = format!(
+                "--sequence-parallel splits norms and dropout over tp, and --mesh {} has no tp; leave it out, or add tp=2",
+                self.mesh
+            );
+            return Err(Error::new(ErrorKind::Input, why));
+        }
         let named = Pipeline::ALL
             .into_iter()
             .find(|p| p.name() == self.schedule);

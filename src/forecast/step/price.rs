@@ -3,7 +3,7 @@
 use super::{Counts, Forecast, Prices, Setting, Span};
 use crate::cluster::Machine;
 use crate::collective::Kind;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::forecast::interval::{self, Slower};
 use crate::forecast::memory;
 use crate::forecast::program::Shape;
@@ -127,6 +127,12 @@ impl Setting {
         let even = end + (busiest.seconds - before);
         let straggler_seconds = even * self.straggling(machine)?;
         let step_seconds = even + straggler_seconds;
+        if !step_seconds.is_finite() {
+            let why = format!(
+                "a step would take {step_seconds} seconds: some number of the machine is far too small or too large"
+            );
+            return Err(Error::new(ErrorKind::Input, why));
+        }
         let tokens = self.global_batch as f64 * self.context as f64;
         let flops = |causal| 3.0 * tokens * self.model.forward_flops(self.context, causal);
         let peak = prices.rates.peak * self.mesh.chips() as f64;
