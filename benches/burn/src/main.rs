@@ -37,8 +37,10 @@ fn main() {
             Ok("integrated") => DeviceKind::IntegratedGpu(0),
             _ => DeviceKind::Cpu,
         });
-        if products > 0 {
-            [256, 512, 1024].map(|n| matmul(chip, &device, n, products));
+        for n in [256, 512, 1024] {
+            if products > 0 {
+                matmul(chip, &device, n, products);
+            }
         }
         if steps > 0 {
             step(chip, &device, steps);
