@@ -81,6 +81,12 @@ impl Slower {
         by: 1.0,
     };
 
+    /// One class slower by a factor.
+    pub fn new(class: Class, by: f64) -> Slower {
+        let class = Some(class);
+        Slower { class, by }
+    }
+
     /// The factor of a class.
     pub fn of(self, class: Class) -> f64 {
         if self.class == Some(class) {
@@ -103,10 +109,7 @@ pub(super) fn around(
     let base = step(Slower::NOTHING)?;
     let mut squares = REST.powi(2);
     for class in Class::ALL {
-        let slower = Slower {
-            class: Some(class),
-            by: 1.0 + class.residual(machine),
-        };
+        let slower = Slower::new(class, 1.0 + class.residual(machine));
         squares += (step(slower)? / base - 1.0).powi(2);
     }
     let half = squares.sqrt();
@@ -114,4 +117,51 @@ pub(super) fn around(
         seconds * (1.0 - half).max(0.0),
         seconds * (1.0 + 1.5 * half),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Classes of a made-up step err apart: the square root of the sum of their squares.
+    #[test]
+    fn classes_err_apart() {
+        let mut machine = Machine::named("dgx-a100").unwrap();
+        machine.set("kernel.matmul.residual", "0.1").unwrap();
+        let step =
+            |slower: Slower| Ok(3.0 * slower.of(Class::Matmul) + 1.0 * slower.of(Class::Links));
+        let (low, high) = around(&machine, 4.0, step).unwrap();
+        // Products are three quarters of the step, links a quarter, whose residual nobody measured.
+        let half = (0.075f64.powi(2) + 0.05f64.powi(2) + 0.05f64.powi(2)).sqrt();
+        assert!((low - 4.0 * (1.0 - half)).abs() <= 1e-12, "{low}");
+        assert!((high - 4.0 * (1.0 + 1.5 * half)).abs() <= 1e-12, "{high}");
+    }
+
+    /// What slows one class slows no other.
+    #[test]
+    fn a_class_is_slower_alone() {
+        use crate::forecast::kernel::Rates;
+        use crate::forecast::work::{Rows, Work};
+        let machine = Machine::named("dgx-a100").unwrap();
+        let rates = Rates::of(&machine, "bf16").unwrap();
+        let stream = |rows| Work::Stream { rows, bytes: 1e9 };
+        let works = [
+            (Class::Matmul, Work::matmul(4096, 4096, 4096)),
+            (Class::Elementwise, stream(Rows::Elementwise)),
+            (Class::Elementwise, stream(Rows::Optimizer)),
+            (Class::Norm, stream(Rows::Norm)),
+            (Class::Activation, stream(Rows::Activation)),
+        ];
+        for class in Class::ALL {
+            let slow = rates.slowed(Slower::new(class, 1.5));
+            for (own, work) in &works {
+                let ratio = slow.seconds(work) / rates.seconds(work);
+                let wants = if *own == class { 1.5 } else { 1.0 };
+                assert!(
+                    (ratio - wants).abs() <= 1e-12,
+                    "{class:?} {work:?}: {ratio}"
+                );
+            }
+        }
+    }
 }

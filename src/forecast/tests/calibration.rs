@@ -23,7 +23,9 @@ fn all_reduces_between_the_fitted_sizes() {
         ("a100_nccl_all_reduce_us.csv", "dgx-a100", 1e-6),
         ("h100_all_reduce_ms.csv", "dgx-h100", 1e-3),
     ] {
-        let network = Network::of(&Machine::named(machine).unwrap()).unwrap();
+        let machine = Machine::named(machine).unwrap();
+        let network = Network::of(&machine).unwrap();
+        let mut all: Vec<f64> = vec![];
         let mut groups: BTreeMap<usize, Vec<(f64, f64)>> = BTreeMap::new();
         for row in measured(file) {
             let (bytes, seconds) = if row.len() == 4 && file.contains("nccl") {
@@ -57,10 +59,86 @@ fn all_reduces_between_the_fitted_sizes() {
                 "{file} n={n}: mean {mean:.3}, worst {worst:.3}, {over} of {} beyond 10 %",
                 errors.len()
             );
-            // Scatter of the measurements: a curve of microseconds with a resolution of one, outliers of 40 %.
+            // Scatter of the measurements: a curve of microseconds with a resolution of one, outliers of 40 %. A change of protocol
+            // inside a gap, the slower way's slope up to the next point, was tried: it explains the one A100 point and misses more
+            // of the others.
             assert!(
                 over <= 2 && mean <= 0.08,
                 "{file} n={n}: mean {mean}, {over} beyond 10 %"
+            );
+            all.extend(&errors);
+        }
+        let residual = machine.system.value("network.residual").unwrap();
+        let found = most(&all);
+        assert!(
+            (found - residual).abs() <= 0.01,
+            "{file}: 80 % within {found}, the machine says {residual}"
+        );
+    }
+}
+
+/// Within which 80 % of the errors lie.
+fn most(errors: &[f64]) -> f64 {
+    let mut sizes: Vec<f64> = errors.iter().map(|e| e.abs()).collect();
+    sizes.sort_by(f64::total_cmp);
+    sizes[sizes.len() * 4 / 5]
+}
+
+/// The residuals of intervals are those of the measured kernels of a Llama 2 70B layer, 512 tokens and up: its four products together, and
+/// each of the other classes.
+#[test]
+#[ignore = "needs measured curves: SUPERNODE_CALIBRATION=DIR"]
+fn residuals_of_a_layer() {
+    let (hidden, keys, ffn) = (8192, 1024, 28672);
+    for (file, machine) in [
+        ("a100_llama2_70b_ops_ms.csv", "dgx-a100"),
+        ("h100_llama2_70b_ops_ms.csv", "dgx-h100"),
+    ] {
+        let machine = Machine::named(machine).unwrap();
+        let rates = Rates::of(&machine, "bf16").unwrap();
+        let mut errors: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+        for row in measured(file).iter().filter(|r| r[1] >= 512.0) {
+            let (tp, tokens) = (row[0] as usize, row[1] as usize);
+            let product = |n, k| rates.seconds(&Work::matmul(tokens, n, k));
+            let products = [
+                ((hidden + 2 * keys) / tp, hidden),
+                (hidden, hidden / tp),
+                (2 * ffn / tp, hidden),
+                (hidden, ffn / tp),
+            ];
+            let stream = |rows, bytes: f64, width: usize| {
+                let bytes = bytes * (tokens * width) as f64;
+                rates.seconds(&Work::Stream { rows, bytes })
+            };
+            let said = products.map(|(n, k)| product(n, k)).iter().sum::<f64>();
+            for (class, said, truth) in [
+                ("matmul", said, row[2] + row[3] + row[4] + row[6]),
+                (
+                    "elementwise",
+                    stream(Rows::Elementwise, 6.0, hidden),
+                    row[9],
+                ),
+                ("norm", stream(Rows::Norm, 4.0, hidden), row[7]),
+                (
+                    "activation",
+                    stream(Rows::Activation, 6.0, ffn / tp),
+                    row[5],
+                ),
+            ] {
+                let error = 1e-3 * truth / said - 1.0;
+                errors.entry(class).or_default().push(error);
+            }
+        }
+        for (class, errors) in errors {
+            let written = machine.chip.value(&format!("kernel.{class}.residual"));
+            let (written, found) = (written.unwrap(), most(&errors));
+            println!(
+                "{file} {class}: {} rows, 80 % within {found:.3}",
+                errors.len()
+            );
+            assert!(
+                (found - written).abs() <= 2e-3,
+                "{class}: {found}, {written}"
             );
         }
     }
