@@ -1,8 +1,11 @@
 // o = softmax(mask(logit(q k^T))) v and its log-sum-exp: an invocation for each query row, online over ascending keys. The sums
-// are scaled only when a larger logit comes: about ln(keys) times. Keys that a query cannot see are never read.
-// elements; reads q, k, v, of_queries?: u32, of_keys?: u32, offsets?: u32; writes o, lse: f32; numbers heads, kv_heads, queries, keys, head_dim, offset, causal, window, scale: f32, cap: f32; constants D
+// are scaled only when a larger logit comes: about ln(keys) times. Keys that a query cannot see are never read. Where rows are too few
+// to keep a card busy, an invocation takes one part of `span` keys, and results stand part by part: see attention_join.
+// elements; reads q, k, v, of_queries?: u32, of_keys?: u32, offsets?: u32; writes o, lse: f32; numbers heads, kv_heads, queries, keys, head_dim, offset, causal, window, scale: f32, cap: f32, rows, span; constants D
 #include attention_sees
-fn element(i: u32) {
+fn element(n: u32) {
+    let i = n % numbers.rows;
+    let part = n / numbers.rows;
     let t = i % numbers.queries;
     let h = (i / numbers.queries) % numbers.heads;
     let b = i / (numbers.queries * numbers.heads);
@@ -16,8 +19,9 @@ fn element(i: u32) {
 #end
     var m = -infinity();
     var sum = 0.0;
-    let end = end_of_keys(t);
-    for (var s = first_key(t); s < end; s++) {
+    let begin = max(first_key(t), part * numbers.span);
+    let end = min(end_of_keys(t), (part + 1u) * numbers.span);
+    for (var s = begin; s < end; s++) {
         if (!same_document(b, t, s)) { continue; }
         let at = ((b * numbers.keys + s) * numbers.kv_heads + g) * D;
         var dot = 0.0;
@@ -42,7 +46,7 @@ fn element(i: u32) {
     var share = 0.0;
     if (sum != 0.0) { share = 1.0 / sum; }
 #unroll d D
-    store_o(q_at + @du, o@d * share);
+    store_o(part * numbers.rows * D + q_at + @du, o@d * share);
 #end
-    store_lse(i, select(m + logarithm(sum), -infinity(), sum == 0.0));
+    store_lse(n, select(m + logarithm(sum), -infinity(), sum == 0.0));
 }

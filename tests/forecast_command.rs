@@ -350,6 +350,171 @@ fn options_that_say_nothing_are_refused() {
     }
 }
 
+/// Sizes and splits that do not fit each other, and values that no machine has.
+#[test]
+fn what_does_not_fit_is_refused() {
+    let gpt = "forecast --machine dgx-a100 --model gpt3-175b --global-batch 8";
+    let deepseek = "forecast --machine dgx-h800 --model deepseek-v3 --global-batch 64";
+    let small = "--layers 12 --hidden 1024 --heads 16";
+    for (line, says) in [
+        (
+            format!("{gpt} --hidden 1000 --mesh dp=8"),
+            "1000 hidden are not divisible by 96 heads; 1056 is",
+        ),
+        (
+            format!("{gpt} --set model.heads=7 --mesh dp=8"),
+            "12288 hidden are not divisible by 7 heads",
+        ),
+        (
+            format!("{gpt} {small} --ffn 1001 --mesh tp=8"),
+            "tp=8 does not divide 1001 ffn; tp=7 does",
+        ),
+        (
+            format!("{gpt} --mesh tp=7"),
+            "tp=7 does not divide 96 heads; tp=6 does",
+        ),
+        (
+            format!("{gpt} {small} --kv-heads 5 --mesh dp=8"),
+            "16 heads are not divisible by 5 kv-heads",
+        ),
+        (
+            format!("{deepseek} --mesh ep=7"),
+            "ep=7 does not divide 256 experts; ep=8 does",
+        ),
+        (
+            format!("{deepseek} --kv-heads 8 --mesh ep=8"),
+            "--kv-heads 8: latent attention",
+        ),
+        (
+            format!("{gpt} --mesh ep=8"),
+            "the model has none; split sequences over dp",
+        ),
+        (
+            format!("{gpt} --mesh cp=5 --cp-method ulysses"),
+            "cp=5 does not divide the 96 heads that tp=1 leaves",
+        ),
+        (
+            format!("{gpt} {small} --kv-heads 2 --mesh cp=4 --cp-method ulysses"),
+            "the 2 kv-heads",
+        ),
+        (
+            format!("{gpt} --mesh cp=8 --cp-method usp --cp-exchange 3"),
+            "3 chips that exchange tokens for heads do not divide cp=8; 8 do",
+        ),
+        (
+            format!("{gpt} {small} --kv-heads 2 --mesh cp=8 --cp-method usp --cp-exchange 4"),
+            "do not divide the 2 kv-heads that tp=1 leaves of 2; 2 do",
+        ),
+        (
+            format!("{gpt} --mesh cp=8 --cp-method ring --cp-exchange 2"),
+            "--cp-exchange 2 is for --cp-method usp, not ring",
+        ),
+        (
+            format!("{gpt} --mesh tp=8 --cp-method ring"),
+            "has none; cp=2 would do",
+        ),
+        (
+            format!("{gpt} --mesh cp=4096 --context 2048"),
+            "cp=4096 is more than 2048 tokens",
+        ),
+        (
+            format!("{gpt} --mesh dp=8 --sequence-parallel"),
+            "has no tp; leave it out",
+        ),
+        (
+            format!("{gpt} --mesh tp=8 --context 1025 --sequence-parallel"),
+            "1025 tokens, which are not divisible by tp=8; 1032 are",
+        ),
+        (
+            format!("{gpt} --mesh pp=8 --schedule zb-v --virtual-stages 1"),
+            "zb-v has two chunks",
+        ),
+        (format!("{gpt} --mesh pp=200"), "at most 98"),
+        (
+            format!("{gpt} --mesh tp=8 --mode decode --recompute full"),
+            "--recompute is of a training step",
+        ),
+        (
+            format!("{gpt} --mesh tp=8 --mode decode --zero 3"),
+            "--zero is of a training step",
+        ),
+        (
+            format!("{gpt} --mesh tp=8 --mode prefill --schedule zb-h1"),
+            "--schedule is of a training step",
+        ),
+        (
+            format!("{gpt} --mesh dp=8 --set kernel.matmul.efficiency=3"),
+            "above 0 and up to 1",
+        ),
+        (
+            format!("{gpt} --mesh dp=8 --set kernel.matmul.efficiency=0"),
+            "above 0 and up to 1",
+        ),
+        (
+            format!("{gpt} --mesh dp=8 --set chip.cores=0"),
+            "whole, at least 1",
+        ),
+        (
+            format!("{gpt} --mesh dp=8 --set level.node.chips=3.5"),
+            "whole, at least 1",
+        ),
+        (
+            format!("{gpt} --mesh dp=8 --set stack.imbalance=0.5"),
+            "1 or more",
+        ),
+        (
+            format!("{gpt} --mesh dp=8 --set stack.interference=1"),
+            "below 1",
+        ),
+        (
+            format!("{gpt} --mesh dp=8 --set matmul.bf16=1e-320"),
+            "far too small",
+        ),
+        (
+            "plan --machine dgx-a100 --model gpt3-175b --tokens-per-batch 1M --chips 0".into(),
+            "--chips 0: a step needs",
+        ),
+        (
+            "plan --machine dgx-a100 --model gpt3-175b --tokens-per-batch 4M --chips 99999989"
+                .into(),
+            "such as a power of two",
+        ),
+        (
+            "machines cloudmatrix-384:900".into(),
+            "there is no '900'; there are 626, 800, die",
+        ),
+    ] {
+        let (good, out, err) = supernode(&line);
+        assert!(!good && out.is_empty(), "{line}: {out}");
+        assert!(err.contains(says), "{line}: {err}");
+        assert_eq!(err.trim_end().matches('\n').count(), 0, "{line}: {err}");
+    }
+}
+
+/// What looks odd and is right: uneven tokens, a padded vocabulary, heads that take their share of another width, neighbours that
+/// exchange heads.
+#[test]
+fn odd_sizes_are_priced() {
+    let gpt = "forecast --machine dgx-a100 --model gpt3-175b --global-batch 8 --json";
+    let seconds = |rest: &str| {
+        let step = object(&format!("{gpt} {rest}"))["step_seconds"].as_f64();
+        step.expect("a number")
+    };
+    let small = "--layers 12 --hidden 1024 --heads 16 --ffn 4096 --context 8192";
+    assert!(seconds(&format!("{small} --mesh cp=3")) > seconds(&format!("{small} --mesh cp=4")));
+    assert!(seconds(&format!("{small} --mesh tp=8 --vocab 50257")) > 0.0);
+    let heads = |dim: &str| seconds(&format!("{small} {dim} --mesh dp=8"));
+    assert_eq!(heads(""), heads("--head-dim 64"));
+    assert!(heads("") < heads("--head-dim 128"));
+    let over = |method: &str| seconds(&format!("{small} --mesh cp=16 --cp-method {method}"));
+    let both = [over("usp"), over("usp --cp-exchange 16"), over("ulysses")];
+    assert_eq!(both[0], both[1]);
+    assert_eq!(both[0], both[2]);
+    assert_eq!(over("usp --cp-exchange 1"), over("ring"));
+    // Eight neighbours lie in a node; only the ring that joins the blocks leaves it.
+    assert!(over("usp --cp-exchange 8") < over("ulysses"));
+}
+
 /// Wrong values of `calibrate` are refused before anything is measured.
 #[test]
 fn calibration_refuses_what_it_cannot_do() {

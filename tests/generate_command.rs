@@ -91,6 +91,36 @@ fn a_text_is_continued_alike_on_every_mesh() {
     );
 }
 
+/// The likeliest tokens do not depend on the kind of chip, alone and with heads on two chips that share an adapter.
+#[cfg(feature = "gpu")]
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn a_graphics_processor_continues_it_too() {
+    let dir = trained();
+    let line = "generate --checkpoint run --prompt the --tokens 12 --threads 1 --temperature 0";
+    let generate = |more: &str| {
+        let all = format!("{line} {more}");
+        supernode(dir.path(), &all.split_whitespace().collect::<Vec<_>>())
+    };
+    let want = generate("");
+    assert!(want.status.success() && !want.stdout.is_empty());
+    for chips in ["--device gpu", "--device gpu --mesh tp=2"] {
+        let got = generate(chips);
+        let why = String::from_utf8_lossy(&got.stderr);
+        if !got.status.success() && std::env::var_os("SUPERNODE_REQUIRE_GPU").is_none() {
+            assert!(why.contains("gpu:0"), "{why}");
+            eprintln!("ignored: {why}");
+            return;
+        }
+        assert!(got.status.success(), "{chips}: {why}");
+        let text = |out: &Output| String::from_utf8_lossy(&out.stdout).into_owned();
+        assert_eq!(text(&got), text(&want), "{chips}");
+    }
+}
+
 #[test]
 fn what_cannot_be_continued_is_one_sentence() {
     let dir = trained();

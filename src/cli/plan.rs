@@ -42,6 +42,10 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
         let why = "--top 0: print at least 1 split";
         return Err(Error::new(ErrorKind::Input, why));
     }
+    if a.chips == Some(0) {
+        let why = "--chips 0: a step needs at least 1";
+        return Err(Error::new(ErrorKind::Input, why));
+    }
     let machine = a.on.machine()?;
     let model = a.model.architecture(&a.on)?;
     let context = a.context.unwrap_or(model.context);

@@ -27,7 +27,7 @@ const STATUS: Field = (
     Holds::Word(&["shipping", "announced", "reported"]),
 );
 
-static CHIP: [Field; 30] = {
+static CHIP: [Field; 35] = {
     use Dimension::{Bandwidth, Bytes, Power, Pure, Rate};
     [
         STATUS,
@@ -59,12 +59,19 @@ static CHIP: [Field; 30] = {
         ("kernel.matmul.narrow", Holds::Extra(Pure)),
         ("kernel.attention.backward", Holds::Extra(Pure)),
         ("kernel.attention.memory", Holds::Extra(Pure)),
+        // Within which 80 % of the measurements lie that a class was fitted to: of any product, of all of a layer's together, and
+        // of the other classes.
         ("kernel.residual", Holds::Extra(Pure)),
+        ("kernel.matmul.residual", Holds::Extra(Pure)),
+        ("kernel.attention.residual", Holds::Extra(Pure)),
+        ("kernel.elementwise.residual", Holds::Extra(Pure)),
+        ("kernel.norm.residual", Holds::Extra(Pure)),
+        ("kernel.activation.residual", Holds::Extra(Pure)),
         ("kernel.optimizer.memory", Holds::Extra(Pure)),
     ]
 };
 
-static SYSTEM: [Field; 20] = {
+static SYSTEM: [Field; 21] = {
     use Dimension::{Bandwidth, Power, Pure, Time};
     [
         STATUS,
@@ -92,11 +99,13 @@ static SYSTEM: [Field; 20] = {
         ("exchange.narrow.far", Holds::Extra(Bandwidth)),
         ("exchange.wide.near", Holds::Extra(Bandwidth)),
         ("exchange.wide.far", Holds::Extra(Bandwidth)),
+        // The same of collectives by measured curves.
+        ("network.residual", Holds::Extra(Pure)),
         ("power.total", Holds::Number(Power)),
     ]
 };
 
-static STACK: [Field; 19] = [
+static STACK: [Field; 20] = [
     ("stack.attention", Holds::Word(&["fused", "unfused"])),
     ("stack.dropout", Holds::Word(&["yes", "no"])),
     (
@@ -106,6 +115,8 @@ static STACK: [Field; 19] = [
     ("stack.dp_overlap", Holds::Word(&["yes", "no"])),
     ("stack.pp_overlap", Holds::Word(&["yes", "no"])),
     ("stack.gradient", Holds::Word(&["f32", "bf16"])),
+    // Whether the product that gives a weight's gradient adds to the sum itself (if nothing is said), or a kernel does after it.
+    ("stack.accumulation", Holds::Option(&["fused", "apart"])),
     ("stack.launch", Holds::Number(Dimension::Time)),
     ("stack.allocator", Holds::Number(Dimension::Pure)),
     ("stack.interference", Holds::Number(Dimension::Pure)),

@@ -69,6 +69,39 @@ impl Dimension {
     }
 }
 
+/// What is wrong with the value of a field in SI, if it lies where no machine's does: shares above 1 are faster than the hardware,
+/// and half a core is none.
+pub(super) fn outside(field: &str, value: f64) -> Option<&'static str> {
+    let last = field.rsplit('.').next().unwrap_or(field);
+    let (kernel, level) = (field.starts_with("kernel."), field.starts_with("level."));
+    let share = field == "exchange.share"
+        || level && last == "efficiency"
+        || kernel && ["efficiency", "memory", "narrow", "backward"].contains(&last);
+    let count = ["chip.cores", "system.chips"].contains(&field) || level && last == "chips";
+    let (fine, why) = match field {
+        "stack.interference" => (
+            value < 1.0,
+            "it is a share of a chip, at least 0 and below 1",
+        ),
+        "stack.stragglers" => (value <= 1.0, "it is a share of the nodes, from 0 to 1"),
+        "stack.imbalance" => (
+            value >= 1.0,
+            "the busiest expert has at least the mean one's tokens: 1 or more",
+        ),
+        _ if last == "oversubscription" => (value >= 1.0, "ports above for one below: 1 or more"),
+        _ if share => (
+            value > 0.0 && value <= 1.0,
+            "it is a share of the hardware's rate, above 0 and up to 1",
+        ),
+        _ if count => (
+            value >= 1.0 && value.fract() == 0.0,
+            "it is a number of things: whole, at least 1",
+        ),
+        _ => (true, ""),
+    };
+    (!fine).then_some(why)
+}
+
 /// How far a number is to be believed, from best to worst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Trust {

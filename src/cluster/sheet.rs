@@ -5,7 +5,7 @@
 //! have in `absent`. Every field of the kind of file must stand in exactly one of these places; anything else is refused with
 //! file, line and field, because a silently ignored number is a wrong forecast.
 
-use super::quantity::{Curve, Dimension, Number, Trust};
+use super::quantity::{Curve, Dimension, Number, Trust, outside};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -165,6 +165,9 @@ impl Sheet {
             return wrong(format!(
                 "{field}={value}: nothing would ever be done; a rate is more than 0"
             ));
+        }
+        if let Some(why) = outside(field, value) {
+            return wrong(format!("{field}={value}: {why}"));
         }
         self.unknown.remove(field);
         self.absent.remove(field);
@@ -396,6 +399,9 @@ impl Reader<'_> {
         if plain == 0.0 && d.divides() {
             let why = "0: nothing would ever be done; what nobody knows stands in `unknown`";
             return Err(self.wrong(value.span(), key, why));
+        }
+        if let Some(why) = outside(key, plain * scale) {
+            return Err(self.wrong(value.span(), key, format!("{plain}: {why}")));
         }
         let (source, trust) = self.believed(table, value.span(), key)?;
         Ok(Number {

@@ -165,3 +165,24 @@ fn set_changes_one_number() {
     assert!(machine.set("power.tdp", "much").is_err());
     assert!(machine.set("memory.bandwidth", "0").is_err());
 }
+
+#[test]
+fn values_that_no_machine_has_are_refused() {
+    for (field, wrong, right) in [
+        ("kernel.matmul.efficiency", "1.01", "1"),
+        ("kernel.norm.memory", "0", "0.5"),
+        ("level.node.efficiency", "2", "0.5"),
+        ("exchange.share", "0", "0.1"),
+        ("chip.cores", "0.5", "7"),
+        ("level.node.chips", "3.5", "16"),
+        ("stack.interference", "1", "0"),
+        ("stack.stragglers", "1.5", "1"),
+        ("stack.imbalance", "0.9", "1"),
+        ("level.node.oversubscription", "0.5", "2"),
+    ] {
+        let mut machine = Machine::named("dgx-a100").unwrap();
+        let why = machine.set(field, wrong).unwrap_err().to_string();
+        assert!(why.contains(field) && why.contains(wrong), "{why}");
+        machine.set(field, right).unwrap();
+    }
+}

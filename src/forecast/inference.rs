@@ -5,6 +5,7 @@
 //! `1 + accepted`. Sequences of a chip may be computed in micro-batches, one after the other; over `pp` they fill the pipeline.
 //! Weights lie in the type of matmuls, the cache in 2-byte elements.
 
+use super::interval::{self, Slower};
 use super::kernel::element_bytes;
 use super::memory::Memory;
 use super::program::Shape;
@@ -57,7 +58,7 @@ impl Setting {
     /// # Errors
     /// As [`Setting::price`].
     pub fn serve(&self, phase: Phase, machine: &Machine) -> Result<Served> {
-        self.served(phase, machine, 1.0, 1.0)
+        self.served(phase, machine, Slower::NOTHING)
     }
 
     /// As [`Setting::interval`].
@@ -65,9 +66,9 @@ impl Setting {
     /// # Errors
     /// As [`Setting::price`].
     pub fn serve_interval(&self, phase: Phase, machine: &Machine) -> Result<(f64, f64)> {
-        let step = self.served(phase, machine, 1.0, 1.0)?.step_seconds;
-        self.interval_of(machine, step, |kernels, network| {
-            Ok(self.served(phase, machine, kernels, network)?.step_seconds)
+        let step = self.served(phase, machine, Slower::NOTHING)?.step_seconds;
+        interval::around(machine, step, |slower| {
+            Ok(self.served(phase, machine, slower)?.step_seconds)
         })
     }
 
@@ -88,15 +89,9 @@ impl Setting {
         copies.check()
     }
 
-    fn served(
-        &self,
-        phase: Phase,
-        machine: &Machine,
-        kernels: f64,
-        network: f64,
-    ) -> Result<Served> {
+    fn served(&self, phase: Phase, machine: &Machine, slower: Slower) -> Result<Served> {
         self.check_inference()?;
-        let prices = self.prices(machine)?.slowed(kernels, network);
+        let prices = self.prices(machine)?.slowed(slower);
         prices.network.fits(self.mesh.chips())?;
         let inner = Shape {
             dropout: false,

@@ -8,6 +8,7 @@
 //! Products of the narrow types (fp8, int8, fp4) run at the peak of their type; attention's core, the head and every other product of
 //! 2-byte elements at that of bf16.
 
+use super::interval::{Class, Slower};
 use super::work::{Rows, Work};
 use crate::cluster::Machine;
 use crate::error::Result;
@@ -36,7 +37,7 @@ pub struct Rates {
     /// Memory bandwidth.
     pub bandwidth: f64,
     /// Seconds in which the host launches a kernel. It runs ahead of the chip: a run of kernels lasts as long as the slower of
-    /// the two, `max(launches * launch, sum of seconds)`.
+    /// the two, `max(kernels * launch, sum of their seconds)`; transfers are timed with their own launch.
     pub launch: f64,
     cores: Option<f64>,
     efficiency: f64,
@@ -47,6 +48,7 @@ pub struct Rates {
     attention_backward: f64,
     attention_memory: f64,
     elementwise: f64,
+    optimizer: f64,
     norm: f64,
     activation: f64,
 }
@@ -63,6 +65,7 @@ impl Rates {
         let efficiency = chip.value("kernel.matmul.efficiency")?;
         let memory = chip.value("kernel.matmul.memory")?;
         let attention = chip.value("kernel.attention.efficiency")?;
+        let elementwise = chip.value("kernel.elementwise.memory")?;
         Ok(Rates {
             peak,
             wide: if size < 2.0 {
@@ -81,7 +84,8 @@ impl Rates {
             attention,
             attention_backward: chip.find("kernel.attention.backward").unwrap_or(attention),
             attention_memory: chip.find("kernel.attention.memory").unwrap_or(memory),
-            elementwise: chip.value("kernel.elementwise.memory")?,
+            elementwise,
+            optimizer: chip.find("kernel.optimizer.memory").unwrap_or(elementwise),
             norm: chip.value("kernel.norm.memory")?,
             activation: chip.value("kernel.activation.memory")?,
         })
@@ -99,19 +103,22 @@ impl Rates {
         }
     }
 
-    /// The same machine with matmuls, kernels that stream and launches this much slower; what the network does is not in it.
-    pub fn slowed(&self, by: f64) -> Rates {
+    /// The same machine with a class of work slower; what the network does is not in it.
+    pub fn slowed(&self, slower: Slower) -> Rates {
+        let (matmul, attention) = (slower.of(Class::Matmul), slower.of(Class::Attention));
+        let elementwise = slower.of(Class::Elementwise);
         Rates {
-            efficiency: self.efficiency / by,
-            narrow: self.narrow / by,
-            memory: self.memory / by,
-            attention: self.attention / by,
-            attention_backward: self.attention_backward / by,
-            attention_memory: self.attention_memory / by,
-            elementwise: self.elementwise / by,
-            norm: self.norm / by,
-            activation: self.activation / by,
-            launch: self.launch * by,
+            efficiency: self.efficiency / matmul,
+            narrow: self.narrow / matmul,
+            memory: self.memory / matmul,
+            attention: self.attention / attention,
+            attention_backward: self.attention_backward / attention,
+            attention_memory: self.attention_memory / attention,
+            elementwise: self.elementwise / elementwise,
+            optimizer: self.optimizer / elementwise,
+            norm: self.norm / slower.of(Class::Norm),
+            activation: self.activation / slower.of(Class::Activation),
+            launch: self.launch * slower.of(Class::Launch),
             ..self.clone()
         }
     }
@@ -147,6 +154,7 @@ impl Rates {
             Work::Stream { rows, bytes } => {
                 let share = match rows {
                     Rows::Elementwise => self.elementwise,
+                    Rows::Optimizer => self.optimizer,
                     Rows::Norm => self.norm,
                     Rows::Activation => self.activation,
                 };

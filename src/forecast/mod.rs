@@ -18,12 +18,14 @@
 //! | `kernel`, `network`, `measured` | seconds of kernels, of transfers, and of what a calibrated machine timed |
 //! | `step`, `memory`, `schedule` | a training step: stages, pipeline, gradients, optimizer; bytes by cause |
 //! | `inference` | prompts and decoding |
+//! | `interval` | where 80 % of real steps lie |
 //! | `search` | the best of all splits |
 
 mod architecture;
 mod expert;
 mod goodput;
 mod inference;
+mod interval;
 mod kernel;
 mod measured;
 mod memory;
@@ -41,6 +43,7 @@ pub use architecture::{Architecture, Block, Latent, Mixture, Window};
 pub use expert::Exchange;
 pub use goodput::{Failures, Goodput};
 pub use inference::{Phase, Served};
+pub use interval::{Class, Slower};
 pub use kernel::{Rates, element_bytes};
 pub use measured::{account as measured_account, curves as measured_curves, gap as measured_gap};
 pub use memory::Memory;

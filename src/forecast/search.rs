@@ -175,7 +175,7 @@ impl Search {
         let count = candidates.len();
         if count == 0 {
             let why = format!(
-                "no split of {} chips divides {} sequences, {} layers and {} heads",
+                "no split of {} chips divides {} sequences, {} layers and {} heads; use chips whose factors are among theirs, such as a power of two",
                 self.chips, self.global_batch, self.model.layers, self.model.heads
             );
             return Err(Error::new(ErrorKind::Mesh, why));

@@ -75,7 +75,7 @@ pub fn price_trace(trace: &Trace, machine: &Machine, dtype: &str) -> Result<Trac
                 continue;
             }
             if let Some(busy) = measured.seconds(event) {
-                launches += 1;
+                launches += event.traffic.is_none() as usize;
                 // A transfer beside computation is over when its wait finds it so.
                 match event.traffic.as_ref().map(|t| t.axis.clone()) {
                     Some(axis) if beside(event) => {
@@ -98,7 +98,7 @@ pub fn price_trace(trace: &Trace, machine: &Machine, dtype: &str) -> Result<Trac
                 continue;
             }
             for work in Work::of_event(event) {
-                launches += 1;
+                launches += work.axis().is_none() as usize;
                 let moves = network.seconds(&trace.mesh, &work)?;
                 match work.axis().map(String::from) {
                     Some(axis) if beside(event) => {
@@ -120,7 +120,9 @@ pub fn price_trace(trace: &Trace, machine: &Machine, dtype: &str) -> Result<Trac
             }
         }
         price.seconds = price.seconds.max(wire);
-        let behind = rates.launch * launches as f64 - price.seconds;
+        // As in a generated step: where the host is slower than the kernels it decides, and transfers come on top.
+        let kernels: f64 = price.compute.values().sum();
+        let behind = rates.launch * launches as f64 - kernels;
         if behind > 0.0 {
             price.seconds += behind;
             *price.compute.entry("launch").or_default() += behind;

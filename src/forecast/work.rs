@@ -2,6 +2,9 @@
 //!
 //! Work comes from a traced [`Event`] or, for splits that no program here runs yet, from [`super::program`]: both are priced
 //! by the same functions.
+//!
+//! Axes are named as in the mesh. `cp[..4]` are the blocks of 4 neighbours along `cp`, `cp[4..]` the chips at the same place of
+//! these blocks.
 
 use crate::collective::Kind;
 use crate::trace::{Event, EventKind};
@@ -9,8 +12,10 @@ use crate::trace::{Event, EventKind};
 /// The class of a kernel that streams through memory; each has its measured share of the bandwidth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rows {
-    /// Sums, dropout, softmax, casts, optimizers.
+    /// Sums, dropout, softmax, casts.
     Elementwise,
+    /// Clipping, AdamW.
+    Optimizer,
     /// LayerNorm and RMSNorm.
     Norm,
     /// GELU, SwiGLU and their like.
@@ -123,6 +128,10 @@ impl Work {
                 ..
             } => "elementwise",
             Work::Stream {
+                rows: Rows::Optimizer,
+                ..
+            } => "optimizer",
+            Work::Stream {
                 rows: Rows::Norm, ..
             } => "norm",
             Work::Stream {
@@ -190,6 +199,7 @@ impl Work {
             _ => {
                 let rows = match name {
                     "layer_norm" | "rms_norm" => Rows::Norm,
+                    "adamw" | "sgd" => Rows::Optimizer,
                     "swiglu" | "gelu" | "gelu_tanh" | "activation" => Rows::Activation,
                     _ => Rows::Elementwise,
                 };
@@ -202,27 +212,17 @@ impl Work {
     }
 }
 
-/// The products of a traced matmul, from its operands' shapes: all but the last dimension of the first are rows.
+/// The products of a traced matmul, from its operands' shapes: all but the last dimension of the first are rows; the result's width, or
+/// the size of the weight's gradient, gives the columns. Its operations would not: a bias and an activation are among them.
 fn matmuls(event: &Event) -> Vec<Work> {
-    let shapes = event.inputs.iter().chain(&event.outputs);
-    let widths = shapes
-        .clone()
-        .map(|v| v.ty.shape.last().copied().unwrap_or(1).max(1));
     let elements = |v: &crate::trace::Value| v.ty.shape.iter().product::<usize>();
+    let width = |v: &crate::trace::Value| v.ty.shape.last().copied().unwrap_or(1).max(1);
     let Some(first) = event.inputs.first() else {
         return vec![];
     };
     let size = first.ty.dtype.size() as f64;
-    let rows = elements(first) / first.ty.shape.last().copied().unwrap_or(1).max(1);
-    // flops = 2 rows n k for each product; of the two widths one is the first operand's.
-    let k = widths.clone().next().unwrap_or(1);
-    let products = if event.op.ends_with(".backward") {
-        2
-    } else {
-        1
-    };
-    let each = event.flops as f64 / products as f64;
-    let n = (each / (2.0 * rows as f64 * k as f64)).round().max(1.0) as usize;
+    let k = width(first);
+    let rows = elements(first) / k;
     let one = |m, n, k| Work::Matmul {
         batch: 1,
         m,
@@ -230,8 +230,13 @@ fn matmuls(event: &Event) -> Vec<Work> {
         k,
         size,
     };
-    match products {
-        1 => vec![one(rows, n, k)],
-        _ => vec![one(rows, k, n), one(k, n, rows)],
+    if !event.op.ends_with(".backward") {
+        let n = event.outputs.first().map_or(1, width);
+        return vec![one(rows, n, k)];
     }
+    let n = match event.outputs.get(1) {
+        Some(weight) => elements(weight) / k,
+        None => (event.flops as f64 / (4.0 * rows as f64 * k as f64)).round() as usize,
+    };
+    vec![one(rows, k, n.max(1)), one(k, n.max(1), rows)]
 }

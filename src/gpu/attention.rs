@@ -1,7 +1,8 @@
 //! Attention on a chip.
 //!
 //! Processors that run a subgroup as one vector take kernels by blocks, in which an invocation holds four rows; other adapters
-//! take an invocation for each row. Neither adds in an order that chance decides.
+//! take an invocation for each row and, where rows are few (decoding), for each part of its keys, whose results are joined in order.
+//! Neither adds in an order that chance decides.
 
 use super::launch::{Launch, Operand};
 use super::library as k;
@@ -99,26 +100,70 @@ impl Heads {
 }
 
 /// o = softmax(mask(logit(q k^T))) v and its log-sum-exp.
-pub(crate) fn attention(g: &Heads, [q, k, v]: [Operand; 3], o: Operand, lse: Operand) {
-    let lanes = o.chip.lanes();
-    let kernel = if lanes.is_some() {
-        &k::ATTENTION_LANES
-    } else {
-        &k::ATTENTION
+pub(crate) fn attention(g: &Heads, [q, keys, v]: [Operand; 3], o: Operand, lse: Operand) {
+    let Some(lanes) = o.chip.lanes() else {
+        return by_rows(g, [q, keys, v], o, lse);
     };
-    let launch = Launch::new(kernel).operand("q", q).operand("k", k);
-    let launch = launch.operand("v", v).operand("o", o).operand("lse", lse);
-    let launch = launch.optional("offsets", g.offsets.clone());
-    match lanes {
-        Some(lanes) => g.run_by_blocks(
-            launch,
-            &["q", "k", "v", "o"],
-            lanes,
-            g.rows_of_head(),
-            VECTORS,
-        ),
-        None => g.of(launch).run(g.batch * g.heads * g.queries),
+    let launch = Launch::new(&k::ATTENTION_LANES)
+        .operand("q", q)
+        .operand("k", keys)
+        .operand("v", v)
+        .operand("o", o)
+        .operand("lse", lse)
+        .optional("offsets", g.offsets.clone());
+    let names = ["q", "k", "v", "o"];
+    g.run_by_blocks(launch, &names, lanes, g.rows_of_head(), VECTORS);
+}
+
+/// Rows that keep a card busy; fewer share their keys out. A rule of sizes alone, so that a run repeats bit for bit.
+const BUSY: usize = 8192;
+/// Keys of a part, at least: joining parts is little beside reading them.
+const PART: usize = 64;
+
+/// Parts of the keys, and keys of each, for so many rows.
+fn parts_of_keys(rows: usize, keys: usize) -> [usize; 2] {
+    let parts = (BUSY / rows.max(1)).min(keys / PART).max(1);
+    let span = keys.div_ceil(parts).max(1);
+    [keys.div_ceil(span).max(1), span]
+}
+
+/// [`attention`] with an invocation for each row or, where they are few, for each row and part of the keys.
+fn by_rows(g: &Heads, [q, keys, v]: [Operand; 3], o: Operand, lse: Operand) {
+    let rows = g.batch * g.heads * g.queries;
+    let [parts, span] = parts_of_keys(rows, g.keys);
+    let run = |o: Operand, lse: Operand| {
+        let launch = Launch::new(&k::ATTENTION)
+            .operand("q", q.clone())
+            .operand("k", keys.clone())
+            .operand("v", v.clone())
+            .operand("o", o)
+            .operand("lse", lse)
+            .optional("offsets", g.offsets.clone())
+            .number("rows", rows)
+            .number("span", span);
+        g.of(launch).run(rows * parts);
+    };
+    if parts == 1 {
+        return run(o, lse);
     }
+    let part = o.scratch(parts * rows * g.head_dim);
+    let part_lse = o.scratch(parts * rows);
+    run(part.clone(), part_lse.clone());
+    let join = |width: usize| {
+        Launch::new(&k::ATTENTION_JOIN)
+            .operand("part_lse", part_lse.clone())
+            .operand("lse", lse.clone())
+            .number("heads", g.heads)
+            .number("queries", g.queries)
+            .number("width", width)
+            .number("rows", rows)
+            .number("parts", parts)
+    };
+    join(g.head_dim)
+        .operand("part", part)
+        .operand("o", o)
+        .run(rows * g.head_dim);
+    join(1).run(rows);
 }
 
 /// The wanted gradients of [`attention`], from its o and lse.

@@ -27,6 +27,7 @@ kernels! {
     ATTENTION_DKV_LANES "attention_dkv_lanes",
     ATTENTION_DQ "attention_dq",
     ATTENTION_DQ_LANES "attention_dq_lanes",
+    ATTENTION_JOIN "attention_join",
     ATTENTION_LANES "attention_lanes",
     ATTENTION_MERGE "attention_merge",
     BALANCE_BIAS "balance_bias",

@@ -314,6 +314,7 @@ impl Config {
 
 /// The divisor of `n` that is nearest to `wish`, the smaller of two.
 pub(crate) fn nearest_divisor(n: usize, wish: usize) -> usize {
-    let divisors = (1..=n).filter(|d| n.is_multiple_of(*d));
+    // 1 is nearer than anything beyond twice the wish.
+    let divisors = (1..=n.min(2 * wish.max(1))).filter(|d| n.is_multiple_of(*d));
     divisors.min_by_key(|d| d.abs_diff(wish)).unwrap_or(1)
 }

@@ -62,9 +62,12 @@ pub(super) struct Arguments {
     /// Split norms and dropout over tp
     #[arg(long)]
     sequence_parallel: bool,
-    /// How attention meets the tokens of other chips of cp
-    #[arg(long, default_value = "ring", value_parser = ["ring", "all-gather", "ulysses"])]
-    cp_method: String,
+    /// How attention meets the tokens of other chips of cp; by default ring
+    #[arg(long, value_parser = ["ring", "all-gather", "ulysses", "usp"])]
+    cp_method: Option<String>,
+    /// With --cp-method usp: neighbours that exchange heads; by default as many as cp and the heads allow
+    #[arg(long, value_name = "N", requires = "cp_method")]
+    cp_exchange: Option<usize>,
     /// Type of matmuls
     #[arg(long, default_value = "bf16", value_parser = ["f32", "bf16", "fp8", "int8", "fp4"])]
     dtype: String,
@@ -161,12 +164,16 @@ impl Arguments {
 
     fn serve(&self, setting: &Setting, phase: Phase, machine: &Machine) -> Result<()> {
         let refused = [
-            ("--trace", self.trace.is_some()),
-            ("--html", self.html.is_some()),
+            ("--trace shows", self.trace.is_some()),
+            ("--html shows", self.html.is_some()),
+            ("--schedule is of", self.schedule != "1f1b"),
+            ("--virtual-stages is of", self.virtual_stages.is_some()),
+            ("--recompute is of", self.recompute != "none"),
+            ("--zero is of", self.zero != 0),
         ];
         if let Some((name, _)) = refused.iter().find(|(_, given)| *given) {
             let why = format!(
-                "{name} shows a training step; leave out --mode {}",
+                "{name} a training step; leave it out, or leave out --mode {}",
                 self.mode
             );
             return Err(Error::new(ErrorKind::Input, why));
@@ -196,15 +203,45 @@ impl Arguments {
         }
     }
 
+    fn context_parallel(&self, mesh: &Mesh) -> Result<ContextParallel> {
+        let refuse = |why: String| Err(Error::new(ErrorKind::Input, why));
+        let Some(word) = &self.cp_method else {
+            return Ok(ContextParallel::Ring);
+        };
+        if mesh.size_of("cp") == 1 {
+            return refuse(format!(
+                "--cp-method {word} is how mesh axis cp splits a sequence, and --mesh {} has none; cp=2 would do",
+                self.mesh
+            ));
+        }
+        let exchange = self.cp_exchange;
+        match (word.as_str(), exchange) {
+            ("usp", _) => Ok(ContextParallel::Usp { exchange }),
+            (_, Some(n)) => refuse(format!(
+                "--cp-exchange {n} is for --cp-method usp, not {word}"
+            )),
+            ("all-gather", _) => Ok(ContextParallel::AllGather),
+            ("ulysses", _) => Ok(ContextParallel::Ulysses),
+            _ => Ok(ContextParallel::Ring),
+        }
+    }
+
     fn setting(&self) -> Result<Setting> {
         let model = self.model.architecture(&self.on)?;
         let mesh = self.mesh()?;
+        if self.sequence_parallel && mesh.size_of("tp") == 1 {
+            let why = format!(
+                "--sequence-parallel splits norms and dropout over tp, and --mesh {} has no tp; leave it out, or add tp=2",
+                self.mesh
+            );
+            return Err(Error::new(ErrorKind::Input, why));
+        }
         let named = Pipeline::ALL
             .into_iter()
             .find(|p| p.name() == self.schedule);
         let pipeline = named.unwrap_or(Pipeline::ONE_F_ONE_B);
         let chunks = match (self.virtual_stages, self.schedule.as_str()) {
-            (None | Some(1), _) if pipeline.chunks() > 1 => pipeline.chunks(),
+            (None, _) if pipeline.chunks() > 1 => pipeline.chunks(),
             (None, "interleaved") => 2,
             (n, _) => n.unwrap_or(1),
         };
@@ -233,11 +270,7 @@ impl Arguments {
             },
             zero: self.zero,
             sequence_parallel: self.sequence_parallel,
-            context_parallel: match self.cp_method.as_str() {
-                "all-gather" => ContextParallel::AllGather,
-                "ulysses" => ContextParallel::Ulysses,
-                _ => ContextParallel::Ring,
-            },
+            context_parallel: self.context_parallel(&mesh)?,
             dtype: self.dtype.clone(),
             ..Setting::new(model, mesh, self.global_batch)
         })

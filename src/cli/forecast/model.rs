@@ -90,6 +90,9 @@ impl Model {
     /// The model with what was changed: first by options, then by `--set model.SIZE=VALUE`.
     pub(in super::super) fn architecture(&self, on: &On) -> Result<Architecture> {
         let mut m = model_named(&self.model)?;
+        // Heads share the width unless the model says otherwise.
+        let shared = m.head_dim * m.heads == m.hidden;
+        let mut changed = vec![];
         let numbers = [
             ("layers", self.layers),
             ("hidden", self.hidden),
@@ -112,6 +115,7 @@ impl Model {
         for (name, value) in numbers {
             if let Some(value) = value {
                 resize(&mut m, name, value);
+                changed.push(name.to_string());
             }
         }
         for (field, value) in on.sets()? {
@@ -136,6 +140,18 @@ impl Model {
                 Error::new(ErrorKind::Input, why)
             })?;
             resize(&mut m, &name, number);
+            changed.push(name);
+        }
+        let is = |name: &str| changed.iter().any(|c| c == name);
+        if shared && (is("hidden") || is("heads")) && !is("head-dim") {
+            share_width(&mut m)?;
+        }
+        if m.latent.is_some() && is("kv-heads") && m.kv_heads != m.heads {
+            let why = format!(
+                "--kv-heads {}: latent attention makes keys and values for all {} heads; leave it out, or give --kv-rank 0",
+                m.kv_heads, m.heads
+            );
+            return Err(Error::new(ErrorKind::Input, why));
         }
         if m.mixture.is_some_and(|x| x.experts == 1) && self.experts.is_none_or(|n| n <= 1) {
             let why = "--experts-per-token, --expert-ffn, --shared-experts and --dense-layers belong to a mixture; give --experts too";
@@ -150,10 +166,27 @@ impl Model {
     }
 }
 
-/// Changes one size and what follows from it: heads keep their number of elements unless hidden or their number changes, as many
-/// keys as queries stay as many.
+/// Gives each head its share of the width.
+fn share_width(m: &mut Architecture) -> Result<()> {
+    if m.heads == 0 || m.hidden == 0 {
+        // Refused with the other sizes.
+        return Ok(());
+    }
+    if !m.hidden.is_multiple_of(m.heads) {
+        let why = format!(
+            "{} hidden are not divisible by {} heads; {} is, or give --head-dim",
+            m.hidden,
+            m.heads,
+            m.hidden.next_multiple_of(m.heads)
+        );
+        return Err(Error::new(ErrorKind::Input, why));
+    }
+    m.head_dim = m.hidden / m.heads;
+    Ok(())
+}
+
+/// Changes one size and what follows from it: as many keys as queries stay as many.
 fn resize(m: &mut Architecture, name: &str, value: usize) {
-    let derived = m.heads > 0 && m.head_dim * m.heads == m.hidden;
     let mixture = |m: &Architecture| {
         m.mixture.unwrap_or(Mixture {
             experts: 1,
@@ -169,18 +202,12 @@ fn resize(m: &mut Architecture, name: &str, value: usize) {
     };
     match name {
         "layers" => m.layers = value,
-        "hidden" | "heads" => {
-            if name == "hidden" {
-                m.hidden = value;
-            } else {
-                if m.kv_heads == m.heads {
-                    m.kv_heads = value;
-                }
-                m.heads = value;
+        "hidden" => m.hidden = value,
+        "heads" => {
+            if m.kv_heads == m.heads {
+                m.kv_heads = value;
             }
-            if derived && m.heads > 0 && m.hidden.is_multiple_of(m.heads) {
-                m.head_dim = m.hidden / m.heads;
-            }
+            m.heads = value;
         }
         "kv-heads" => m.kv_heads = value,
         "head-dim" => m.head_dim = value,

@@ -8,6 +8,7 @@
 use super::{Members, Network};
 use crate::cluster::Machine;
 use crate::error::Result;
+use crate::forecast::expert::rounds;
 use crate::forecast::work::Work;
 
 /// What a machine and its software say about exchanges.
@@ -30,6 +31,15 @@ impl Exchanging {
             once_a_node: machine.stack.word("stack.exchange") == Some("deduplicated"),
             share: machine.system.find("exchange.share").unwrap_or(1.0),
             measured: [rate("narrow"), rate("wide")],
+        }
+    }
+}
+
+impl Exchanging {
+    /// Measured rates lower by a factor.
+    pub(super) fn slow(&mut self, by: f64) {
+        for (near, far) in self.measured.iter_mut().flatten() {
+            (*near, *far) = (*near / by, *far / by);
         }
     }
 }
@@ -63,11 +73,11 @@ impl Network {
             .collect();
         let row = tokens * token_bytes;
         let copies = *copies as f64;
-        let latency = self.levels[top].latency * (n as f64).log2().ceil();
+        let latency = rounds(n, self.levels[top].latency);
         if let Some((near, far)) = self.exchange.measured[!narrow as usize] {
             let within = (held[0] - 1) as f64 / n as f64;
             let beyond = (n - held[0]) as f64 / n as f64;
-            return Ok(row * copies * (within / near + beyond / far));
+            return Ok(latency + row * copies * (within / near + beyond / far));
         }
         let (mut together, mut apart) = (0.0f64, 0.0);
         let mut below = 1;

@@ -10,6 +10,7 @@
 mod exchange;
 mod links;
 
+use super::interval::{Class, Slower};
 use super::work::Work;
 use crate::cluster::{Curve, Level, Machine, Wiring};
 use crate::collective::{Kind, Schedule, Step};
@@ -23,7 +24,6 @@ pub struct Network {
     levels: Vec<Level>,
     curves: Vec<Curve>,
     exchange: Exchanging,
-    slower: f64,
 }
 
 /// Chips of a group, and ranks from one to the next.
@@ -39,16 +39,21 @@ impl Network {
             levels: machine.levels()?,
             curves: machine.system.curves().to_vec(),
             exchange: Exchanging::of(machine),
-            slower: 1.0,
         })
     }
 
-    /// The same network with every transfer this much slower.
-    pub fn slowed(&self, by: f64) -> Network {
-        Network {
-            slower: self.slower * by,
-            ..self.clone()
+    /// The same network with a class of transfers slower.
+    pub fn slowed(mut self, slower: Slower) -> Network {
+        let (links, curves) = (slower.of(Class::Links), slower.of(Class::Curves));
+        for level in &mut self.levels {
+            level.bandwidth /= links;
+            level.latency *= links;
         }
+        for point in self.curves.iter_mut().flat_map(|c| &mut c.points) {
+            point.1 *= curves;
+        }
+        self.exchange.slow(links);
+        self
     }
 
     /// Seconds of a transfer of `work` on `mesh`; 0 for a kernel.
@@ -63,14 +68,13 @@ impl Network {
         let Some(last) = groups.last() else {
             return Ok(0.0);
         };
-        let seconds = match work {
-            Work::Collective { kind, bytes, .. } => self.over(*kind, &groups, *bytes)?,
-            Work::Message { bytes, .. } => self.message(last.1, *bytes)?,
-            Work::Ring { bytes, .. } => self.ring(*last, *bytes)?,
-            Work::Exchange { .. } => self.exchange(&groups, work)?,
-            _ => 0.0,
-        };
-        Ok(seconds * self.slower)
+        match work {
+            Work::Collective { kind, bytes, .. } => self.over(*kind, &groups, *bytes),
+            Work::Message { bytes, .. } => self.message(last.1, *bytes),
+            Work::Ring { bytes, .. } => self.ring(*last, *bytes),
+            Work::Exchange { .. } => self.exchange(&groups, work),
+            _ => Ok(0.0),
+        }
     }
 
     /// Whether so many chips can be joined.
@@ -217,11 +221,8 @@ fn on_links(kind: Kind, level: &Level, n: usize, stride: usize, bytes: f64) -> f
 fn members(mesh: &Mesh, names: &str) -> Vec<Members> {
     let mut groups: Vec<Members> = names
         .split('+')
-        .filter(|name| mesh.size_of(name) > 1)
-        .map(|name| {
-            let group = mesh.group(0, name);
-            (group.size(), group.stride())
-        })
+        .filter_map(|name| part(mesh, name))
+        .filter(|(n, _)| *n > 1)
         .collect();
     groups.sort_by_key(|g| g.1);
     let mut joined: Vec<Members> = Vec::new();
@@ -232,6 +233,25 @@ fn members(mesh: &Mesh, names: &str) -> Vec<Members> {
         }
     }
     joined
+}
+
+/// The group along an axis or, as `cp[..4]` and `cp[4..]`, a part of it; none if the mesh has no such axis.
+fn part(mesh: &Mesh, name: &str) -> Option<Members> {
+    let (axis, range) = match name.split_once('[') {
+        Some((axis, range)) => (axis, range.trim_end_matches(']').split_once("..")),
+        None => (name, None),
+    };
+    if mesh.size_of(axis) == 1 {
+        return None;
+    }
+    let group = mesh.group(0, axis);
+    let (n, stride) = (group.size(), group.stride());
+    let block = |text: &str| text.parse().unwrap_or(1).clamp(1, n);
+    Some(match range {
+        Some(("", last)) => (block(last), stride),
+        Some((first, _)) => (n / block(first), stride * block(first)),
+        None => (n, stride),
+    })
 }
 
 /// The better of ring and recursive halving over `n` chips, each with `bandwidth` to any other.

@@ -132,7 +132,8 @@ impl Shape<'_> {
     }
 
     /// The core of attention, with what `cp` moves. Scores of unfused attention are written, read, and written again: softmax
-    /// moves 4 bytes an element, dropout 5 (two of values, a byte of mask); their gradients 6 and 5.
+    /// by Megatron-LM's kernel reads the half that the mask leaves and writes all, 3 bytes an element, 4 backward; dropout moves 5
+    /// (values in and out, a byte of mask), and so does its gradient.
     pub(super) fn core(&self, backward: bool) -> Vec<Task> {
         let mut tasks = self.meet(backward);
         let c = self.model;
@@ -185,7 +186,7 @@ impl Shape<'_> {
         };
         if !backward {
             tasks.push(by(rows, s, query));
-            tasks.extend(passes(&[4.0], &[6.0, 9.0, 8.0, 6.0]));
+            tasks.extend(passes(&[3.0], &[6.0, 9.0, 8.0, 6.0]));
             if self.dropout {
                 tasks.push(stream(Rows::Elementwise, 5.0 * scores));
             }
@@ -195,49 +196,44 @@ impl Shape<'_> {
             if self.dropout {
                 tasks.push(stream(Rows::Elementwise, 5.0 * scores));
             }
-            tasks.extend(passes(&[6.0], &[6.0, 12.0, 9.0, 6.0]));
+            tasks.extend(passes(&[4.0], &[6.0, 12.0, 9.0, 6.0]));
             tasks.extend([by(rows, query, s), by(s, query, rows)]);
         }
         tasks
     }
 
     /// What `cp` moves for the core: keys and values round the ring (and their gradients with them in the backward), gathered, or
-    /// everything exchanged for heads.
+    /// everything exchanged for heads among u neighbours, whose blocks a ring joins. A member of that ring has u times the tokens and
+    /// 1/u of the heads, so its share of the ring is as large as without exchange, and travels R - 1 times of R = cp / u.
     fn meet(&self, backward: bool) -> Vec<Task> {
         if self.cp == 1 {
             return vec![];
         }
         let (q, kv, o) = self.widths();
-        let (tokens, cp) = (self.tokens() as f64, self.cp as f64);
-        let whole = 2.0 * tokens * cp * kv as f64;
-        let axis = || "cp".to_string();
-        let collective = |kind, bytes| {
-            Task::from(Work::Collective {
-                kind,
-                axis: axis(),
-                bytes,
-            })
-        };
-        match self.context_parallel {
-            ContextParallel::Ring => {
-                let bytes = whole * if backward { 2.0 } else { 1.0 };
-                let work = Work::Ring {
-                    axis: axis(),
-                    bytes,
-                };
-                vec![Task::from(work).beside(Beside::Always)]
-            }
-            ContextParallel::AllGather => match backward {
-                false => vec![collective(Kind::AllGather, whole)],
-                true => vec![
-                    collective(Kind::AllGather, whole),
-                    collective(Kind::ReduceScatter, whole),
-                ],
-            },
-            ContextParallel::Ulysses => {
-                let local = 2.0 * tokens * (q + kv + o) as f64;
-                vec![collective(Kind::AllToAll, local)]
-            }
+        let tokens = self.tokens() as f64;
+        let (u, blocks) = (self.exchange, self.cp / self.exchange);
+        let whole = 2.0 * tokens * self.cp as f64 * kv as f64;
+        let collective =
+            |kind, axis: String, bytes| Task::from(Work::Collective { kind, axis, bytes });
+        if self.context_parallel == ContextParallel::AllGather {
+            let over = |kind| collective(kind, "cp".into(), whole);
+            return match backward {
+                false => vec![over(Kind::AllGather)],
+                true => vec![over(Kind::AllGather), over(Kind::ReduceScatter)],
+            };
         }
+        let mut tasks = vec![];
+        if u > 1 {
+            let local = 2.0 * tokens * (q + kv + o) as f64;
+            tasks.push(collective(Kind::AllToAll, format!("cp[..{u}]"), local));
+        }
+        if blocks > 1 {
+            let work = Work::Ring {
+                axis: format!("cp[{u}..]"),
+                bytes: whole / u as f64 * if backward { 2.0 } else { 1.0 },
+            };
+            tasks.push(Task::from(work).beside(Beside::Always));
+        }
+        tasks
     }
 }

@@ -164,10 +164,12 @@ impl Shape<'_> {
         tasks.extend(self.cast(rows * (2 * c + s.ffn) as f64));
         tasks.push(self.grouped(&s, s.rows, s.ffn, c));
         tasks.push(self.grouped(&s, s.ffn, c, s.rows).of_weight());
+        tasks.extend(self.accumulate(s.experts * s.ffn * c));
         tasks.push(self.activation(rows * s.ffn as f64, true));
         tasks.extend(self.cast(rows * (2 * f + c) as f64));
         tasks.push(self.grouped(&s, s.rows, c, f));
         tasks.push(self.grouped(&s, c, f, s.rows).of_weight());
+        tasks.extend(self.accumulate(s.experts * c * f));
         tasks.extend(self.over_tp(&s, Kind::ReduceScatter));
         tasks.extend(self.exchange(&m, &s, 2.0));
         tasks.push(self.permute(&m, &s));

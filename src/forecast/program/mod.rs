@@ -12,6 +12,7 @@ mod experts;
 use super::architecture::{Architecture, Block};
 use super::work::{Rows, Work};
 use crate::collective::Kind;
+use crate::error::{Error, ErrorKind, Result};
 
 /// What is computed again in the backward instead of kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,6 +35,58 @@ pub enum ContextParallel {
     AllGather,
     /// Tokens are exchanged for heads (Ulysses, arXiv:2309.14509).
     Ulysses,
+    /// So many neighbours exchange tokens for heads, and rings join their blocks (USP, arXiv:2405.07719); as many as heads and `cp`
+    /// allow if none is given.
+    Usp {
+        /// Neighbours that exchange.
+        exchange: Option<usize>,
+    },
+}
+
+impl ContextParallel {
+    /// Neighbours of `cp` that exchange tokens for heads, u, if `tp` chips share heads and `kv_heads`: 1 where all chips are a ring
+    /// or gather, all of `cp` in Ulysses.
+    ///
+    /// # Errors
+    /// If the heads do not allow it: which number stands in the way, and what would do.
+    pub fn exchange(self, cp: usize, tp: usize, heads: usize, kv_heads: usize) -> Result<usize> {
+        // Where chips of tp outnumber key heads each holds one.
+        let left = [
+            ("heads", heads, heads / tp),
+            ("kv-heads", kv_heads, (kv_heads / tp).max(1)),
+        ];
+        let blocked = |u: usize| {
+            left.into_iter()
+                .find(|(.., n)| u == 0 || !n.is_multiple_of(u))
+        };
+        let most = |among: usize| {
+            let fits = |u: &usize| among.is_multiple_of(*u) && blocked(*u).is_none();
+            (1..=among).rev().find(fits).unwrap_or(1)
+        };
+        let refuse = |why: String| Err(Error::new(ErrorKind::Mesh, why));
+        match self {
+            ContextParallel::Ring | ContextParallel::AllGather => Ok(1),
+            _ if cp == 1 => Ok(1),
+            ContextParallel::Ulysses => match blocked(cp) {
+                Some((name, all, n)) => refuse(format!(
+                    "Ulysses exchanges tokens for heads: cp={cp} does not divide the {n} {name} that tp={tp} leaves of {all}; the ring needs no such"
+                )),
+                None => Ok(cp),
+            },
+            ContextParallel::Usp { exchange: None } => Ok(most(cp)),
+            ContextParallel::Usp { exchange: Some(u) } => match blocked(u) {
+                _ if u == 0 || !cp.is_multiple_of(u) => refuse(format!(
+                    "{u} chips that exchange tokens for heads do not divide cp={cp}; {} do",
+                    most(cp)
+                )),
+                Some((name, all, n)) => refuse(format!(
+                    "{u} chips that exchange tokens for heads do not divide the {n} {name} that tp={tp} leaves of {all}; {} do",
+                    most(cp)
+                )),
+                None => Ok(u),
+            },
+        }
+    }
 }
 
 /// What decides the work of one layer.
@@ -53,12 +106,16 @@ pub struct Shape<'a> {
     pub ep: usize,
     /// How attention meets the tokens of other chips.
     pub context_parallel: ContextParallel,
+    /// Neighbours of `cp` that exchange tokens for heads: see [`ContextParallel::exchange`].
+    pub exchange: usize,
     /// Whether norms and dropout are split over the tokens.
     pub sequence_parallel: bool,
     /// Whether attention is one kernel.
     pub fused: bool,
     /// Whether there is dropout.
     pub dropout: bool,
+    /// Bytes of an element of the sum of a weight's gradients, if a kernel of its own adds to it.
+    pub accumulated: Option<f64>,
     /// Bytes of an element of a matmul's operands.
     pub size: f64,
     /// Tokens of the busiest expert's chip for those of the mean one.
@@ -297,7 +354,8 @@ impl Shape<'_> {
     }
 
     /// Gradients of a product of [tokens, rows] by [rows, columns]; a transfer of the input's gradient, or of the input once
-    /// more, may run beside the weight's.
+    /// more, may run beside the weight's. Where the product does not add to the sum of earlier micro-batches itself, a kernel reads
+    /// both and writes the sum.
     fn gradients(
         &self,
         tokens: usize,
@@ -309,7 +367,15 @@ impl Shape<'_> {
         tasks.push(self.product(tokens, rows, columns));
         tasks.extend(transfers);
         tasks.push(self.product(rows, columns, tokens).of_weight());
+        tasks.extend(self.accumulate(rows * columns));
         tasks
+    }
+
+    /// Adding so many weights' gradients to the sum of earlier micro-batches, where a kernel of its own does.
+    fn accumulate(&self, weights: usize) -> Option<Task> {
+        let bytes = self.accumulated?;
+        let moved = (2.0 + 2.0 * bytes) * weights as f64;
+        Some(stream(Rows::Elementwise, moved).of_weight())
     }
 
     /// What is computed again for a layer's backward.
@@ -334,8 +400,8 @@ impl Shape<'_> {
         tasks
     }
 
-    /// What stands behind the last layer: norm, logits, and a loss that reads and writes them in f32. The head is never narrower
-    /// than 2 bytes.
+    /// What stands behind the last layer: norm, logits, and a loss that reads and writes them in f32, pass by pass. The head is
+    /// never narrower than 2 bytes.
     pub fn head(&self, backward: bool) -> Vec<Task> {
         let (columns, rows) = (self.model.vocab.div_ceil(self.tp), self.model.hidden);
         let wide = Shape {
@@ -343,8 +409,13 @@ impl Shape<'_> {
             ..self.clone()
         };
         let logits = (self.tokens() * columns) as f64;
+        let passes = |bytes: &'static [f64]| {
+            let pass = move |b: &f64| stream(Rows::Elementwise, b * logits);
+            bytes.iter().map(pass)
+        };
         if backward {
-            let mut tasks = vec![stream(Rows::Elementwise, 10.0 * logits)];
+            // Softmax minus one-hot times the loss's gradient, in place; narrowed.
+            let mut tasks: Vec<Task> = passes(&[8.0, 6.0]).collect();
             let sum = self.transfer(Kind::AllReduce, Beside::Backward);
             tasks.extend(wide.gradients(self.tokens(), (columns, rows), sum));
             tasks.push(stream(Rows::Norm, 6.0 * self.residual()));
@@ -353,8 +424,9 @@ impl Shape<'_> {
         let mut tasks = vec![stream(Rows::Norm, 4.0 * self.residual())];
         tasks.extend(self.before_pair());
         tasks.push(wide.product(self.tokens(), columns, rows));
-        // To f32, the maximum, the exponentials and their sum.
-        tasks.push(stream(Rows::Elementwise, 18.0 * logits));
+        // To f32, the maximum, its subtraction, exponentials, their sum, the division: each a pass in the loss over split logits
+        // (Shoeybi et al. 2019, section 3).
+        tasks.extend(passes(&[6.0, 4.0, 8.0, 8.0, 4.0, 8.0]));
         tasks
     }
 

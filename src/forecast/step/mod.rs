@@ -12,6 +12,7 @@ use super::schedule::Pipeline;
 use crate::cluster::Machine;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
+use crate::model::nearest_divisor;
 use crate::pipeline::{Plan, Ran};
 pub(super) use layers::Counts;
 pub(super) use span::{Prices, Span};
@@ -185,7 +186,11 @@ impl Setting {
         let (tp, cp, ep) = (self.along("tp"), self.along("cp"), self.along("ep"));
         let m = &self.model;
         if !m.heads.is_multiple_of(tp) {
-            return wrong(format!("tp={tp} does not divide {} heads", m.heads));
+            return wrong(format!(
+                "tp={tp} does not divide {} heads; tp={} does",
+                m.heads,
+                nearest_divisor(m.heads, tp)
+            ));
         }
         if m.latent.is_none() && !m.kv_heads.is_multiple_of(tp) && !tp.is_multiple_of(m.kv_heads) {
             return wrong(format!(
@@ -193,29 +198,64 @@ impl Setting {
                 m.kv_heads
             ));
         }
-        if self.context_parallel == ContextParallel::Ulysses && !m.heads.is_multiple_of(tp * cp) {
-            return wrong(format!(
-                "Ulysses exchanges tokens for heads: cp={cp} does not divide the {} that tp={tp} leaves of {}; the ring needs no such",
-                m.heads / tp,
-                m.heads
-            ));
-        }
+        self.exchange()?;
+        self.check_widths(tp, ep)?;
         if self.sequence_parallel && !self.context.is_multiple_of(tp) {
             return wrong(format!(
-                "{} tokens are not divisible by tp={tp}",
-                self.context
+                "sequence parallelism splits {} tokens, which are not divisible by tp={tp}; {} are",
+                self.context,
+                self.context.next_multiple_of(tp)
             ));
         }
         if cp > self.context {
-            return wrong(format!("cp={cp} is more than {} tokens", self.context));
+            return wrong(format!(
+                "cp={cp} is more than {} tokens; each chip needs one",
+                self.context
+            ));
         }
         match m.mixture {
-            None if ep > 1 => wrong(format!("ep={ep} splits experts, but the model has none")),
-            Some(e) if !e.experts.is_multiple_of(ep) => {
-                wrong(format!("ep={ep} does not divide {} experts", e.experts))
-            }
+            None if ep > 1 => wrong(format!(
+                "ep={ep} splits experts, but the model has none; split sequences over dp instead"
+            )),
+            Some(e) if !e.experts.is_multiple_of(ep) => wrong(format!(
+                "ep={ep} does not divide {} experts; ep={} does",
+                e.experts,
+                nearest_divisor(e.experts, ep)
+            )),
             _ => Ok(()),
         }
+    }
+
+    /// Columns and rows of feed-forward parts over `tp`; the vocabulary is padded instead.
+    fn check_widths(&self, tp: usize, ep: usize) -> Result<()> {
+        let m = &self.model;
+        let dense = m.mixture.is_none_or(|x| x.dense_layers > 0 || x.every > 1);
+        let experts = m.mixture.filter(|x| !x.experts.is_multiple_of(tp * ep));
+        let widths = [
+            ("ffn", dense.then_some(m.ffn)),
+            ("width of an expert", experts.map(|x| x.ffn)),
+            ("width of shared experts", m.mixture.map(|x| x.shared_ffn)),
+        ];
+        let split = |n: &Option<usize>| n.is_some_and(|n| !n.is_multiple_of(tp));
+        match widths.into_iter().find(|(_, n)| split(n)) {
+            Some((name, n)) => Err(Error::new(
+                ErrorKind::Mesh,
+                format!(
+                    "tp={tp} does not divide {} {name}; tp={} does",
+                    n.unwrap_or(0),
+                    nearest_divisor(n.unwrap_or(0), tp)
+                ),
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Neighbours of `cp` that exchange tokens for heads. Latent attention has as many keys as heads.
+    fn exchange(&self) -> Result<usize> {
+        let m = &self.model;
+        let keys = m.latent.map_or(m.kv_heads, |_| m.heads);
+        let (tp, cp) = (self.along("tp"), self.along("cp"));
+        self.context_parallel.exchange(cp, tp, m.heads, keys)
     }
 
     /// The lists of the stages.
@@ -237,9 +277,12 @@ impl Setting {
             cp: self.along("cp"),
             ep: self.along("ep"),
             context_parallel: self.context_parallel,
+            // What was checked.
+            exchange: self.exchange().unwrap_or(1),
             sequence_parallel: self.sequence_parallel && self.along("tp") > 1,
             fused: is("stack.attention", "fused"),
             dropout: is("stack.dropout", "yes"),
+            accumulated: is("stack.accumulation", "apart").then(|| self.gradient_bytes(machine)),
             size: super::kernel::element_bytes(&self.dtype),
             imbalance: machine
                 .stack

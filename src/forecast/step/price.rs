@@ -3,7 +3,8 @@
 use super::{Counts, Forecast, Prices, Setting, Span};
 use crate::cluster::Machine;
 use crate::collective::Kind;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
+use crate::forecast::interval::{self, Slower};
 use crate::forecast::memory;
 use crate::forecast::program::Shape;
 use crate::forecast::schedule::makespan;
@@ -12,12 +13,6 @@ use crate::pipeline::Times;
 
 /// Pieces beyond which a timeline is not replayed whole: nobody looks at more, and a step of more repeats itself.
 const MOST_PIECES: usize = 400_000;
-
-/// Share of a transfer's price by which real transfers lie beside it, where no curve was measured.
-const NETWORK_RESIDUAL: f64 = 0.2;
-
-/// Share of a step by which the pipeline, the software and the machine's state lie beside the model, kernels and network apart.
-const STRUCTURE_RESIDUAL: f64 = 0.05;
 
 impl Setting {
     /// Forward and backward of one layer of the first stage, in seconds: what the table of a paper shows.
@@ -41,7 +36,7 @@ impl Setting {
     /// # Errors
     /// What does not divide, a number that the machine does not have, or more chips than it joins.
     pub fn price(&self, machine: &Machine) -> Result<Forecast> {
-        self.priced(machine, 1.0, 1.0, true)
+        self.priced(machine, Slower::NOTHING, true)
     }
 
     /// [`Setting::price`] without what the stages did, which grows with the number of micro-batches.
@@ -49,38 +44,19 @@ impl Setting {
     /// # Errors
     /// As [`Setting::price`].
     pub fn price_only(&self, machine: &Machine) -> Result<Forecast> {
-        self.priced(machine, 1.0, 1.0, false)
+        self.priced(machine, Slower::NOTHING, false)
     }
 
-    /// Seconds between which the step lies with a probability of about 80 %: kernels err as they did against the curves that they were
-    /// fitted to (`kernel.residual`, or 20 % where nothing was measured), transfers by 20 %, and the rest by 5 %; these are
-    /// independent of each other. What nobody modelled makes a run slower, not faster: the upper half is half as wide again.
+    /// Seconds between which the step lies with a probability of about 80 %: see [`Class`](crate::forecast::Class) for what errs
+    /// by how much, independently of the others.
     ///
     /// # Errors
     /// As [`Setting::price`].
     pub fn interval(&self, machine: &Machine) -> Result<(f64, f64)> {
-        let step = self.priced(machine, 1.0, 1.0, true)?.step_seconds;
-        self.interval_of(machine, step, |kernels, network| {
-            Ok(self.priced(machine, kernels, network, false)?.step_seconds)
+        let step = self.priced(machine, Slower::NOTHING, true)?.step_seconds;
+        interval::around(machine, step, |slower| {
+            Ok(self.priced(machine, slower, false)?.step_seconds)
         })
-    }
-
-    /// The interval around a step whose seconds are known for slower kernels and a slower network.
-    pub(in super::super) fn interval_of(
-        &self,
-        machine: &Machine,
-        seconds: f64,
-        step: impl Fn(f64, f64) -> Result<f64>,
-    ) -> Result<(f64, f64)> {
-        let residual = machine.chip.find("kernel.residual").unwrap_or(0.2);
-        let base = step(1.0, 1.0)?;
-        let kernels = step(1.0 + residual, 1.0)? / base - 1.0;
-        let network = step(1.0, 1.0 + NETWORK_RESIDUAL)? / base - 1.0;
-        let half = (kernels.powi(2) + network.powi(2) + STRUCTURE_RESIDUAL.powi(2)).sqrt();
-        Ok((
-            seconds * (1.0 - half).max(0.0),
-            seconds * (1.0 + 1.5 * half),
-        ))
     }
 
     /// Seconds that no schedule of this split goes below: the busiest stage, all its micro-batches one after the other.
@@ -97,15 +73,9 @@ impl Setting {
         Ok(busiest * self.micros() as f64 * (1.0 + self.straggling(machine)?))
     }
 
-    fn priced(
-        &self,
-        machine: &Machine,
-        kernels: f64,
-        network: f64,
-        timeline: bool,
-    ) -> Result<Forecast> {
+    fn priced(&self, machine: &Machine, slower: Slower, timeline: bool) -> Result<Forecast> {
         self.check()?;
-        let prices = self.prices(machine)?.slowed(kernels, network);
+        let prices = self.prices(machine)?.slowed(slower);
         // Rank 0's groups lie lowest: a mesh that the machine cannot join is refused as a whole.
         prices.network.fits(self.mesh.chips())?;
         let shape = self.shape(machine);
@@ -157,6 +127,12 @@ impl Setting {
         let even = end + (busiest.seconds - before);
         let straggler_seconds = even * self.straggling(machine)?;
         let step_seconds = even + straggler_seconds;
+        if !step_seconds.is_finite() {
+            let why = format!(
+                "a step would take {step_seconds} seconds: some number of the machine is far too small or too large"
+            );
+            return Err(Error::new(ErrorKind::Input, why));
+        }
         let tokens = self.global_batch as f64 * self.context as f64;
         let flops = |causal| 3.0 * tokens * self.model.forward_flops(self.context, causal);
         let peak = prices.rates.peak * self.mesh.chips() as f64;

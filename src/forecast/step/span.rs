@@ -3,6 +3,7 @@
 use super::Setting;
 use crate::cluster::Machine;
 use crate::error::Result;
+use crate::forecast::interval::{Class, Slower};
 use crate::forecast::kernel::Rates;
 use crate::forecast::network::Network;
 use crate::forecast::program::{Beside, Task};
@@ -31,11 +32,11 @@ impl Span {
         }
     }
 
-    /// Waits for an axis, the first of several joined by `+`.
+    /// Waits for an axis, the first of several joined by `+`, whole or a part.
     pub(crate) fn wait(&mut self, axis: &str, seconds: f64) {
         self.seconds += seconds;
         if seconds > 0.0 {
-            let first = axis.split('+').next().unwrap_or(axis);
+            let first = axis.split(['+', '[']).next().unwrap_or(axis);
             *self.exposed.entry(first.into()).or_default() += seconds;
         }
     }
@@ -78,10 +79,11 @@ impl<'a> Prices<'a> {
         })
     }
 
-    /// Kernels and network slower by these factors.
-    pub(crate) fn slowed(mut self, kernels: f64, network: f64) -> Self {
-        self.rates = self.rates.slowed(kernels);
-        self.network = self.network.slowed(network);
+    /// With a class of work slower.
+    pub(crate) fn slowed(mut self, slower: Slower) -> Self {
+        self.rates = self.rates.slowed(slower);
+        self.network = self.network.slowed(slower);
+        self.gap *= slower.of(Class::Launch);
         self
     }
 
@@ -93,15 +95,17 @@ impl<'a> Prices<'a> {
     }
 
     /// Tasks one after another. A transfer that may hide does so behind the one kernel that follows it; exchanges of tokens behind
-    /// everything, if other micro-batches compute meanwhile.
+    /// everything, if other micro-batches compute meanwhile. Where the host launches kernels slower than they run it decides, and
+    /// transfers come on top: one begins when the last of its chips has been told to.
     pub(crate) fn span(&self, tasks: &[Task]) -> Result<Span> {
         let mut span = Span::default();
         let mut beside: Vec<(&str, f64)> = vec![];
-        let mut exchanged = 0.0;
+        let (mut exchanged, mut launches) = (0.0, 0);
         let slowed = self.interference / (1.0 - self.interference);
         for task in tasks {
             let Some(axis) = task.work.axis() else {
                 let alone = self.rates.seconds(&task.work);
+                launches += 1;
                 let moving: f64 = beside.iter().map(|(_, moves)| moves).sum();
                 let mut busy = alone + slowed * moving.min(alone);
                 span.work(task.work.name(), busy);
@@ -132,7 +136,8 @@ impl<'a> Prices<'a> {
         if self.gap > 0.0 {
             span.work("launch", self.gap * tasks.len() as f64);
         }
-        let behind = self.rates.launch * tasks.len() as f64 - span.seconds;
+        let kernels: f64 = span.kernels.values().sum();
+        let behind = self.rates.launch * launches as f64 - kernels;
         if behind > 0.0 {
             span.work("launch", behind);
         }

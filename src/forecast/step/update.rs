@@ -145,8 +145,9 @@ impl Setting {
         Ok(())
     }
 
-    /// Clipping reads gradients; AdamW reads and writes master weights and two moments in f32, writes 2-byte weights; the
-    /// gradients are set to zero.
+    /// Passes over the state, each a kernel over all of it: the norm reads gradients; clipping reads and writes them; AdamW reads
+    /// them, and reads and writes master weights and two moments in f32; weights are narrowed to 2 bytes; all gradients are set to
+    /// zero.
     fn optimize(
         &self,
         prices: &Prices<'_>,
@@ -157,9 +158,10 @@ impl Setting {
         let (dense, experts) = self.most_parameters(layers);
         let (dense_shards, expert_shards) = self.shards();
         let share = dense / dense_shards + experts / expert_shards;
-        let bytes = share * (gradient + 24.0 + gradient + 2.0) + (dense + experts) * gradient;
+        let passes = gradient + 2.0 * gradient + (gradient + 24.0) + 6.0;
+        let bytes = share * passes + (dense + experts) * gradient;
         let step = prices.rates.seconds(&Work::Stream {
-            rows: Rows::Elementwise,
+            rows: Rows::Optimizer,
             bytes,
         });
         span.seconds += step;

@@ -31,6 +31,11 @@ fn settings(model: &str) -> Vec<Setting> {
                 all.push(Setting {
                     pipeline,
                     virtual_stages: pipeline.chunks(),
+                    context_parallel: match recompute {
+                        Recompute::None => ContextParallel::Ring,
+                        Recompute::Selective => ContextParallel::Usp { exchange: None },
+                        Recompute::Full => ContextParallel::AllGather,
+                    },
                     recompute,
                     zero,
                     sequence_parallel,

@@ -23,7 +23,9 @@ fn all_reduces_between_the_fitted_sizes() {
         ("a100_nccl_all_reduce_us.csv", "dgx-a100", 1e-6),
         ("h100_all_reduce_ms.csv", "dgx-h100", 1e-3),
     ] {
-        let network = Network::of(&Machine::named(machine).unwrap()).unwrap();
+        let machine = Machine::named(machine).unwrap();
+        let network = Network::of(&machine).unwrap();
+        let mut all: Vec<f64> = vec![];
         let mut groups: BTreeMap<usize, Vec<(f64, f64)>> = BTreeMap::new();
         for row in measured(file) {
             let (bytes, seconds) = if row.len() == 4 && file.contains("nccl") {
@@ -57,10 +59,86 @@ fn all_reduces_between_the_fitted_sizes() {
                 "{file} n={n}: mean {mean:.3}, worst {worst:.3}, {over} of {} beyond 10 %",
                 errors.len()
             );
-            // Scatter of the measurements: a curve of microseconds with a resolution of one, outliers of 40 %.
+            // Scatter of the measurements: a curve of microseconds with a resolution of one, outliers of 40 %. A change of protocol
+            // inside a gap, the slower way's slope up to the next point, was tried: it explains the one A100 point and misses more
+            // of the others.
             assert!(
                 over <= 2 && mean <= 0.08,
                 "{file} n={n}: mean {mean}, {over} beyond 10 %"
+            );
+            all.extend(&errors);
+        }
+        let residual = machine.system.value("network.residual").unwrap();
+        let found = most(&all);
+        assert!(
+            (found - residual).abs() <= 0.01,
+            "{file}: 80 % within {found}, the machine says {residual}"
+        );
+    }
+}
+
+/// Within which 80 % of the errors lie.
+fn most(errors: &[f64]) -> f64 {
+    let mut sizes: Vec<f64> = errors.iter().map(|e| e.abs()).collect();
+    sizes.sort_by(f64::total_cmp);
+    sizes[sizes.len() * 4 / 5]
+}
+
+/// The residuals of intervals are those of the measured kernels of a Llama 2 70B layer, 512 tokens and up: its four products together, and
+/// each of the other classes.
+#[test]
+#[ignore = "needs measured curves: SUPERNODE_CALIBRATION=DIR"]
+fn residuals_of_a_layer() {
+    let (hidden, keys, ffn) = (8192, 1024, 28672);
+    for (file, machine) in [
+        ("a100_llama2_70b_ops_ms.csv", "dgx-a100"),
+        ("h100_llama2_70b_ops_ms.csv", "dgx-h100"),
+    ] {
+        let machine = Machine::named(machine).unwrap();
+        let rates = Rates::of(&machine, "bf16").unwrap();
+        let mut errors: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+        for row in measured(file).iter().filter(|r| r[1] >= 512.0) {
+            let (tp, tokens) = (row[0] as usize, row[1] as usize);
+            let product = |n, k| rates.seconds(&Work::matmul(tokens, n, k));
+            let products = [
+                ((hidden + 2 * keys) / tp, hidden),
+                (hidden, hidden / tp),
+                (2 * ffn / tp, hidden),
+                (hidden, ffn / tp),
+            ];
+            let stream = |rows, bytes: f64, width: usize| {
+                let bytes = bytes * (tokens * width) as f64;
+                rates.seconds(&Work::Stream { rows, bytes })
+            };
+            let said = products.map(|(n, k)| product(n, k)).iter().sum::<f64>();
+            for (class, said, truth) in [
+                ("matmul", said, row[2] + row[3] + row[4] + row[6]),
+                (
+                    "elementwise",
+                    stream(Rows::Elementwise, 6.0, hidden),
+                    row[9],
+                ),
+                ("norm", stream(Rows::Norm, 4.0, hidden), row[7]),
+                (
+                    "activation",
+                    stream(Rows::Activation, 6.0, ffn / tp),
+                    row[5],
+                ),
+            ] {
+                let error = 1e-3 * truth / said - 1.0;
+                errors.entry(class).or_default().push(error);
+            }
+        }
+        for (class, errors) in errors {
+            let written = machine.chip.value(&format!("kernel.{class}.residual"));
+            let (written, found) = (written.unwrap(), most(&errors));
+            println!(
+                "{file} {class}: {} rows, 80 % within {found:.3}",
+                errors.len()
+            );
+            assert!(
+                (found - written).abs() <= 2e-3,
+                "{class}: {found}, {written}"
             );
         }
     }
@@ -112,71 +190,80 @@ fn every_curve_between_its_fitted_sizes() {
     }
 }
 
-/// 1,440 runs on one node of A100s: the launch overhead and the share of the bandwidth that element-wise
-/// kernels reach (their number in that software is not known) from hidden 1024, tested on 2048, and back.
+/// What is fitted to one width of the single-node set, and the values that are tried: the software's launches (a kernel here stands for
+/// several of it), and what element-wise kernels reach in it.
+const LAUNCHES: [f64; 14] = [
+    45e-6, 50e-6, 55e-6, 60e-6, 65e-6, 70e-6, 75e-6, 80e-6, 85e-6, 90e-6, 95e-6, 100e-6, 105e-6,
+    110e-6,
+];
+const SHARES: [f64; 7] = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88];
+
+/// 1,440 runs on one node of A100s, everything computed again: constants from hidden 1024, tested on 2048, and back.
+///
+/// Without `dp` the times of the file are linear in layers and micro-batches to the last of 16 digits: they are layers that were
+/// timed alone, added up. So products are priced as those that were measured alone, and the 1,440 are 16 layers and 16 heads a
+/// width; layers of few tokens, which wait for the host, scatter by 15 % about any rule. The terms of the price were chosen by
+/// leaving out one pair of `tp` and micro-batch after the other of hidden 1024 alone (mean error 4.3 %).
 #[test]
 #[ignore = "needs measured curves: SUPERNODE_CALIBRATION=DIR"]
 fn single_node_steps() {
     let rows = measured("a100_single_node_steps.csv");
-    let price = |row: &[f64], machine: &Machine| -> f64 {
-        let n = |i: usize| row[i] as usize;
-        let setting = Setting {
-            model: (&crate::model::Config::gpt2(n(5), n(3), n(4), 51200, n(6))).into(),
-            mesh: Mesh::new([("pp", n(9)), ("dp", n(8)), ("tp", n(7))]),
-            global_batch: n(1),
-            micro_batch: n(2),
-            context: n(6),
-            ..megatron("megatron-22b", [1, 1, 4, 4, 1], false)
-        };
-        let setting = Setting {
-            recompute: Recompute::None,
-            ..setting
-        };
-        setting.price(machine).map_or(f64::NAN, |f| f.step_seconds)
-    };
-    for (fit, test) in [(1024.0, 2048.0), (2048.0, 1024.0)] {
+    // What was seen; the aim of 0.08 and 0.06 is missed by a little on one side.
+    for (fit, test, most) in [
+        (1024.0, 2048.0, (0.086, 0.065)),
+        (2048.0, 1024.0, (0.045, 0.03)),
+    ] {
         let mut best = (f64::INFINITY, [0.0; 2]);
-        for launch in [80e-6, 90e-6, 100e-6, 110e-6] {
-            for share in [0.3, 0.35, 0.4, 0.88] {
-                let error = score(&rows, fit, [launch, share], &price).0;
+        for launch in LAUNCHES {
+            for share in SHARES {
+                let error = score(&rows, fit, [launch, share]).0;
                 if error < best.0 {
                     best = (error, [launch, share]);
                 }
             }
         }
-        let (mean, median) = score(&rows, test, best.1, &price);
+        let (mean, median) = score(&rows, test, best.1);
         let [launch, share] = best.1;
         println!(
             "fit on {fit}: launch {:.0} us, elementwise {share} of the bandwidth, mean {:.3}; on {test}: mean {mean:.3}, median {median:.3}",
             launch * 1e6,
             best.0
         );
-        // What was seen; the aim of 0.08 and 0.06 is missed.
         assert!(
-            mean <= 0.13 && median <= 0.13,
+            mean <= most.0 && median <= most.1,
             "mean {mean}, median {median}"
         );
     }
 }
 
 /// Mean and median error over the rows of this width.
-fn score(
-    rows: &[Vec<f64>],
-    hidden: f64,
-    [launch, share]: [f64; 2],
-    price: &dyn Fn(&[f64], &Machine) -> f64,
-) -> (f64, f64) {
-    let mut machine = a100();
-    machine.set("stack.launch", &launch.to_string()).unwrap();
-    machine
-        .set("kernel.elementwise.memory", &share.to_string())
-        .unwrap();
+fn score(rows: &[Vec<f64>], hidden: f64, [launch, share]: [f64; 2]) -> (f64, f64) {
+    let mut machine = Machine::named("dgx-a100:isolated").unwrap();
+    for (field, value) in [
+        ("stack.launch", launch.to_string()),
+        ("kernel.elementwise.memory", share.to_string()),
+        // One large pass over all parameters: the chip's own share.
+        ("kernel.optimizer.memory", "0.88".into()),
+        ("stack.gradient", "bf16".into()),
+        ("stack.accumulation", "apart".into()),
+    ] {
+        machine.set(field, &value).unwrap();
+    }
     let rows = rows.iter().filter(|r| r[3] == hidden);
     let mut errors: Vec<f64> = rows
-        .map(|r| (price(r, &machine) / (r[10] * 1e-3) - 1.0).abs())
+        .map(|row| {
+            let n = |i: usize| row[i] as usize;
+            let model = crate::model::Config::gpt2(n(5), n(3), n(4), 51200, n(6));
+            let mesh = Mesh::new([("pp", n(9)), ("dp", n(8)), ("tp", n(7))]);
+            let setting = Setting {
+                micro_batch: n(2),
+                recompute: Recompute::Full,
+                ..Setting::new((&model).into(), mesh, n(1))
+            };
+            let seconds = setting.price_only(&machine).unwrap().step_seconds;
+            (seconds / (row[10] * 1e-3) - 1.0).abs()
+        })
         .collect();
-    let unpriced = errors.iter().filter(|e| e.is_nan()).count();
-    assert_eq!(unpriced, 0, "{unpriced} rows were not priced");
     errors.sort_by(f64::total_cmp);
     (
         errors.iter().sum::<f64>() / errors.len() as f64,

@@ -1,6 +1,7 @@
 //! Prices held against what was published and measured. The published tables are the development set: they were looked at while
 //! this was written. Constants come from curves and data sheets, none is fitted to a table.
 
+mod agreement;
 mod breadth;
 mod calibration;
 mod inference;

@@ -280,6 +280,33 @@ pub(super) fn sizes_at_the_edges() {
     }
 }
 
+/// Few rows and many keys: a card shares the keys out, parts of which some rows see nothing.
+#[test]
+pub(super) fn few_rows_over_many_keys() {
+    for op in ops() {
+        for (b, t, s, h, g, d) in [
+            (1, 1, 64, 1, 1, 8),
+            (1, 1, 191, 2, 1, 4),
+            (2, 3, 300, 4, 2, 5),
+            (1, 130, 257, 2, 2, 4),
+        ] {
+            check(&op, Sizes { b, t, s, h, g, d }, DType::F32);
+        }
+    }
+    check(
+        &Attention::default(),
+        Sizes {
+            b: 1,
+            t: 2,
+            s: 400,
+            h: 2,
+            g: 1,
+            d: 16,
+        },
+        DType::Bf16,
+    );
+}
+
 #[test]
 pub(super) fn the_largest_head() {
     let causal = Attention {

@@ -30,11 +30,13 @@ the_same_as_on_a_card! {
     layouts_by_tiles matmul::every_layout_once,
     long_sums_by_tiles matmul::long_sums,
     masks_by_rows attention::every_mask_once,
+    keys_in_parts attention::few_rows_over_many_keys,
 }
 
 the_same! {
     attention::every_mask_in_every_type,
     attention::sizes_at_the_edges,
+    attention::few_rows_over_many_keys,
     attention::the_largest_head,
     attention::one_key_head_stays_whole_while_query_heads_are_split,
     elementwise::sums_and_products,

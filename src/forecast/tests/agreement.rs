@@ -1,0 +1,177 @@
+//! Steps from a model's sizes, whose equal layers are priced once, against ghosts of the training loop, which trace every op of every
+//! layer.
+
+use super::*;
+use crate::DType;
+use crate::collective::Kind;
+use crate::model::{Config, ContextMethod, Transformer};
+use crate::spmd::World;
+use crate::trace::Trace;
+use crate::train::data::{Alphabet, Batches, Split, Tokens};
+use crate::train::{Options, Training};
+use std::sync::Arc;
+
+const MICRO: usize = 2;
+
+fn config() -> Config {
+    Config::gpt2(3, 2048, 16, 8192, 1024)
+}
+
+fn traced(mesh: &Mesh, rows: usize, method: Option<ContextMethod>) -> Trace {
+    let text = "abcdefghijklmnopqrstuvwxyz".repeat(200);
+    let tokens = Tokens::from_text(text.as_bytes(), Alphabet::Characters, "letters").unwrap();
+    let split = Split::new(tokens.len(), 1.0).unwrap();
+    let config = config();
+    let context = config.context;
+    let training = Training {
+        model: Transformer::new(config, mesh)
+            .unwrap()
+            .with_dtype(DType::Bf16)
+            .with_context_method(method),
+        batches: Batches::new(Arc::new(tokens), split, context, rows, 0).unwrap(),
+        options: Options {
+            steps: 1,
+            micro_batch: Some(MICRO),
+            ..Options::default()
+        },
+    };
+    training.trace(&World::ghost(mesh)).unwrap()
+}
+
+/// A machine whose software overlaps nothing and is never late, as the traced program and the generated one differ in that.
+fn plain() -> Machine {
+    let mut machine = Machine::named("dgx-h100").unwrap();
+    for (field, value) in [
+        ("stack.tp_overlap", "none"),
+        ("stack.dp_overlap", "no"),
+        ("stack.launch", "0"),
+        ("stack.interference", "0"),
+        ("stack.stragglers", "0"),
+        ("stack.accumulation", "apart"),
+    ] {
+        machine.set(field, value).unwrap();
+    }
+    machine
+}
+
+/// What a step's work sums up to.
+#[derive(Debug, Default)]
+struct Sums {
+    matmul: f64,
+    attention: f64,
+    all_reduce: f64,
+    exchanged: f64,
+    around: f64,
+}
+
+impl Sums {
+    fn add(&mut self, work: &Work, times: f64) {
+        match work {
+            Work::Matmul { .. } => self.matmul += times * work.flops(),
+            Work::Attention { flops, .. } => self.attention += times * flops,
+            Work::Collective { kind, bytes, .. } if *bytes > 1e5 => match kind {
+                Kind::AllReduce => self.all_reduce += times * bytes,
+                Kind::AllToAll => self.exchanged += times * bytes,
+                Kind::Shift => self.around += times * bytes,
+                _ => {}
+            },
+            // Shares that go round: each of R chips sends R - 1 of R shares; a shift's bytes are those of all chips' messages.
+            Work::Ring { bytes, .. } => self.around += times * bytes,
+            _ => {}
+        }
+    }
+
+    fn of_trace(trace: &Trace) -> Sums {
+        let chip = &trace.classes[0].chip;
+        let step = chip.latest.as_ref().or(chip.first.as_ref()).unwrap();
+        let mut sums = Sums::default();
+        for work in step.events.iter().flat_map(Work::of_event) {
+            sums.add(&work, 1.0);
+        }
+        sums
+    }
+
+    fn of_setting(setting: &Setting, machine: &Machine) -> Sums {
+        let (shape, block) = (setting.shape(machine), setting.model.block(0));
+        let micros = setting.micros() as f64;
+        let layers = micros * setting.model.layers as f64;
+        let mut sums = Sums::default();
+        for (tasks, times) in [
+            (shape.forward(block), layers),
+            (shape.backward(block), layers),
+            (shape.embedding(), micros),
+            (shape.head(false), micros),
+            (shape.head(true), micros),
+        ] {
+            tasks.iter().for_each(|t| sums.add(&t.work, times));
+        }
+        sums
+    }
+}
+
+#[test]
+fn generated_steps_are_what_ghosts_trace() {
+    let machine = plain();
+    let usp = |exchange| {
+        (
+            ContextMethod::Usp { exchange },
+            ContextParallel::Usp { exchange },
+        )
+    };
+    let ulysses = (ContextMethod::Ulysses, ContextParallel::Ulysses);
+    for (axes, method) in [
+        (("dp", 1), None),
+        (("dp", 4), None),
+        (("tp", 4), None),
+        (("cp", 4), Some(ulysses)),
+        (("cp", 4), Some(usp(Some(2)))),
+        (("cp", 4), Some(usp(None))),
+    ] {
+        let mesh = Mesh::new([axes]);
+        // Over cp the training loop reduces gradients for every micro-batch: one is what both do alike.
+        let rows = if axes.0 == "cp" { MICRO } else { 8 };
+        let trace = traced(&mesh, rows, method.map(|m| m.0));
+        let setting = Setting {
+            micro_batch: MICRO,
+            context_parallel: method.map_or(ContextParallel::Ring, |m| m.1),
+            ..Setting::new(
+                (&config()).into(),
+                Mesh::new(AXES.map(|a| (a, mesh.size_of(a)))),
+                rows,
+            )
+        };
+        let (ghost, made) = (Sums::of_trace(&trace), Sums::of_setting(&setting, &machine));
+        println!("{axes:?} {method:?}\n  traced {ghost:?}\n  generated {made:?}");
+        // Products alike to the last operation; attention counts exact pairs, or half of all of them.
+        assert_eq!(ghost.matmul, made.matmul, "{axes:?}");
+        let near = |a: f64, b: f64, bound: f64| (a - b).abs() <= bound * b;
+        assert!(near(ghost.attention, made.attention, 0.02), "{axes:?}");
+        if axes.0 == "tp" {
+            assert!(near(ghost.all_reduce, made.all_reduce, 1e-3), "{axes:?}");
+        }
+        assert!(
+            near(ghost.exchanged, made.exchanged, 1e-9),
+            "{axes:?} {method:?}"
+        );
+        // Forward keys and values go round as they are; backward this crate's gradients travel in f32, not in 2 bytes.
+        let around = made.around * 4.0 / 3.0;
+        assert!(
+            (ghost.around - around).abs() <= 1e-9 * around,
+            "{axes:?} {method:?}"
+        );
+        let priced = price_trace(&trace, &machine, "bf16").unwrap();
+        let said = setting.price(&machine).unwrap();
+        println!(
+            "  traced {:.2} ms {:?} {:?}\n  generated {:.2} ms {:?} {:?}",
+            1e3 * priced.seconds(),
+            priced.classes[0].compute,
+            priced.classes[0].exposed,
+            1e3 * said.step_seconds,
+            said.compute_seconds,
+            said.exposed
+        );
+        let error = priced.seconds() / said.step_seconds - 1.0;
+        println!("  {:+.1} %", 100.0 * error);
+        assert!(error.abs() <= 0.15, "{axes:?} {method:?}: {error}");
+    }
+}
