@@ -310,6 +310,11 @@ fn options_that_say_nothing_are_refused() {
             format!("{KORTHIKANTI} --expert-ffn 5"),
             "give --experts too",
         ),
+        (format!("{KORTHIKANTI} --q-rank 64"), "give --kv-rank too"),
+        (
+            format!("{KORTHIKANTI} --set model.q_rank=64"),
+            "give --kv-rank too",
+        ),
         (
             format!("{KORTHIKANTI} --dense-layers 9"),
             "give --experts too",

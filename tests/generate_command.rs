@@ -61,7 +61,7 @@ fn a_text_is_continued_alike_on_every_mesh() {
         9 + 12,
         "{text}"
     );
-    for mesh in ["tp=2", "fsdp=2"] {
+    for mesh in ["tp=2", "fsdp=2", "cp=2", "pp=2", "pp=2,cp=2"] {
         assert_eq!(generate(&["--mesh", mesh]), text, "{mesh}");
     }
     assert_ne!(generate(&["--seed", "5"]), text);
@@ -131,7 +131,10 @@ fn what_cannot_be_continued_is_one_sentence() {
             &["--prompt", "the", "--mesh", "tp=4"],
             &["tp=4", "2 heads", "tp=2 does"],
         ),
-        (&["--prompt", "the", "--mesh", "cp=2"], &["cp=2"]),
+        (
+            &["--prompt", "the", "--mesh", "pp=9"],
+            &["pp=9", "2 layers", "pp=4 would do"],
+        ),
         (
             &["--prompt", "the", "--temperature", "-1"],
             &["temperature is -1"],

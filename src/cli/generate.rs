@@ -39,7 +39,8 @@ pub(super) struct Arguments {
     #[arg(long, default_value_t = 1337, value_name = "N")]
     seed: u64,
 
-    /// Chips by axis, such as `tp=2` or `dp=2,tp=2`: sequences are split over dp and fsdp, heads over tp
+    /// Chips by axis, such as `tp=2` or `dp=2,tp=2`: sequences are split over dp, fsdp and ep, heads over tp, a
+    /// sequence's tokens over cp, layers over pp
     #[arg(long, value_name = "AXIS=N,..")]
     mesh: Option<String>,
     /// What chips are: cpu

@@ -47,6 +47,11 @@ impl Transformer {
         if let Some(past) = &self.past {
             return self.attend_past(chip, name, [q, k, v], past);
         }
+        self.attend_now(chip, [q, k, v])
+    }
+
+    /// The same without a cache.
+    pub(super) fn attend_now(&self, chip: &Chip, [q, k, v]: [Sharded; 3]) -> Sharded {
         let op = ops::Attention {
             causal: true,
             ..Default::default()

@@ -165,7 +165,7 @@ impl Transformer {
         Some(places.into())
     }
 
-    fn splits_tokens(&self, chip: &Chip, x: &Sharded) -> bool {
+    pub(super) fn splits_tokens(&self, chip: &Chip, x: &Sharded) -> bool {
         chip.size_of("cp") > 1 && x.placements()[chip.mesh().axis_index("cp")] == Shard(1)
     }
 

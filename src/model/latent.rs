@@ -119,13 +119,12 @@ impl Transformer {
         let q = self.latent_queries(chip, name, l, &x);
         let kept = self.key_latent(chip, name, l, &x);
         drop(x);
-        let kept = match &self.past {
-            Some(past) => KeyLatent {
-                latent: self.kept(chip, &format!("{name}.latent"), &kept.latent, past),
-                rope: self.kept(chip, &format!("{name}.rope"), &kept.rope, past),
-            },
-            None => kept,
-        };
+        let all = self.past.as_ref().map(|past| KeyLatent {
+            latent: self.kept(chip, &format!("{name}.latent"), &kept.latent, past),
+            rope: self.kept(chip, &format!("{name}.rope"), &kept.rope, past),
+        });
+        let now = self.attends_now(chip);
+        let kept = all.filter(|_| !now).unwrap_or(kept);
         let (k, v) = self.keys_and_values(chip, name, l, &kept);
         drop(kept);
         let missing = l.head_dim() - l.v_dim;
@@ -141,8 +140,8 @@ impl Transformer {
             }
         };
         let o = match &self.past {
-            Some(past) => self.attend_kept(chip, [q, k, v], past),
-            None => self.attend(chip, name, [q, k, v]),
+            Some(past) if !now => self.attend_kept(chip, [q, k, v], past),
+            _ => self.attend_now(chip, [q, k, v]),
         };
         let o = if missing == 0 {
             o

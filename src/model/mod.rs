@@ -44,7 +44,7 @@ mod mixture;
 pub(crate) use config::nearest_divisor;
 pub use config::{Config, FeedForward, Norm, Positions};
 pub use context::ContextMethod;
-pub use decode::Past;
+pub use decode::{Part, Past};
 pub(crate) use embedding::EMBEDDING;
 pub(crate) use experts::{CLOSE, bias_name, load_name};
 pub use latent::{KeyLatent, Latent};

@@ -3,10 +3,14 @@
 //! A cache lies as the values that are written to it: sequences split over dp, heads over tp. It is allocated once, for
 //! as many tokens as a sequence may get, and written in place; attention reads it where it lies, as far as each sequence's
 //! positions say.
+//!
+//! The chips of an axis may also share the tokens: each keeps some, in slots of its own order, and
+//! [`Chip::attention_over_shares`] reads them.
 
 use super::apply::Told;
 use super::{Chip, Sharded};
 use crate::ops::{Cost, device};
+use crate::placement::Placement::{Replicate, Shard};
 use crate::placement::Placements;
 use crate::tensor::{Tensor, TensorType};
 use crate::trace::{EventKind, Stream};
@@ -31,11 +35,75 @@ impl Chip {
         let site = Location::caller();
         self.arrive("cache", site);
         self.refuse_cache(name, x, starts, capacity, site);
+        assert!(
+            x.placements.axes_of(1).next().is_none(),
+            "cache '{name}' at {site} wants all tokens of {x:?}; redistribute it first"
+        );
+        let mut cache = self.cache(name, x, (capacity, x.placements.clone()), site);
+        let began = self.now();
+        if !self.is_ghost() {
+            let first = self.local(&x.global, x.dtype(), &x.placements, site).start[0];
+            device::write_tokens(&x.tensor, &starts[first..], &mut cache.tensor);
+        }
+        self.keep_cache(name, cache, (Some(x), began), site)
+    }
+
+    /// Writes x [b, n, ..] to the cache `name` whose tokens the chips of `axis` share, `share` slots each: all sequences of it
+    /// from slot `at` of this chip on, or nothing here if there is none. x is split by tokens over the axis, or has tokens that
+    /// all of its chips have. Gives the whole cache [b, chips share, ..], split by tokens. Slots that were never written are 0.
+    ///
+    /// # Panics
+    /// As [`Chip::cached`]; if tokens of x are split over another axis.
+    #[track_caller]
+    pub fn cached_share(
+        &self,
+        name: &str,
+        x: &Sharded,
+        axis: &str,
+        at: Option<usize>,
+        share: usize,
+    ) -> Sharded {
+        let site = Location::caller();
+        self.arrive("cache", site);
+        let number = self.mesh().axis_index(axis);
+        let own = Sharded::unrecorded(
+            self,
+            x.tensor.clone(),
+            x.tensor.shape().to_vec(),
+            x.placements.with(number, Replicate),
+        );
+        let starts = vec![at.unwrap_or(0); own.global[0]];
+        self.refuse_cache(name, &own, &starts, share, site);
+        assert!(
+            x.placements.axes_of(1).all(|a| a == number),
+            "cache '{name}' at {site} is shared over '{axis}', {x:?} is split by tokens over another axis too"
+        );
+        let capacity = share * self.size_of(axis);
+        let placed = match self.size_of(axis) {
+            1 => x.placements.clone(),
+            _ => x.placements.with(number, Shard(1)),
+        };
+        let mut cache = self.cache(name, x, (capacity, placed), site);
+        let began = self.now();
+        if at.is_some() && !self.is_ghost() {
+            device::write_tokens(&x.tensor, &starts, &mut cache.tensor);
+        }
+        self.keep_cache(name, cache, (at.map(|_| x), began), site)
+    }
+
+    /// The cache of this name, made if there is none: x with so many tokens, placed so.
+    fn cache(
+        &self,
+        name: &str,
+        x: &Sharded,
+        (capacity, placements): (usize, Placements),
+        site: &'static Location<'static>,
+    ) -> Cache {
         let mut shape = x.shape().to_vec();
         shape[1] = capacity;
         let kept = self.inner().caches.borrow_mut().remove(name);
-        let mut cache = kept.unwrap_or_else(|| {
-            let local = self.local(&shape, x.dtype(), &x.placements, site);
+        let cache = kept.unwrap_or_else(|| {
+            let local = self.local(&shape, x.dtype(), &placements, site);
             let mut tensor = self.allocate(&local.ty);
             if !tensor.is_ghost() {
                 // Attention multiplies what is hidden by 0, which NaN would survive.
@@ -44,38 +112,50 @@ impl Chip {
             Cache {
                 tensor,
                 global: shape.clone(),
-                placements: x.placements.clone(),
+                placements: placements.clone(),
             }
         });
         assert!(
-            cache.global == shape && cache.placements == x.placements && cache.tensor.is_unique(),
+            cache.global == shape && cache.placements == placements && cache.tensor.is_unique(),
             "cache '{name}' at {site} is {:?} {}, in use elsewhere: {}; {x:?} does not belong to it",
             cache.global,
             cache.placements,
             !cache.tensor.is_unique()
         );
-        let began = self.now();
-        if !self.is_ghost() {
-            let first = self.local(&x.global, x.dtype(), &x.placements, site).start[0];
-            device::write_tokens(&x.tensor, &starts[first..], &mut cache.tensor);
+        cache
+    }
+
+    /// Puts the cache back and gives its value; `written` is what was just written to it, if anything was.
+    fn keep_cache(
+        &self,
+        name: &str,
+        cache: Cache,
+        (written, began): (Option<&Sharded>, Option<u64>),
+        site: &'static Location<'static>,
+    ) -> Sharded {
+        let value = Sharded::unrecorded(
+            self,
+            cache.tensor.clone(),
+            cache.global.clone(),
+            cache.placements.clone(),
+        );
+        if let Some(x) = written {
+            self.tell(Told {
+                kind: EventKind::Op,
+                op: "cache".into(),
+                site,
+                inputs: vec![x.traced()],
+                outputs: vec![value.traced()],
+                cost: Cost {
+                    bytes: 2 * x.tensor.ty().bytes(),
+                    ..Cost::default()
+                },
+                traffic: None,
+                stream: Stream::Compute,
+                ticket: None,
+                began,
+            });
         }
-        let value = Sharded::unrecorded(self, cache.tensor.clone(), shape, x.placements.clone());
-        let bytes = 2 * x.tensor.ty().bytes();
-        self.tell(Told {
-            kind: EventKind::Op,
-            op: "cache".into(),
-            site,
-            inputs: vec![x.traced()],
-            outputs: vec![value.traced()],
-            cost: Cost {
-                bytes,
-                ..Cost::default()
-            },
-            traffic: None,
-            stream: Stream::Compute,
-            ticket: None,
-            began,
-        });
         self.inner().caches.borrow_mut().insert(name.into(), cache);
         value
     }
@@ -94,10 +174,6 @@ impl Chip {
         assert!(
             fits,
             "cache '{name}' at {site} of {capacity} tokens has no room for {x:?} at {starts:?}"
-        );
-        assert!(
-            x.placements.axes_of(1).next().is_none(),
-            "cache '{name}' at {site} wants all tokens of {x:?}; redistribute it first"
         );
         assert!(
             self.inner().tape.borrow().is_none(),

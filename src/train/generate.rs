@@ -11,7 +11,8 @@ use super::trainer::Training;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
-use crate::model::{Config, Past, Transformer};
+use crate::model::{Config, Part, Past, Transformer};
+use crate::pipeline::layers_of_parts;
 use crate::spmd::{Chip, Ghost, Run, Threads, Zero};
 use crate::trace::Trace;
 use serde_json::Value;
@@ -49,6 +50,9 @@ pub struct Generated {
     /// Bytes of keys and values that the chip keeps.
     pub cached_bytes: u64,
 }
+
+/// The mesh axes that generating splits over.
+const AXES: [&str; 6] = ["dp", "fsdp", "ep", "cp", "tp", "pp"];
 
 /// Draws of several texts are so far apart.
 const TEXT: u64 = 1 << 32;
@@ -110,22 +114,40 @@ impl Trained {
     /// # Errors
     /// [`ErrorKind::Mesh`] if the mesh has an axis that inference does not split over, or one that the model does not divide.
     pub fn model(&self, mesh: &Mesh) -> Result<Transformer> {
-        let known = |name: &str| matches!(name, "dp" | "fsdp" | "tp");
+        let known = |name: &str| AXES.contains(&name);
         let axes = mesh.axes().iter();
         if let Some(axis) = axes.filter(|a| a.size() > 1).find(|a| !known(a.name())) {
             return Err(Error::new(
                 ErrorKind::Mesh,
                 format!(
-                    "generating splits sequences over dp and fsdp and heads over tp, not mesh axis {}={}; tp={} would do if the \
-                     heads divide",
+                    "generating splits over {}; it does not know mesh axis {}={}",
+                    AXES.join(", "),
                     axis.name(),
-                    axis.size(),
                     axis.size()
                 ),
             ));
         }
+        self.parts(mesh)?;
         let model = Transformer::new(self.config.clone(), mesh)?;
         Ok(model.with_dtype(self.dtype).without_capacity())
+    }
+
+    /// Which blocks run on which stage of a mesh.
+    fn parts(&self, mesh: &Mesh) -> Result<Vec<Part>> {
+        let (stages, layers) = (mesh.size_of("pp"), self.config.layers);
+        let cut = layers_of_parts(layers, stages).map_err(|_| {
+            Error::new(
+                ErrorKind::Mesh,
+                format!(
+                    "mesh axis pp={stages} cuts the model into {stages} stages; its {layers} layers, the embedding and the head \
+                     are only {}: pp={} would do",
+                    layers + 2,
+                    layers + 2
+                ),
+            )
+        })?;
+        let part = |(stage, layers)| Part { stage, layers };
+        Ok(cut.into_iter().enumerate().map(part).collect())
     }
 
     /// Continues texts of token numbers on the chips of a world. Every chip draws the same tokens.
@@ -139,7 +161,7 @@ impl Trained {
         prompts: &[Vec<u32>],
         how: &Generate,
     ) -> Result<Run<Generated>> {
-        let model = self.model(world.mesh())?;
+        let (model, parts) = (self.model(world.mesh())?, self.parts(world.mesh())?);
         self.check(prompts)?;
         world.run(|chip| {
             let source = self.loaded.clone();
@@ -149,7 +171,7 @@ impl Trained {
                 let number = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
                 Ok(Some(bytes.chunks_exact(4).map(number).collect()))
             });
-            continue_all(&model, chip, prompts, how)
+            continue_all((&model, &parts), chip, prompts, how)
         })
     }
 
@@ -158,9 +180,9 @@ impl Trained {
     /// # Errors
     /// As [`Trained::generate`].
     pub fn trace(&self, ghost: &Ghost, prompts: &[Vec<u32>], how: &Generate) -> Result<Trace> {
-        let model = self.model(ghost.mesh())?;
+        let (model, parts) = (self.model(ghost.mesh())?, self.parts(ghost.mesh())?);
         self.check(prompts)?;
-        ghost.trace(|chip| drop(continue_all(&model, chip, prompts, how)))
+        ghost.trace(|chip| drop(continue_all((&model, &parts), chip, prompts, how)))
     }
 
     fn check(&self, prompts: &[Vec<u32>]) -> Result<()> {
@@ -181,7 +203,7 @@ impl Trained {
 }
 
 fn continue_all(
-    model: &Transformer,
+    model: (&Transformer, &[Part]),
     chip: &Chip,
     prompts: &[Vec<u32>],
     how: &Generate,
@@ -212,23 +234,30 @@ fn continue_all(
 /// Texts under way.
 struct Texts<'a> {
     model: &'a Transformer,
+    parts: &'a [Part],
     chip: &'a Chip,
     texts: Vec<Vec<u32>>,
-    /// Tokens of each text that the cache holds; none before the first step, and where windows move.
-    cached: bool,
+    /// Lengths of the texts when the cache was begun; none before the first step, and where windows move.
+    cached: Option<Arc<[usize]>>,
     capacity: usize,
 }
 
 impl<'a> Texts<'a> {
-    fn new(model: &'a Transformer, chip: &'a Chip, texts: Vec<Vec<u32>>, more: usize) -> Self {
+    fn new(
+        (model, parts): (&'a Transformer, &'a [Part]),
+        chip: &'a Chip,
+        texts: Vec<Vec<u32>>,
+        more: usize,
+    ) -> Self {
         chip.stop_recording();
         chip.forget_caches();
         let longest = texts.iter().map(Vec::len).max().unwrap_or(0) + more;
         Texts {
             model,
+            parts,
             chip,
             texts,
-            cached: false,
+            cached: None,
             capacity: longest.min(model.config().context),
         }
     }
@@ -258,7 +287,8 @@ impl<'a> Texts<'a> {
         let context = self.model.config().context;
         // Room for the token that this step's logits are of.
         let fits = self.texts.iter().all(|t| t.len() <= context);
-        let step = self.cached && fits;
+        let prompts = self.cached.take().filter(|_| fits);
+        let step = prompts.is_some();
         let windows: Vec<&[u32]> = self
             .texts
             .iter()
@@ -274,7 +304,8 @@ impl<'a> Texts<'a> {
         if !step {
             self.chip.forget_caches();
         }
-        self.cached = fits;
+        let lengths = || windows.iter().map(|w| w.len()).collect();
+        let prompts = prompts.unwrap_or_else(lengths);
         let (b, n) = (
             windows.len(),
             windows.iter().map(|w| w.len()).max().unwrap_or(0),
@@ -285,15 +316,17 @@ impl<'a> Texts<'a> {
             w.iter().copied().chain(padding)
         });
         let padded: Vec<u32> = padded.collect();
-        let placed = Transformer::prompt_placement(self.chip, b);
+        self.cached = fits.then(|| prompts.clone());
         let past = Past {
             starts: starts.into(),
+            prompts,
             capacity: self.capacity.max(n),
         };
+        let (model, chip) = (self.model, self.chip);
         let scope = if step { "decode" } else { "prefill" };
-        self.chip.scope(scope, || {
-            let tokens = self.chip.input("prompts", [b, n], placed, &padded);
-            let logits = self.model.next_logits(self.chip, &tokens, &past, &last);
+        chip.scope(scope, || {
+            let tokens = model.prompts(chip, [b, n], &past, &padded);
+            let logits = model.next_logits(chip, &tokens, self.parts, &past, &last);
             logits.gather().read()
         })
     }
@@ -312,38 +345,13 @@ impl Training {
             .min(self.batches.tokens().len() - 1);
         let mut text = vec![0u32; 1];
         self.batches.tokens().copy(start, &mut text);
-        // Stages of a pipeline have no cache: the whole context runs again for every token.
-        if chip.size_of("pp") > 1 {
-            return self.sample_again(chip, stages, &sampler, text);
-        }
         let model = self.model.clone().without_capacity();
-        let mut texts = Texts::new(&model, chip, vec![text], self.options.sample);
+        let parts = stages.parts();
+        let mut texts = Texts::new((&model, &parts), chip, vec![text], self.options.sample);
         for number in 0..self.options.sample {
             texts.add(&sampler, number);
         }
         chip.forget_caches();
         texts.texts.swap_remove(0)
-    }
-
-    fn sample_again(
-        &self,
-        chip: &Chip,
-        stages: &Stages,
-        sampler: &Sampler,
-        mut text: Vec<u32>,
-    ) -> Vec<u32> {
-        let config = self.model.config();
-        for position in 0..self.options.sample {
-            let from = text.len().saturating_sub(config.context);
-            let window = &text[from..];
-            let tokens = chip.input("prompt", [1, window.len()], chip.replicated(), window);
-            let logits = stages.logits(self, chip, &tokens);
-            let Some(logits) = logits.read() else { break };
-            let last = logits.index_axis(ndarray::Axis(1), window.len() - 1);
-            let last: Vec<f32> = last.iter().copied().take(config.vocab).collect();
-            let drawn = sampler.draw(position as u64, &last);
-            text.push(drawn.unwrap_or_else(|e| chip.fail(e)));
-        }
-        text
     }
 }

@@ -8,10 +8,9 @@
 
 use super::batch::{Half, Rows};
 use super::trainer::{Training, replicas};
-use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
-use crate::model::{EMBEDDING, Transformer};
+use crate::model::{EMBEDDING, Part, Transformer};
 use crate::pipeline::{Action, Message, Piece, Plan, Work, layers_of_parts};
 use crate::spmd::{Chip, FromIndex, Segment, Sending, Sharded};
 use crate::trace::Phase;
@@ -89,15 +88,13 @@ impl Stages {
         self.told(chip, &[1], loss)
     }
 
-    /// Logits of tokens that every chip has, on every chip, in f32.
-    pub(super) fn logits(&self, training: &Training, chip: &Chip, tokens: &Sharded) -> Sharded {
-        let p = &self.plan;
-        let plan = Plan::new(p.schedule(), p.stages(), p.chunks(), 1);
-        let plan = plan.expect("one micro-batch goes where several do");
-        let actions = plan.forward_actions();
-        let logits = self.walk(training, chip, At::Prompt(tokens), &plan, actions);
-        let shape = [tokens.shape(), &[training.model.padded_vocab(chip)]].concat();
-        self.told(chip, &shape, logits.map(|x| x.cast(DType::F32)))
+    /// Which blocks run where, in order.
+    pub(super) fn parts(&self) -> Vec<Part> {
+        let part = |(i, layers): (usize, &Range<usize>)| Part {
+            stage: self.plan.place(i).0,
+            layers: layers.clone(),
+        };
+        self.layers.iter().enumerate().map(part).collect()
     }
 
     fn walk(
@@ -197,13 +194,11 @@ fn is_embedding(chip: &Chip, index: usize) -> bool {
 
 /// What goes through the stages.
 #[derive(Clone, Copy)]
-enum At<'a> {
+enum At {
     /// The batch of this step, from 0, forward and backward.
     Step(u64),
     /// Windows of the validation split from this one on.
     Validation(usize),
-    /// A text of which the logits are wanted.
-    Prompt(&'a Sharded),
 }
 
 /// One stage under way.
@@ -211,7 +206,7 @@ struct Stage<'a> {
     stages: &'a Stages,
     training: &'a Training,
     chip: &'a Chip,
-    at: At<'a>,
+    at: At,
     plan: &'a Plan,
     here: usize,
     /// Values and gradients that are there and not yet used, by whether they are gradients, the part that takes them, and
@@ -226,16 +221,10 @@ struct Stage<'a> {
 impl Stage<'_> {
     fn receive(&mut self, message: &Message) {
         let model = &self.training.model;
-        let tokens = match self.at {
-            At::Prompt(tokens) => tokens.shape().to_vec(),
-            _ => vec![self.stages.rows, self.training.batches.context()],
-        };
-        let placed = match self.at {
-            At::Prompt(tokens) => tokens.placements().clone(),
-            _ => Transformer::batch_placement(self.chip),
-        };
+        let placed = Transformer::batch_placement(self.chip);
         let placed = model.residual_placement(self.chip, &placed);
-        let shape = [&tokens[..], &[model.config().hidden]].concat();
+        let (rows, context) = (self.stages.rows, self.training.batches.context());
+        let shape = [rows, context, model.config().hidden];
         let offset = message.from as isize - self.here as isize;
         let ty = (&shape[..], model.dtype(), &placed);
         let x = self.chip.phase(phase_of(message), || {
@@ -324,22 +313,19 @@ impl Stage<'_> {
                 self.training.model.training(draw).with_share(share)
             }
             At::Validation(_) => self.training.model.clone(),
-            At::Prompt(_) => self.training.model.clone().without_capacity(),
         };
         let is_last = part + 1 == self.plan.parts();
         let tokens = (part == 0).then(|| self.half(micro, false));
-        let labels = is_last.then(|| self.half(micro, true)).flatten();
+        let labels = is_last.then(|| self.half(micro, true));
         let scope = match self.at {
             At::Step(_) => "forward",
             At::Validation(_) => "evaluate",
-            At::Prompt(_) => "sample",
         };
         chip.scope(scope, || {
-            let x = match (x, tokens.flatten(), self.at) {
-                (Some(x), ..) => x.clone(),
-                (None, Some(tokens), _) => model.embed(chip, &tokens),
-                (None, None, At::Prompt(tokens)) => model.embed(chip, tokens),
-                (None, None, _) => unreachable!("the first part has tokens, the others values"),
+            let x = match (x, tokens) {
+                (Some(x), _) => x.clone(),
+                (None, Some(tokens)) => model.embed(chip, &tokens),
+                (None, None) => unreachable!("the first part has tokens, the others values"),
             };
             let x = model.blocks(chip, self.stages.layers[part].clone(), x);
             if !is_last {
@@ -347,7 +333,7 @@ impl Stage<'_> {
             }
             let logits = model.head(chip, &x);
             drop(x);
-            let Some(labels) = labels else { return logits };
+            let labels = labels.expect("the last part has labels");
             let sum = model.losses_of(chip, logits, &labels).sum();
             match self.at {
                 At::Step(_) => sum.scale(1.0 / (batches.rows() * batches.context()) as f32),
@@ -356,8 +342,8 @@ impl Stage<'_> {
         })
     }
 
-    /// Tokens or labels of a micro-batch, placed as a batch is; a prompt has none of its own.
-    fn half(&self, micro: usize, labels: bool) -> Option<Sharded> {
+    /// Tokens or labels of a micro-batch, placed as a batch is.
+    fn half(&self, micro: usize, labels: bool) -> Sharded {
         let (rows, batches) = (self.stages.rows, &self.training.batches);
         let first = micro * rows;
         let rows_of = match self.at {
@@ -365,7 +351,6 @@ impl Stage<'_> {
             At::Validation(window) => Rows::Validation {
                 first: window + first,
             },
-            At::Prompt(_) => return None,
         };
         let contents = Half {
             batches,
@@ -377,7 +362,7 @@ impl Stage<'_> {
             [rows, batches.context()],
         );
         let model = &self.training.model;
-        Some(model.batch(self.chip, name, shape, &contents))
+        model.batch(self.chip, name, shape, &contents)
     }
 }
 

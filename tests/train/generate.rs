@@ -1,11 +1,12 @@
 //! Decoding over a cache gives the logits and the texts of the whole forward, on one chip and on meshes; texts do not depend
 //! on the mesh, on each other, or on the one that wrote the checkpoint.
 
-use crate::tiny::{self, CONTEXT, gpt2, latent, llama, training, world};
+use crate::tiny::{self, CONTEXT, deepseek, gpt2, latent, llama, mixture, training, world};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use supernode::mesh::Mesh;
-use supernode::model::{Past, Transformer};
+use supernode::model::{Config, ContextMethod, Part, Past, Transformer};
+use supernode::pipeline::{Schedule, layers_of_parts};
 use supernode::spmd::{Chip, World};
 use supernode::train::data::Sampler;
 use supernode::train::{Generate, Trained, Training};
@@ -42,6 +43,9 @@ fn logits(model: &Transformer, chip: &Chip, cached: bool) -> Vec<Vec<Vec<f32>>> 
         return all;
     }
     let b = texts.len();
+    let layers = layers_of_parts(model.config().layers, chip.size_of("pp")).expect("stages");
+    let part = |(stage, layers)| Part { stage, layers };
+    let parts: Vec<Part> = layers.into_iter().enumerate().map(part).collect();
     let mut run = |starts: Vec<usize>, rows: Vec<Vec<u32>>, last: Vec<usize>| {
         let n = rows.iter().map(Vec::len).max().expect("rows");
         let padded: Vec<u32> = rows
@@ -52,13 +56,13 @@ fn logits(model: &Transformer, chip: &Chip, cached: bool) -> Vec<Vec<Vec<f32>>> 
                     .chain(std::iter::repeat_n(28, n - r.len()))
             })
             .collect();
-        let placed = Transformer::prompt_placement(chip, b);
-        let tokens = chip.input("tokens", [b, n], placed, &padded);
         let past = Past {
             starts: starts.clone().into(),
+            prompts: prompts.clone().into(),
             capacity: CONTEXT,
         };
-        let logits = model.next_logits(chip, &tokens, &past, &last);
+        let tokens = model.prompts(chip, [b, n], &past, &padded);
+        let logits = model.next_logits(chip, &tokens, &parts, &past, &last);
         let logits = logits.gather().read().expect("contents");
         for i in 0..b {
             // A text that has ended goes on with what does not matter.
@@ -89,7 +93,7 @@ pub(crate) fn check_on(device: &supernode::spmd::Device) {
         let model = tiny::transformer(config);
         let want = world(&mesh("single")).run(|chip| logits(&model, chip, false));
         let want = want.expect("it runs on cpu").into_outputs().swap_remove(0);
-        for at in ["single", "tp=2", "dp=2"] {
+        for at in ["single", "tp=2", "dp=2", "pp=2", "cp=2"] {
             let run = tiny::world_on(&mesh(at), device.clone());
             let run = run.run(|chip| logits(&model, chip, true));
             let run = run.unwrap_or_else(|e| panic!("{name} on {at}: {e}"));
@@ -107,32 +111,91 @@ pub(crate) fn check_on(device: &supernode::spmd::Device) {
     }
 }
 
+/// The models that decode: dense, with latents, with experts. Decoding drops no token.
+fn decoders() -> [(&'static str, Transformer); 5] {
+    let model = |config: Config| tiny::transformer(config).without_capacity();
+    [
+        ("gpt2", model(gpt2())),
+        ("llama", model(llama())),
+        ("latent", model(latent())),
+        ("mixture", model(mixture())),
+        ("deepseek", model(deepseek())),
+    ]
+}
+
+fn on(what: &str, at: &str, model: &Transformer, cached: bool) -> Vec<Vec<Vec<f32>>> {
+    let run = world(&mesh(at)).run(|chip| logits(model, chip, cached));
+    let run = run.unwrap_or_else(|e| panic!("{what} on {at}: {e}"));
+    let all = run.into_outputs();
+    assert!(all.iter().all(|one| *one == all[0]), "{what} on {at}");
+    all.into_iter().next().expect("a chip")
+}
+
+/// Asserts that logits agree as those of two meshes do: they are of size 1, of some hundred roundings.
+fn assert_near(got: &[Vec<Vec<f32>>], want: &[Vec<Vec<f32>>], what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    for (got, want) in got.iter().flatten().zip(want.iter().flatten()) {
+        assert_eq!(got.len(), want.len(), "{what}");
+        for (a, b) in got.iter().zip(want) {
+            assert!((a - b).abs() <= 1e-5, "{what}: {a} {b}");
+        }
+    }
+}
+
 #[test]
 fn decoding_gives_the_logits_of_the_whole_forward() {
-    for (name, config) in [("gpt2", gpt2()), ("llama", llama()), ("latent", latent())] {
-        let model = tiny::transformer(config);
+    let meshes = [
+        "single",
+        "tp=2",
+        "tp=4",
+        "dp=2",
+        "dp=3",
+        "dp=2,tp=2",
+        "ep=2",
+        "dp=2,ep=4",
+        "pp=2",
+        "pp=4",
+        "pp=2,tp=2",
+        "dp=2,pp=2,ep=2",
+    ];
+    for (name, model) in decoders() {
         let mut single = None;
-        for at in ["single", "tp=2", "tp=4", "dp=2", "dp=2,tp=2"] {
-            let run = |cached| {
-                let run = world(&mesh(at)).run(|chip| logits(&model, chip, cached));
-                run.unwrap_or_else(|e| panic!("{name} on {at}: {e}"))
-                    .into_outputs()
-                    .swap_remove(0)
-            };
-            let (want, got) = (run(false), run(true));
+        for at in meshes {
+            let (want, got) = (on(name, at, &model, false), on(name, at, &model, true));
             // Every sum of the forward runs over the same numbers in the same order, whatever the number of queries: the
-            // bound between the two is 0. Meshes add in other orders: logits are of size 1, of some hundred roundings.
+            // bound between the two is 0. Meshes add in other orders.
             assert_eq!(got, want, "{name} on {at}");
-            let single = single.get_or_insert(want.clone());
-            for (a, b) in single
-                .iter()
-                .flatten()
-                .flatten()
-                .zip(want.iter().flatten().flatten())
-            {
-                let error = (a - b).abs();
-                assert!(error <= 1e-5, "{name} on {at}: {a} {b}");
-            }
+            let single = single.get_or_insert(want);
+            assert_near(&got, single, &format!("{name} on {at}"));
+        }
+    }
+}
+
+#[test]
+fn a_cache_whose_tokens_chips_share_gives_the_same_logits() {
+    let meshes = [
+        "cp=2",
+        "cp=3",
+        "cp=4",
+        // More chips than tokens in a prompt.
+        "cp=8",
+        "dp=2,cp=2",
+        "cp=2,tp=2",
+        "ep=2,cp=2",
+        "pp=2,cp=2",
+        "dp=2,pp=2,cp=2,tp=2",
+    ];
+    for (name, model) in decoders() {
+        let want = on(name, "single", &model, false);
+        for at in meshes {
+            let got = on(name, at, &model, true);
+            assert_near(&got, &want, &format!("{name} on {at}"));
+        }
+        let usp = ContextMethod::Usp { exchange: Some(2) };
+        for method in [ContextMethod::Ring, ContextMethod::Ulysses, usp] {
+            let model = model.clone().with_context_method(Some(method));
+            let got = on(name, "cp=4", &model, true);
+            assert_near(&got, &want, &format!("{name} by {method}"));
         }
     }
 }
@@ -170,11 +233,37 @@ fn generate(
     run.into_outputs().swap_remove(0).texts
 }
 
+/// True unless the mesh would split experts of a model without.
+fn has_axes(config: &Config, mesh: &str) -> bool {
+    config.mixture.is_some() || !mesh.contains("ep=")
+}
+
 #[test]
 fn texts_depend_neither_on_the_mesh_nor_on_each_other() {
-    for (config, wrote) in [(gpt2(), "tp=2"), (llama(), "fsdp=2,cp=2")] {
+    let written = [
+        (gpt2(), "tp=2"),
+        (llama(), "fsdp=2,cp=2"),
+        (mixture(), "ep=2,pp=2"),
+    ];
+    let meshes = [
+        "tp=2",
+        "dp=2",
+        "dp=3",
+        "dp=2,tp=2",
+        "fsdp=2,tp=2",
+        "ep=4",
+        "cp=2",
+        "cp=3",
+        "pp=2",
+        "pp=4",
+        "fsdp=2,cp=2",
+        "ep=2,tp=2",
+        "pp=2,cp=2,tp=2",
+        "dp=2,ep=2,pp=2",
+    ];
+    for (config, wrote) in written {
         let dir = tempfile::tempdir().expect("a directory");
-        trained(dir.path(), wrote, &training(config, 8, 30));
+        trained(dir.path(), wrote, &training(config.clone(), 8, 30));
         for temperature in [0.0, 0.9] {
             let single = generate(dir.path(), "single", &texts(), 5, temperature);
             assert!(
@@ -183,7 +272,7 @@ fn texts_depend_neither_on_the_mesh_nor_on_each_other() {
                     .zip(texts())
                     .all(|(s, t)| s.len() == t.len() + 5 && s.starts_with(&t))
             );
-            for at in ["tp=2", "dp=2", "dp=3", "dp=2,tp=2", "fsdp=2,tp=2"] {
+            for at in meshes.iter().filter(|at| has_axes(&config, at)) {
                 assert_eq!(
                     generate(dir.path(), at, &texts(), 5, temperature),
                     single,
@@ -194,7 +283,11 @@ fn texts_depend_neither_on_the_mesh_nor_on_each_other() {
         // Greedy texts are the same alone as in company; draws belong to a text's place.
         let greedy = generate(dir.path(), "single", &texts(), 5, 0.0);
         for (text, want) in texts().into_iter().zip(&greedy) {
-            assert_eq!(generate(dir.path(), "tp=2", &[text], 5, 0.0)[0], *want);
+            let meshes = ["tp=2", "dp=2", "cp=4", "ep=2,cp=2"];
+            for at in meshes.iter().filter(|at| has_axes(&config, at)) {
+                let alone = generate(dir.path(), at, std::slice::from_ref(&text), 5, 0.0);
+                assert_eq!(alone[0], *want, "on {at}");
+            }
         }
     }
 }
@@ -210,15 +303,24 @@ fn a_text_goes_on_beyond_the_context() {
         let run = run.unwrap_or_else(|e| panic!("on {at}: {e}"));
         run.into_outputs().swap_remove(0).sample
     };
-    // Stages have no cache: there the whole forward runs again for every token.
     let whole = sample(&plain, "pp=2");
     assert_eq!(whole.len(), 1 + 2 * CONTEXT);
+    // The first and the last part on one stage, and two parts on each.
+    plain.options.schedule = Schedule::ZbV;
+    assert_eq!(sample(&plain, "pp=2"), whole);
+    plain.options.schedule = Schedule::default();
+    plain.options.virtual_stages = Some(2);
+    assert_eq!(sample(&plain, "pp=2"), whole);
+    plain.options.virtual_stages = None;
+    assert_eq!(sample(&plain, "cp=2"), whole);
     plain.options.checkpoint = Some(dir.path().into());
     assert_eq!(sample(&plain, "single"), whole);
     let prompts = [whole[..1].to_vec(), vec![3; CONTEXT + 4]];
-    let ours = generate(dir.path(), "tp=2", &prompts, 2 * CONTEXT, 0.0);
-    assert_eq!(ours[0], whole);
-    assert_eq!(ours[1].len(), 3 * CONTEXT + 4);
+    for at in ["tp=2", "cp=2,pp=2"] {
+        let ours = generate(dir.path(), at, &prompts, 2 * CONTEXT, 0.0);
+        assert_eq!(ours[0], whole, "on {at}");
+        assert_eq!(ours[1].len(), 3 * CONTEXT + 4, "on {at}");
+    }
 }
 
 #[test]
@@ -239,9 +341,22 @@ fn a_cache_is_split_as_its_heads_and_sequences_are() {
     // Keys and values of 2 layers, 4 sequences of at most 12 tokens, 8 heads of 4, in f32.
     let whole = 2 * 2 * 4 * 12 * 8 * 4 * 4;
     assert_eq!(bytes("single"), whole);
-    for (at, parts) in [("tp=2", 2), ("dp=2", 2), ("dp=2,tp=2", 4), ("tp=8", 8)] {
+    let split = [
+        ("tp=2", 2),
+        ("dp=2", 2),
+        ("dp=2,tp=2", 4),
+        ("tp=8", 8),
+        ("pp=2", 2),
+        ("pp=2,tp=2", 4),
+    ];
+    for (at, parts) in split {
         assert_eq!(bytes(at), whole / parts, "{at}");
     }
+    // Over cp 9 tokens of the longest prompt and 3 new ones are rounded up apart: 5 + 2 of 12 on two chips, 3 + 1 on three.
+    assert_eq!(bytes("cp=2"), whole / 12 * 7);
+    assert_eq!(bytes("cp=3"), whole / 12 * 4);
+    // Three of four sequences are not split evenly over two chips; two for the first.
+    assert_eq!(bytes("dp=3"), whole / 4 * 2);
 }
 
 #[test]
@@ -279,7 +394,8 @@ fn what_cannot_be_continued_is_said() {
         run.expect_err("refused").to_string()
     };
     for (at, prompts, parts) in [
-        ("cp=2", vec![vec![1]], ["cp=2", "tp=2 would do"]),
+        ("xp=2", vec![vec![1]], ["xp=2", "dp, fsdp, ep, cp, tp, pp"]),
+        ("pp=5", vec![vec![1]], ["pp=5", "pp=4 would do"]),
         ("tp=3", vec![vec![1]], ["tp=3", "tp=2 does"]),
         ("single", vec![vec![]], ["without tokens", "at least one"]),
         ("single", vec![vec![29]], ["token 29", "vocabulary of 29"]),

@@ -112,6 +112,16 @@ impl Model {
             ("kv-rank", self.kv_rank),
             ("q-rank", self.q_rank),
         ];
+        let mut kv_rank = m.latent.map(|l| l.kv_rank);
+        let mut q_rank = None;
+        let mut resize = |m: &mut Architecture, name: &str, value: usize| {
+            match name {
+                "kv-rank" => kv_rank = Some(value).filter(|n| *n > 0),
+                "q-rank" => q_rank = Some(value),
+                _ => {}
+            }
+            resize(m, name, value);
+        };
         for (name, value) in numbers {
             if let Some(value) = value {
                 resize(&mut m, name, value);
@@ -150,6 +160,12 @@ impl Model {
             let why = format!(
                 "--kv-heads {}: latent attention makes keys and values for all {} heads; leave it out, or give --kv-rank 0",
                 m.kv_heads, m.heads
+            );
+            return Err(Error::new(ErrorKind::Input, why));
+        }
+        if let (Some(rank), None) = (q_rank, kv_rank) {
+            let why = format!(
+                "--q-rank {rank}: queries come from a vector of their own in latent attention alone; give --kv-rank too"
             );
             return Err(Error::new(ErrorKind::Input, why));
         }

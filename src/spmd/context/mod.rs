@@ -22,11 +22,13 @@
 //! | `contents` | a batch in the order in which chips keep tokens |
 //! | `parts` | which queries meet which keys in each step |
 //! | `ring` | the steps, forward and backward |
+//! | `shares` | new queries over a cache whose tokens are shared |
 //! | `swap` | tokens for heads and back; one place around the ring |
 
 mod contents;
 mod parts;
 mod ring;
+mod shares;
 mod swap;
 
 pub use contents::InOrder;

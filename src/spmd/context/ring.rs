@@ -23,10 +23,10 @@ pub(super) struct Kept {
 }
 
 /// What travels: keys, values, and the keys' documents.
-struct Keys {
-    k: Tensor,
-    v: Tensor,
-    documents: Option<Tensor>,
+pub(super) struct Keys {
+    pub(super) k: Tensor,
+    pub(super) v: Tensor,
+    pub(super) documents: Option<Tensor>,
 }
 
 impl Keys {
@@ -88,7 +88,7 @@ impl Shares {
     }
 
     /// `x` in the type of the operands.
-    fn narrow(&self, chip: &Chip, x: Tensor, dtype: DType) -> Tensor {
+    pub(super) fn narrow(&self, chip: &Chip, x: Tensor, dtype: DType) -> Tensor {
         if x.dtype() == dtype {
             return x;
         }
@@ -108,7 +108,7 @@ impl Shares {
     }
 
     /// Results of queries that see nothing.
-    fn nothing(&self, chip: &Chip, q: &Tensor, v: &Tensor) -> [Tensor; 2] {
+    pub(super) fn nothing(&self, chip: &Chip, q: &Tensor, v: &Tensor) -> [Tensor; 2] {
         let all = AttentionPart {
             op: self.op.clone(),
             queries: 0..q.shape()[1],
@@ -121,7 +121,7 @@ impl Shares {
         whole
     }
 
-    fn compute(
+    pub(super) fn compute(
         &self,
         chip: &Chip,
         part: &AttentionPart,
@@ -149,7 +149,7 @@ impl Shares {
     }
 
     /// Merges a part's results into those of the parts before it.
-    fn merge(
+    pub(super) fn merge(
         &self,
         chip: &Chip,
         whole: &mut Option<[Tensor; 2]>,
@@ -333,7 +333,7 @@ impl Shares {
         tensor
     }
 
-    fn tell(
+    pub(super) fn tell(
         &self,
         chip: &Chip,
         op: &str,
@@ -364,6 +364,6 @@ impl Shares {
     }
 }
 
-fn types_of(tensors: &[Tensor; 2]) -> [TensorType; 2] {
+pub(super) fn types_of(tensors: &[Tensor; 2]) -> [TensorType; 2] {
     tensors.each_ref().map(|x| x.ty().clone())
 }
