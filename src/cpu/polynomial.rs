@@ -6,7 +6,7 @@
 
 use super::Activation;
 use super::simd::{POWER, Simd};
-use std::f32::consts::{LN_2, LOG2_E};
+use std::f32::consts::LOG2_E;
 
 /// c\[0\] + c\[1\] x + c\[2\] x^2 + ..., by Horner's rule.
 #[inline(always)]
@@ -25,6 +25,8 @@ fn clamp<S: Simd>(s: S, x: S::V, lo: f32, hi: f32) -> S::V {
 }
 
 /// 2^x between -1/2 and 1/2, within 2^-23.3 before rounding; exactly 1 at 0.
+// Close to ln 2, and not it: a fitted coefficient.
+#[allow(clippy::approx_constant)]
 const EXP2: [f32; 6] = [
     1.0,
     0.693_147,
