@@ -1,21 +1,19 @@
 //! Forward: a task is some tiles of query rows of one key head, which meet the blocks of keys in ascending order.
 //!
 //! The tiles of a task share a block of keys and values, which is copied once for them: tile by tile, the copies alone took 16 %
-//! of the time. A maximum that grows by less than a factor of 256 is left as it was, since the exponentials still fit: so
-//! outputs are almost never scaled again (after Zadouri et al. 2026, "FlashAttention-4").
+//! of the time.
 
 // Each task writes the output rows of its own tiles.
 #![allow(unsafe_code)]
 
 use super::heads::OutRows;
 use super::mask::{SCORES, SIDE, Sight, Tile};
-use super::tile::{BAND, LINE, Left, Part, Product, Start, padded, pitch};
+use super::online::{Online, Step, log_sum_exp};
+use super::tile::{LINE, Left, Part, Product, Start, padded, pitch};
 use super::{Fold, Geometry, Heads, Inputs, Unit};
-use crate::cpu::polynomial::{exp2_above, exp2_normal, ln, tanh};
 use crate::cpu::rows::lanes::{map, narrow_into, widen_into};
 use crate::cpu::simd::{Isa, Kernel, Simd, dispatch};
 use crate::dtype::{Slice, SliceMut};
-use std::f32::consts::LN_2;
 use std::ops::Range;
 
 /// Tiles of a task at most.
@@ -301,20 +299,6 @@ pub(super) fn divide<S: Simd>(s: S, o: &[f32], sum: f32, row: &mut [f32]) {
     );
 }
 
-/// ln sum e^logit of each row; minus infinity where nothing was visible.
-#[inline(always)]
-pub(super) fn log_sum_exp<S: Simd>(s: S, max: &[f32], sum: &[f32]) -> [f32; SIDE] {
-    let mut lse = [0f32; SIDE];
-    map(
-        s,
-        [max, sum],
-        &mut lse,
-        #[inline(always)]
-        |[max, sum]| s.fma(max, s.splat(LN_2), ln(s, sum)),
-    );
-    lse
-}
-
 /// Widens rows `keys` of a key head to `to`, `pitch(d)` apart, padded with zeros to whole lines.
 #[inline(always)]
 pub(super) fn load<S: Simd>(
@@ -393,161 +377,4 @@ pub(super) fn load_transposed<S: Simd>(
             }
         }
     }
-}
-
-/// How far, in powers of two, a logit may lie above what is taken for the maximum: 2^8 times 64 keys is far from infinity.
-pub(super) const SLACK: f32 = 8.0;
-
-/// The state of an online softmax, a query row each: what is taken for the maximum (in powers of two), sum of exponentials, and
-/// the factor by which the last block scaled what came before it.
-pub(super) struct Online {
-    pub(super) max: [f32; SIDE],
-    pub(super) sum: [f32; SIDE],
-    pub(super) rescale: [f32; SIDE],
-}
-
-impl Online {
-    pub(super) fn new() -> Self {
-        Online {
-            max: [f32::NEG_INFINITY; SIDE],
-            sum: [0.0; SIDE],
-            rescale: [0.0; SIDE],
-        }
-    }
-}
-
-/// Scores [keys, rows] become e^(logit - maximum), and the state moves on by one block. True if a maximum moved.
-struct Step<'a> {
-    g: &'a Geometry<'a>,
-    tile: Tile,
-    fold: Fold,
-    sight: Sight,
-    keys: Range<usize>,
-    ends: &'a [usize],
-    scores: &'a mut [f32],
-    online: &'a mut Online,
-}
-
-impl Kernel for Step<'_> {
-    type Output = bool;
-
-    #[inline(always)]
-    fn call<S: Simd>(mut self, s: S) -> bool {
-        let n = self.keys.len();
-        let columns = padded(self.tile.rows);
-        if let Some(cap) = self.fold.cap {
-            for at in (0..columns).step_by(S::LANES) {
-                let n = n.min(self.ends[at / BAND]);
-                for row in self.scores.chunks_exact_mut(SCORES).take(n) {
-                    let t = tanh(s, s.load(&row[at..]));
-                    s.store(&mut row[at..], s.mul(t, s.splat(cap)));
-                }
-            }
-        }
-        if self.sight == Sight::Some {
-            self.tile.hide(s, self.g, &self.keys, self.scores);
-        }
-        let (mut base, mut moved) = ([0f32; SIDE], false);
-        for at in (0..columns).step_by(S::LANES) {
-            moved |= self.raise(s, at, &mut base);
-        }
-        let near = base[..columns].iter().all(|x| x.abs() <= NEAR);
-        let mut at = 0;
-        while at < columns {
-            at += if !near {
-                self.powers::<S, 1, false>(s, at, &base)
-            } else if at + 4 * S::LANES <= columns
-                && self.seen(at) == self.seen(at + 4 * S::LANES - 1)
-            {
-                self.powers::<S, 4, true>(s, at, &base)
-            } else {
-                self.powers::<S, 1, true>(s, at, &base)
-            };
-        }
-        moved
-    }
-}
-
-/// The greatest |maximum| with which [`exp2_above`] deals.
-const NEAR: f32 = 1e6;
-
-impl Step<'_> {
-    /// How many of the keys the query row in column `at` sees.
-    #[inline(always)]
-    fn seen(&self, at: usize) -> usize {
-        self.keys.len().min(self.ends[at / BAND])
-    }
-
-    /// Moves the maxima of the columns from `at` on, a vector of them, and leaves what is taken away from their scores in `base`.
-    /// True if one moved.
-    ///
-    /// A maximum is an integer: it need not be exact, and an exponential then takes two operations less.
-    #[inline(always)]
-    fn raise<S: Simd>(&mut self, s: S, at: usize, base: &mut [f32; SIDE]) -> bool {
-        let none = s.splat(f32::NEG_INFINITY);
-        let block = s.round(maximum(s, self.scores, at, self.seen(at)));
-        let old = s.load(&self.online.max[at..]);
-        let max = s.select(s.lt(s.add(old, s.splat(SLACK)), block), block, old);
-        // While nothing is visible, 0 stands in for the maximum, so that infinities are not subtracted.
-        let new = s.select(s.eq(max, none), s.zero(), max);
-        s.store(&mut base[at..], new);
-        s.store(&mut self.online.max[at..], max);
-        let rescale = &mut self.online.rescale[at..at + S::LANES];
-        s.store(rescale, exp2_normal(s, s.sub(old, new)));
-        rescale.iter().any(|&x| x != 1.0)
-    }
-
-    /// Powers of the scores in `W` vectors of columns from `at` on, and their sums. Gives the number of columns.
-    ///
-    /// Four vectors side by side keep the processor busy while it waits for each: one after another took 1.5 times as long.
-    #[inline(always)]
-    fn powers<S: Simd, const W: usize, const NEAR: bool>(
-        &mut self,
-        s: S,
-        at: usize,
-        base: &[f32; SIDE],
-    ) -> usize {
-        let n = self.seen(at);
-        let (mut bases, mut sums) = ([s.zero(); W], [s.zero(); W]);
-        for (v, x) in bases.iter_mut().enumerate() {
-            *x = s.load(&base[at + v * S::LANES..]);
-        }
-        for row in &mut self.scores.as_chunks_mut::<SCORES>().0[..n] {
-            for (v, (&base, sum)) in bases.iter().zip(&mut sums).enumerate() {
-                let x = &mut row[at + v * S::LANES..];
-                let p = if NEAR {
-                    exp2_above(s, s.load(x), base)
-                } else {
-                    exp2_normal(s, s.sub(s.load(x), base))
-                };
-                s.store(x, p);
-                *sum = s.add(*sum, p);
-            }
-        }
-        for (v, &sum) in sums.iter().enumerate() {
-            let at = at + v * S::LANES;
-            let before = s.load(&self.online.sum[at..]);
-            let rescale = s.load(&self.online.rescale[at..]);
-            s.store(&mut self.online.sum[at..], s.fma(before, rescale, sum));
-        }
-        W * S::LANES
-    }
-}
-
-/// The greatest of the first n rows of scores, in the columns from `at` on.
-#[inline(always)]
-pub(super) fn maximum<S: Simd>(s: S, scores: &[f32], at: usize, n: usize) -> S::V {
-    // Four maxima at once hide the latency of each; a maximum does not depend on the order.
-    let mut parts = [s.splat(f32::NEG_INFINITY); 4];
-    let rows = &scores.as_chunks::<SCORES>().0[..n];
-    let (fours, rest) = rows.as_chunks::<4>();
-    for rows in fours {
-        for (part, row) in parts.iter_mut().zip(rows) {
-            *part = s.max(*part, s.load(&row[at..]));
-        }
-    }
-    for row in rest {
-        parts[0] = s.max(parts[0], s.load(&row[at..]));
-    }
-    s.max(s.max(parts[0], parts[1]), s.max(parts[2], parts[3]))
 }

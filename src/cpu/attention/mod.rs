@@ -17,6 +17,7 @@ mod forward;
 mod heads;
 mod mask;
 mod merge;
+mod online;
 mod split;
 #[cfg(test)]
 mod tests;

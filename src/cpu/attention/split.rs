@@ -8,9 +8,10 @@
 // Each chunk's results become the rows of its own tile.
 #![allow(unsafe_code)]
 
-use super::forward::{Forward, Sink, divide, log_sum_exp, partial, scratch};
+use super::forward::{Forward, Sink, divide, partial, scratch};
 use super::heads::OutRows;
 use super::mask::SIDE;
+use super::online::log_sum_exp;
 use super::tile::padded;
 use super::{Geometry, Inputs, Unit};
 use crate::cpu::memory::with_scratch_f32;

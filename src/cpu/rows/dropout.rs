@@ -1,5 +1,8 @@
 //! Dropout (Srivastava et al. 2014): an element is kept or dropped by its index in the global tensor, so the mask is the
 //! same on every mesh, and its gradient draws the same mask again instead of storing it.
+//!
+//! Random words are most of the work. On one thread of a Xeon with AVX-512 it takes 1.5 times a stream of the same bytes; 3.2 times
+//! when words lay in 32 bits, which have to change lanes in every round, and were held against p as f32.
 
 use super::lanes::{ahead, widen, written};
 use super::parallel::{Out, for_rows};

@@ -26,7 +26,8 @@ pub(crate) fn column_sum(x: Slice, out: &mut [f32], accum: Accum) {
     over_columns(&ColumnSum { c, rows, x }, rows, c, STRIP, out);
 }
 
-/// Rows that are added at a time, so that sums are loaded and stored once for all of them.
+/// Rows that are added at a time, so that sums are loaded and stored once for all of them. (Asking for the next strip's memory as a
+/// whole before a strip is added made this 1.6 times slower.)
 const STRIP: usize = 8;
 
 struct ColumnSum<'a> {

@@ -9,10 +9,9 @@
 // Each task writes the output rows of its own tiles.
 #![allow(unsafe_code)]
 
-use super::super::forward::{
-    Forward, Online, SLACK, Sink, TILES, ask, log_sum_exp, maximum, part as share, partial,
-};
+use super::super::forward::{Forward, Sink, TILES, ask, part as share, partial};
 use super::super::mask::{SCORES, SIDE, Sight, Tile};
+use super::super::online::{Online, SLACK, log_sum_exp, maximum};
 use super::super::tile::padded;
 use super::super::{Geometry, Inputs};
 use super::{
