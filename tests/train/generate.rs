@@ -355,8 +355,8 @@ fn a_cache_is_split_as_its_heads_and_sequences_are() {
     // Over cp 9 tokens of the longest prompt and 3 new ones are rounded up apart: 5 + 2 of 12 on two chips, 3 + 1 on three.
     assert_eq!(bytes("cp=2"), whole / 12 * 7);
     assert_eq!(bytes("cp=3"), whole / 12 * 4);
-    // Three of four sequences are not split evenly over two chips; two for the first.
-    assert_eq!(bytes("dp=3"), whole / 4 * 2);
+    // Four sequences on three chips are 1, 1 and 2.
+    assert_eq!(bytes("dp=3"), whole / 4);
 }
 
 #[test]
