@@ -17,7 +17,8 @@ thread_local! {
     static CHIP: RefCell<Option<crate::gpu::Chip>> = const { RefCell::new(None) };
 }
 
-/// Whether cases of this thread run on a graphics processor.
+/// Whether cases of this thread run on a graphics processor. A bound of the matrix unit's asks, which x86-64 alone has.
+#[cfg(target_arch = "x86_64")]
 pub(super) fn is_on_gpu() -> bool {
     #[cfg(feature = "gpu")]
     return CHIP.with_borrow(|chip| chip.is_some());
