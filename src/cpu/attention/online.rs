@@ -68,7 +68,7 @@ impl Kernel for Step<'_> {
         for at in (0..columns).step_by(S::LANES) {
             moved |= self.raise(s, at, &mut base);
         }
-        let near = base[..columns].iter().all(|x| x.abs() <= NEAR);
+        let near = base[..columns].iter().all(|x| x.abs() <= LIMIT);
         let mut at = 0;
         while at < columns {
             at += if !near {
@@ -86,7 +86,7 @@ impl Kernel for Step<'_> {
 }
 
 /// The greatest |maximum| with which [`exp2_above`] deals.
-const NEAR: f32 = 1e6;
+const LIMIT: f32 = 1e6;
 
 impl Step<'_> {
     /// How many of the keys the query row in column `at` sees.

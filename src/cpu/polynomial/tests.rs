@@ -17,6 +17,25 @@ enum Function {
     Slope(Activation),
 }
 
+fn all() -> impl Iterator<Item = Function> {
+    use Activation::*;
+    let activations = [GeluTanh, GeluErf, Relu2, Silu];
+    [
+        Function::Exp2Normal,
+        Function::Exp,
+        Function::Ln,
+        Function::Tanh,
+        Function::ExpNormal,
+        Function::Exp2Coarse,
+        Function::Exp2Above,
+        Function::Exp2Offset,
+        Function::Sigmoid,
+    ]
+    .into_iter()
+    .chain(activations.map(Function::Activate))
+    .chain(activations.map(Function::Slope))
+}
+
 /// What the tests take away from an exponent.
 const ABOVE: f32 = 5.0;
 
@@ -206,6 +225,7 @@ fn slopes_stay_close() {
 
 #[test]
 fn special_arguments() {
+    use Activation::*;
     let inf = f32::INFINITY;
     for isa in Isa::available() {
         let at = |f, x: f32| dispatch(isa, Evaluate(f, &[x]))[0];
@@ -245,22 +265,7 @@ fn special_arguments() {
         ] {
             assert_eq!(at(f, x), want, "{f:?}({x}) on {isa:?}");
         }
-        use Activation::*;
-        for f in [
-            Function::Exp2Normal,
-            Function::Exp,
-            Function::Ln,
-            Function::Tanh,
-            Function::ExpNormal,
-            Function::Exp2Coarse,
-            Function::Exp2Above,
-            Function::Exp2Offset,
-        ]
-        .into_iter()
-        .chain([Function::Sigmoid])
-        .chain([GeluTanh, GeluErf, Relu2, Silu].map(Function::Activate))
-        .chain([GeluTanh, GeluErf, Relu2, Silu].map(Function::Slope))
-        {
+        for f in all() {
             assert!(at(f, f32::NAN).is_nan(), "{f:?}(NaN) on {isa:?}");
         }
         assert!(at(Function::Ln, -1.0).is_nan());
@@ -270,25 +275,10 @@ fn special_arguments() {
 
 #[test]
 fn every_instruction_set_gives_the_same_bits() {
-    use Activation::*;
     let mut x = grid(-20.0, 20.0, 3000);
     x.extend(grid(-160.0, 140.0, 3000));
     x.extend(grid(0.0, 1e-38, 500));
-    for f in [
-        Function::Exp2Normal,
-        Function::Exp,
-        Function::Ln,
-        Function::Tanh,
-        Function::ExpNormal,
-        Function::Exp2Coarse,
-        Function::Exp2Above,
-        Function::Exp2Offset,
-    ]
-    .into_iter()
-    .chain([Function::Sigmoid])
-    .chain([GeluTanh, GeluErf, Relu2, Silu].map(Function::Activate))
-    .chain([GeluTanh, GeluErf, Relu2, Silu].map(Function::Slope))
-    {
+    for f in all() {
         let bits = |isa| -> Vec<u32> {
             let y = dispatch(isa, Evaluate(f, &x));
             // NaN (the logarithm of a negative number) has one value but many patterns.

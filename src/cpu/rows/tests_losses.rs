@@ -91,7 +91,7 @@ fn cross_entropy_matches_the_textbook_whole_and_in_shards() {
             let x = logits.f64();
             let width = c / shards;
             // Lanes, tree, blocks and shards; and each exponential: its own ulp and the rounding of an argument below 16.
-            let gamma = (c.min(4096) as f64 / 32.0 + 5.0 + 3.0 + 3.0 + 18.0) * U;
+            let gamma = ((width.min(4096) / 32) as f64 + 5.0 + 3.0 + 3.0 + 18.0) * U;
             for i in 0..r {
                 let row = &x[i * c..i * c + valid];
                 let max = row.iter().fold(f64::NEG_INFINITY, |m, &x| m.max(x));
