@@ -83,7 +83,9 @@
 //! One exception: where the processor has a matrix unit (Intel's AMX), products of bf16 by bf16 run there and are summed
 //! in that unit's order: two chains, over the even and the odd k of each block of 32, whose sum is added to the element, and
 //! subnormal numbers are taken as 0. That order is as fixed, for any number of threads and any shape, but its bits are those of
-//! machines with the unit. `SUPERNODE_MATRIX_UNITS=off` in the environment gives those of all others.
+//! machines with the unit. `SUPERNODE_MATRIX_UNITS=off` in the environment gives those of all others: a chain that takes of k and
+//! k + 1, k even, the odd one first, as the instruction for pairs of bf16 does (`vdpbf16ps` of AVX512-BF16; used where it is fast,
+//! or with `pairs` for the variable).
 //!
 //! # Mistakes and failures
 //!

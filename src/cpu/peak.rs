@@ -20,8 +20,8 @@ const STEPS: u64 = 1 << 14;
 /// Floating-point operations per second of the current rayon pool's threads together, a fused multiply-add counted as two:
 /// a loop of independent chains in registers, for 50 ms.
 ///
-/// bf16 is that of the unit that products use: the matrix unit (AMX), else the one that multiplies pairs of bf16
-/// (`vdpbf16ps`), where the processor has one; every other type is computed in f32.
+/// bf16 is that of the unit that products use: the matrix unit (AMX), else the instruction that multiplies pairs of bf16
+/// (`vdpbf16ps`), where the processor has one that is faster than f32; every other type is computed in f32.
 ///
 /// ```
 /// let peak = supernode::kernels::peak_flops(supernode::DType::F32);
@@ -37,18 +37,18 @@ pub fn peak_flops(dtype: DType) -> f64 {
             STEPS * super::simd::amx::Amx::FLOPS_PER_STEP
         });
     }
+    let isa = isa();
     #[cfg(target_arch = "x86_64")]
     if dtype == DType::Bf16
-        && let Some(unit) = super::simd::Avx512Bf16::new()
+        && let Some(unit) = isa.pair_unit()
     {
         return rate(|_| {
             black_box(unit.chains(STEPS));
-            STEPS * super::simd::Avx512Bf16::FLOPS_PER_STEP
+            STEPS * super::simd::PairUnit::FLOPS_PER_STEP
         });
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = dtype;
-    let isa = isa();
     rate(|_| {
         let chains = dispatch(isa, FmaChains { steps: STEPS });
         black_box(chains.sum);

@@ -113,8 +113,9 @@ pub(super) fn strips(
     pieces(range, width)
 }
 
-/// 0..k in nearly equal blocks of at most `most`; one empty block for k = 0, which still writes C.
+/// 0..k in nearly equal blocks of at most `most`, an even number, that begin at even k; one empty block for k = 0, which still
+/// writes C.
 pub(super) fn depths(k: usize, most: usize) -> impl Iterator<Item = Range<usize>> {
-    let blocks = k.div_ceil(most).max(1);
-    (0..blocks).map(move |i| k * i / blocks..k * (i + 1) / blocks)
+    let (blocks, pairs) = (k.div_ceil(most).max(1), k.div_ceil(2));
+    (0..blocks).map(move |i| 2 * (pairs * i / blocks)..k.min(2 * (pairs * (i + 1) / blocks)))
 }

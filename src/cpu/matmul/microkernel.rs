@@ -11,7 +11,7 @@
 
 #![allow(unsafe_code)]
 
-use super::super::simd::{Kernel, Simd, TileLoop};
+use super::super::simd::{Kernel, PairUnit, Simd, TileLoop};
 use super::Output;
 use crate::dtype::{DType, Float};
 use half::{bf16, f16};
@@ -54,19 +54,20 @@ pub(super) struct Sums {
 }
 
 /// to\[i, j\] = from\[i, j\] + sum over p < k of a\[i, p\] b\[p, j\] for `rows` <= MR and all V vectors of columns; from absent is 0.
+/// With `pairs`, elements of a and b are pairs of bf16 in 4 bytes, which that unit multiplies; V vectors are 32 columns then.
 ///
 /// # Safety
 /// `a` and `b` are readable for `rows` x k and k x V vectors; `from` is readable and `to` writable for rows x V vectors.
 #[inline(always)]
 pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
-    s: S,
+    (s, pairs): (S, Option<PairUnit>),
     rows: usize,
     k: usize,
     (a, b): (Rows, Columns),
     (from, to): (Option<Sums>, Sums),
     ahead: Ahead,
 ) {
-    if !S::HAS_TILE_LOOP {
+    if !S::HAS_TILE_LOOP && pairs.is_none() {
         for at in (0..ahead.bytes).step_by(64) {
             s.prefetch(ahead.at.wrapping_add(at));
         }
@@ -77,7 +78,7 @@ pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
         ($($r:literal)*) => {
             $(if const { $r < MR } {
                 if rows == $r {
-                    some_rows::<S, $r, V, false>(s, Chains { k, a, b, from, to }, ahead);
+                    some_rows::<S, $r, V, false>((s, pairs), Chains { k, a, b, from, to }, ahead);
                     return;
                 }
             })*
@@ -85,19 +86,20 @@ pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
     }
     of_rows!(1 2 3 4 5 6 7 8 9 10 11 12 13);
     debug_assert_eq!(rows, MR);
-    some_rows::<S, MR, V, true>(s, Chains { k, a, b, from, to }, ahead);
+    some_rows::<S, MR, V, true>((s, pairs), Chains { k, a, b, from, to }, ahead);
 }
 
 /// [`tile`] of R rows, `WHOLE` if there are no more: by the instruction set's own loop, or the compiler's.
 #[inline(always)]
 fn some_rows<S: Simd, const R: usize, const V: usize, const WHOLE: bool>(
-    s: S,
+    (s, pairs): (S, Option<PairUnit>),
     tile: Chains<R, V>,
     ahead: Ahead,
 ) {
     let Chains { k, a, b, from, to } = tile;
     let packed = a.row_stride == 1;
     let looped = const { S::HAS_TILE_LOOP && V * S::LANES == 32 };
+    debug_assert!(pairs.is_none() || looped);
     if looped && (packed || a.k_stride == 1) {
         let tile = TileLoop {
             k,
@@ -115,7 +117,12 @@ fn some_rows<S: Simd, const R: usize, const V: usize, const WHOLE: bool>(
             ahead_turns: ahead.bytes / 128,
         };
         // SAFETY: made by `tile` only, under its promise.
-        unsafe { s.tile_loop::<R>(&tile) }
+        unsafe {
+            match pairs {
+                Some(unit) => unit.tile_loop::<R>(&tile),
+                None => s.tile_loop::<R>(&tile),
+            }
+        }
         return;
     }
     // Constant strides free registers. A constant condition, because each version is compiled for every instruction set.

@@ -1,17 +1,20 @@
 //! Products of matrices of any float types, in f32 inside.
 //!
 //! An element of C is one chain of fused multiply-adds over k in ascending order, so that the bits depend neither on
-//! tiles and blocks nor on threads, batch or instruction set. There is one exception: bf16 by bf16 on a machine with a matrix
-//! unit (AMX) is summed in that unit's order, which is as fixed, but another (`simd::amx` states it), because the unit is
-//! many times faster than any chain; there `Accum::Add` equals one longer sum where it resumes at a multiple of 32 of k.
-//! `SUPERNODE_MATRIX_UNITS=off` gives the chain's bits there too. From outside in (after K. Goto and R. van de Geijn,
-//! Anatomy of High-Performance Matrix Multiplication, 2008):
+//! tiles and blocks nor on threads, batch or instruction set. bf16 by bf16 takes of k and k + 1, k even, the odd one first, as the
+//! instruction does that multiplies pairs of them (`vdpbf16ps`), which is used where it is fast; `Accum::Add` then equals one
+//! longer sum where it resumes at an even k. (That instruction takes subnormal numbers for 0; other bits are those of f32.)
+//!
+//! There is one exception: bf16 by bf16 on a machine with a matrix unit (AMX) is summed in that unit's order, which is as fixed,
+//! but another (`simd::amx` states it), because the unit is many times faster than any chain; there `Accum::Add` equals one
+//! longer sum where it resumes at a multiple of 32 of k. `SUPERNODE_MATRIX_UNITS=off` or `pairs` gives the chain's bits there too.
+//! From outside in (after K. Goto and R. van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008):
 //!
 //! | file | what |
 //! |---|---|
 //! | this one | arguments, checks, the cut into regions of C for the threads (m, n and batch, never k) |
 //! | `region` | blocks that fit the caches (sizes: `blocks`), and which operands are packed |
-//! | `pack` | copies in the microkernel's order, widened: dtype ends here |
+//! | `pack`, `pack_pairs` | copies in the microkernel's order, widened or in pairs: dtype ends here |
 //! | `stream` | few rows: B streams by once |
 //! | `microkernel` | the tile in registers, and its way to memory: bias, activation, narrowing |
 //! | `unit`, `unit_stream` | bf16 on the matrix unit: its own blocks and packed format; few rows in its order |
@@ -21,6 +24,7 @@
 mod blocks;
 mod microkernel;
 mod pack;
+mod pack_pairs;
 mod region;
 mod stream;
 #[cfg(test)]
@@ -30,9 +34,10 @@ mod unit;
 #[cfg(target_arch = "x86_64")]
 mod unit_stream;
 
-use super::simd::{Isa, isa};
+use super::simd::{Isa, PairUnit, isa};
 use super::{Accum, Activation};
 use crate::dtype::{DType, Slice, SliceMut};
+use pack::Terms;
 use rayon::prelude::*;
 use region::Region;
 use std::ops::Range;
@@ -72,8 +77,8 @@ pub(crate) struct Epilogue<'a> {
 
 /// c\[b, i, j\] (+)= sum over p of a\[b, i, p\] b\[b, p, j\], then bias and activation.
 ///
-/// One chain of fused multiply-adds over ascending p, in f32 (bf16 on a matrix unit: in its order), narrowed once; with [`Accum::Add`] the chain begins at the
-/// old c, with [`Accum::Replace`] at 0 and c is not read. k = 0 leaves the beginning of the chain.
+/// One chain of fused multiply-adds over ascending p, in f32 (bf16 by bf16: of each two p the odd one first, or in a matrix unit's
+/// order), narrowed once; with [`Accum::Add`] the chain begins at the old c, with [`Accum::Replace`] at 0 and c is not read. k = 0 leaves the beginning of the chain.
 ///
 /// # Panics
 /// If shapes disagree, a slice is too short, elements of c overlap, or a type is no float.
@@ -371,6 +376,17 @@ impl Product {
             accum,
         };
         (needed > 0).then(|| product.folded())
+    }
+
+    /// The terms of its chains on an instruction set, and the unit that multiplies pairs.
+    fn terms(&self, isa: Isa) -> (Terms, Option<PairUnit>) {
+        if (self.a.dtype, self.b.dtype) != (DType::Bf16, DType::Bf16) {
+            return (Terms::Ascending, None);
+        }
+        match isa.pair_unit() {
+            None => (Terms::OddFirst, None),
+            unit => (Terms::Pairs, unit),
+        }
     }
 
     /// A batch that shares B and whose rows follow one another is one taller matrix.

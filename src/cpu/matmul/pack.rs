@@ -4,13 +4,47 @@
 //! p W + i. One function serves both, since a panel of A is a panel of B transposed. What is contiguous in memory
 //! decides how: along the lines (vectors are copied, in bands of a few k across all panels), along k (squares are
 //! transposed in registers), or neither. Panel by panel the copy took two cycles an element, a page for each 64 bytes.
+//!
+//! Products of bf16 by bf16 change places here ([`Terms`]): a chain then only ever adds its next term.
 
 #![allow(unsafe_code)]
 
 use super::super::simd::{Kernel, Simd};
+use super::pack_pairs::{PackPairs, copy_pairs};
 use crate::dtype::{DType, Float};
 use half::{bf16, f16};
 use std::marker::PhantomData;
+
+/// What follows what in a chain, and so what packed panels hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Terms {
+    /// k in ascending order.
+    Ascending,
+    /// Of k and k + 1, k even, the odd one first: the order of the instruction that multiplies pairs of bf16.
+    OddFirst,
+    /// Pairs for that instruction, 4 bytes each, the even one lower in memory.
+    Pairs,
+}
+
+impl Terms {
+    /// Elements of 4 bytes of a packed line of so many k, which begin at an even one.
+    pub(super) fn packed(self, k: usize) -> usize {
+        match self {
+            Terms::Ascending | Terms::OddFirst => k,
+            Terms::Pairs => k.div_ceil(2),
+        }
+    }
+}
+
+/// The k of the term that stands at place p of `depth`.
+#[inline(always)]
+pub(super) fn term<const ODD_FIRST: bool>(p: usize, depth: usize) -> usize {
+    if ODD_FIRST && (p ^ 1) < depth {
+        p ^ 1
+    } else {
+        p
+    }
+}
 
 /// Part of an operand: `lines` (rows of A, columns of B) by `depth` (k), at any distance from one another.
 #[derive(Clone, Copy)]
@@ -25,18 +59,28 @@ pub(super) struct Block {
     pub depth_stride: usize,
 }
 
-/// Writes panels of W = R lines of A, `depth * W` f32 each; the missing lines of the last panel are 0.
+/// Writes panels of W = R lines of A, `depth * W` f32 each ([`Terms::packed`] for depth); the missing lines of the last panel
+/// are 0.
 ///
 /// # Safety
 /// The block's elements are readable. From `to`, `lines` rounded up to W, times `depth`, plus 16 f32 are writable.
 #[inline(always)]
-pub(super) unsafe fn pack_rows<S: Simd, const R: usize>(s: S, block: Block, to: *mut f32) {
+pub(super) unsafe fn pack_rows<S: Simd, const R: usize>(
+    s: S,
+    terms: Terms,
+    block: Block,
+    to: *mut f32,
+) {
     // A function of its own for each type, not a copy wherever something is packed.
-    match block.dtype {
-        DType::F32 => s.run(PackRows::<f32, R>(block, to, PhantomData)),
-        DType::Bf16 => s.run(PackRows::<bf16, R>(block, to, PhantomData)),
-        DType::F16 => s.run(PackRows::<f16, R>(block, to, PhantomData)),
-        DType::U32 => unreachable!("checked on entry"),
+    match (block.dtype, terms) {
+        (DType::F32, _) => s.run(PackRows::<f32, R, false>(block, to, PhantomData)),
+        (DType::F16, _) => s.run(PackRows::<f16, R, false>(block, to, PhantomData)),
+        (DType::Bf16, Terms::Ascending) => {
+            s.run(PackRows::<bf16, R, false>(block, to, PhantomData))
+        }
+        (DType::Bf16, Terms::OddFirst) => s.run(PackRows::<bf16, R, true>(block, to, PhantomData)),
+        (DType::Bf16, Terms::Pairs) => s.run(PackPairs::<R>(block, to)),
+        (DType::U32, _) => unreachable!("checked on entry"),
     }
 }
 
@@ -45,36 +89,48 @@ pub(super) unsafe fn pack_rows<S: Simd, const R: usize>(s: S, block: Block, to: 
 /// # Safety
 /// As [`pack_rows`].
 #[inline(always)]
-pub(super) unsafe fn pack_columns<S: Simd, const V: usize>(s: S, block: Block, to: *mut f32) {
-    match block.dtype {
-        DType::F32 => s.run(PackColumns::<f32, V>(block, to, PhantomData)),
-        DType::Bf16 => s.run(PackColumns::<bf16, V>(block, to, PhantomData)),
-        DType::F16 => s.run(PackColumns::<f16, V>(block, to, PhantomData)),
-        DType::U32 => unreachable!("checked on entry"),
+pub(super) unsafe fn pack_columns<S: Simd, const V: usize>(
+    s: S,
+    terms: Terms,
+    block: Block,
+    to: *mut f32,
+) {
+    match (block.dtype, terms) {
+        (DType::F32, _) => s.run(PackColumns::<f32, V, false>(block, to, PhantomData)),
+        (DType::F16, _) => s.run(PackColumns::<f16, V, false>(block, to, PhantomData)),
+        (DType::Bf16, Terms::Ascending) => {
+            s.run(PackColumns::<bf16, V, false>(block, to, PhantomData))
+        }
+        (DType::Bf16, Terms::OddFirst) => {
+            s.run(PackColumns::<bf16, V, true>(block, to, PhantomData))
+        }
+        // The instruction's tile is 32 columns wide.
+        (DType::Bf16, Terms::Pairs) => s.run(PackPairs::<32>(block, to)),
+        (DType::U32, _) => unreachable!("checked on entry"),
     }
 }
 
 /// The arguments of [`pack_rows`], whose promise holds wherever one is made.
-struct PackRows<T, const R: usize>(Block, *mut f32, PhantomData<T>);
+struct PackRows<T, const R: usize, const ODD_FIRST: bool>(Block, *mut f32, PhantomData<T>);
 
-impl<T: Float, const R: usize> Kernel for PackRows<T, R> {
+impl<T: Float, const R: usize, const ODD_FIRST: bool> Kernel for PackRows<T, R, ODD_FIRST> {
     type Output = ();
     #[inline(always)]
     fn call<S: Simd>(self, s: S) {
         // SAFETY: made by `pack_rows` only, under its promise.
-        unsafe { pack::<S, T>(s, self.0, R, self.1) }
+        unsafe { pack::<S, T, ODD_FIRST>(s, self.0, R, self.1) }
     }
 }
 
 /// The arguments of [`pack_columns`], whose promise holds wherever one is made.
-struct PackColumns<T, const V: usize>(Block, *mut f32, PhantomData<T>);
+struct PackColumns<T, const V: usize, const ODD_FIRST: bool>(Block, *mut f32, PhantomData<T>);
 
-impl<T: Float, const V: usize> Kernel for PackColumns<T, V> {
+impl<T: Float, const V: usize, const ODD_FIRST: bool> Kernel for PackColumns<T, V, ODD_FIRST> {
     type Output = ();
     #[inline(always)]
     fn call<S: Simd>(self, s: S) {
         // SAFETY: made by `pack_columns` only, under its promise.
-        unsafe { pack::<S, T>(s, self.0, V * S::LANES, self.1) }
+        unsafe { pack::<S, T, ODD_FIRST>(s, self.0, V * S::LANES, self.1) }
     }
 }
 
@@ -83,19 +139,31 @@ impl<T: Float, const V: usize> Kernel for PackColumns<T, V> {
 /// # Safety
 /// As [`pack_rows`].
 #[inline(always)]
-unsafe fn pack<S: Simd, T: Float>(s: S, block: Block, width: usize, to: *mut f32) {
+unsafe fn pack<S: Simd, T: Float, const ODD_FIRST: bool>(
+    s: S,
+    block: Block,
+    width: usize,
+    to: *mut f32,
+) {
     // SAFETY: the caller's promise, handed on; the last loop stays in the block and in the panels.
     unsafe {
         if block.line_stride == 1 {
-            copy_lines::<S, T>(s, block, width, to);
+            copy_lines::<S, T, ODD_FIRST>(s, block, width, to);
         } else if block.depth_stride == 1 {
-            transpose_lines::<S, T>(s, block, width, to);
+            let lines = Lines {
+                data: block.data.cast::<T>(),
+                lines: block.lines,
+                depth: block.depth,
+                bytes: block.line_stride * size_of::<T>(),
+            };
+            transpose_lines::<S, T, ODD_FIRST>(s, lines, width, block.depth, to);
         } else {
             let data = block.data.cast::<T>();
             for line in 0..block.lines.next_multiple_of(width) {
                 let to = to.add(line / width * width * block.depth + line % width);
                 for p in 0..block.depth {
                     *to.add(p * width) = if line < block.lines {
+                        let p = term::<ODD_FIRST>(p, block.depth);
                         let at = line * block.line_stride + p * block.depth_stride;
                         (*data.add(at)).to_f32()
                     } else {
@@ -114,7 +182,12 @@ const BAND: usize = 8;
 /// # Safety
 /// As [`pack_rows`].
 #[inline(always)]
-unsafe fn copy_lines<S: Simd, T: Float>(s: S, block: Block, width: usize, to: *mut f32) {
+unsafe fn copy_lines<S: Simd, T: Float, const ODD_FIRST: bool>(
+    s: S,
+    block: Block,
+    width: usize,
+    to: *mut f32,
+) {
     let (data, depth) = (block.data.cast::<T>(), block.depth);
     let vectors = width.next_multiple_of(S::LANES);
     for band in (0..depth).step_by(BAND) {
@@ -125,7 +198,7 @@ unsafe fn copy_lines<S: Simd, T: Float>(s: S, block: Block, width: usize, to: *m
                 // SAFETY: `left` lines from this one on lie in the block; the vectors stay in the panel but for the
                 // last row of a panel, which may not spill into the next one's first.
                 unsafe {
-                    let from = data.add(p * block.depth_stride + line);
+                    let from = data.add(term::<ODD_FIRST>(p, depth) * block.depth_stride + line);
                     let to = to.add(line * depth + p * width);
                     s.prefetch(from.wrapping_add(BAND * block.depth_stride));
                     for i in (0..width).step_by(S::LANES) {
@@ -180,17 +253,34 @@ unsafe fn store_line<S: Simd>(s: S, to: *mut f32, width: usize, i: usize, last: 
     }
 }
 
+/// Lines of `depth` elements each that lie along k, `bytes` from line to line.
+#[derive(Clone, Copy)]
+pub(super) struct Lines<T> {
+    pub data: *const T,
+    pub lines: usize,
+    pub depth: usize,
+    pub bytes: usize,
+}
+
+/// Packs lines into panels of `rows` rows.
+///
 /// # Safety
-/// As [`pack_rows`].
+/// As [`pack_rows`], with `rows` >= depth for depth.
 #[inline(always)]
-unsafe fn transpose_lines<S: Simd, T: Float>(s: S, block: Block, width: usize, to: *mut f32) {
-    let (data, depth) = (block.data.cast::<T>(), block.depth);
-    for line in (0..block.lines).step_by(width) {
+pub(super) unsafe fn transpose_lines<S: Simd, T: Float, const ODD_FIRST: bool>(
+    s: S,
+    all: Lines<T>,
+    width: usize,
+    rows: usize,
+    to: *mut f32,
+) {
+    let (depth, bytes) = (all.depth, all.bytes);
+    for line in (0..all.lines).step_by(width) {
         for i in (0..width).step_by(S::LANES) {
             // Whole squares of this panel, without a question inside.
             let lanes = S::LANES.min(width - i);
-            let here = lanes.min((block.lines - line).saturating_sub(i));
-            let from = data.wrapping_add((line + i) * block.line_stride);
+            let here = lanes.min((all.lines - line).saturating_sub(i));
+            let from = all.data.wrapping_byte_add((line + i) * bytes);
             let mut p = 0;
             while p < depth {
                 let deep = S::LANES.min(depth - p);
@@ -201,11 +291,11 @@ unsafe fn transpose_lines<S: Simd, T: Float>(s: S, block: Block, width: usize, t
                 unsafe {
                     if here == lanes && deep == S::LANES {
                         for (row, v) in square.iter_mut().enumerate().take(lanes) {
-                            *v = s.load_ptr(from.add(row * block.line_stride + p));
+                            *v = s.load_ptr(from.byte_add(row * bytes).add(p));
                         }
                     } else {
                         for (row, v) in square.iter_mut().enumerate().take(here) {
-                            let from = from.add(row * block.line_stride + p);
+                            let from = from.byte_add(row * bytes).add(p);
                             *v = if deep == S::LANES {
                                 s.load_ptr(from)
                             } else {
@@ -214,14 +304,16 @@ unsafe fn transpose_lines<S: Simd, T: Float>(s: S, block: Block, width: usize, t
                         }
                     }
                     s.transpose(square);
-                    let to = to.add(line * depth + p * width);
+                    let to = to.add(line * rows + p * width);
                     if deep == S::LANES && p + deep < depth {
-                        for (q, &v) in square.iter().enumerate() {
+                        for q in 0..S::LANES {
+                            let v = square[term::<ODD_FIRST>(q, S::LANES)];
                             store_line(s, to.add(q * width), width, i, i > 0, v);
                         }
                     } else {
-                        for (q, &v) in square.iter().enumerate().take(deep) {
+                        for q in 0..deep {
                             let last = i > 0 || p + q + 1 == depth;
+                            let v = square[term::<ODD_FIRST>(q, deep)];
                             store_line(s, to.add(q * width), width, i, last, v);
                         }
                     }
@@ -232,18 +324,27 @@ unsafe fn transpose_lines<S: Simd, T: Float>(s: S, block: Block, width: usize, t
     }
 }
 
-/// Copies lines that lie along k, widened, `pitch` f32 apart.
+/// Copies lines that lie along k, widened unless they are pairs, `pitch` f32 apart.
 ///
 /// # Safety
-/// The block's elements are readable; `depth` f32 are writable from every `pitch`th on.
+/// The block's elements are readable; `depth` f32 ([`Terms::packed`] of it) are writable from every `pitch`th on.
 #[inline(always)]
-pub(super) unsafe fn copy_rows<S: Simd>(s: S, block: Block, pitch: usize, to: *mut f32) {
+pub(super) unsafe fn copy_rows<S: Simd>(
+    s: S,
+    terms: Terms,
+    block: Block,
+    pitch: usize,
+    to: *mut f32,
+) {
     debug_assert_eq!(block.depth_stride, 1);
-    match block.dtype {
-        DType::F32 => s.run(CopyRows::<f32>(block, pitch, to, PhantomData)),
-        DType::Bf16 => s.run(CopyRows::<bf16>(block, pitch, to, PhantomData)),
-        DType::F16 => s.run(CopyRows::<f16>(block, pitch, to, PhantomData)),
-        DType::U32 => unreachable!("checked on entry"),
+    match (block.dtype, terms) {
+        (DType::F32, _) => s.run(CopyRows::<f32>(block, pitch, to, PhantomData)),
+        (DType::F16, _) => s.run(CopyRows::<f16>(block, pitch, to, PhantomData)),
+        (DType::Bf16, Terms::Ascending) => s.run(CopyRows::<bf16>(block, pitch, to, PhantomData)),
+        (DType::Bf16, Terms::OddFirst) => s.run(CopyOddFirst(block, pitch, to)),
+        // SAFETY: the caller's promise.
+        (DType::Bf16, Terms::Pairs) => unsafe { copy_pairs(block, pitch, to) },
+        (DType::U32, _) => unreachable!("checked on entry"),
     }
 }
 
@@ -271,6 +372,32 @@ impl<T: Float> Kernel for CopyRows<T> {
                 if p < block.depth {
                     let left = block.depth - p;
                     s.store_first_ptr(to.add(p), left, s.load_first_ptr(from.add(p), left));
+                }
+            }
+        }
+    }
+}
+
+/// [`CopyRows`] of bf16 where of each two k the odd one comes first.
+struct CopyOddFirst(Block, usize, *mut f32);
+
+impl Kernel for CopyOddFirst {
+    type Output = ();
+    #[inline(always)]
+    fn call<S: Simd>(self, _: S) {
+        let CopyOddFirst(block, pitch, to) = self;
+        for line in 0..block.lines {
+            let from = block.data.cast::<u16>();
+            let from = from.wrapping_add(line * block.line_stride);
+            let to = to.wrapping_add(line * pitch).cast::<u32>();
+            // SAFETY: the promise of `copy_rows`, within one line. The compiler makes vectors of it.
+            unsafe {
+                for p in 0..block.depth / 2 {
+                    *to.add(2 * p) = u32::from(*from.add(2 * p + 1)) << 16;
+                    *to.add(2 * p + 1) = u32::from(*from.add(2 * p)) << 16;
+                }
+                if block.depth % 2 == 1 {
+                    *to.add(block.depth - 1) = u32::from(*from.add(block.depth - 1)) << 16;
                 }
             }
         }

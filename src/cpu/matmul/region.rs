@@ -26,11 +26,11 @@
 
 use super::super::Accum;
 use super::super::memory::with_scratch_f32;
-use super::super::simd::{Isa, Kernel, Simd, TileKernel, dispatch};
+use super::super::simd::{Isa, Kernel, PairUnit, Simd, TileKernel, dispatch};
 use super::Product;
 use super::blocks::*;
 use super::microkernel::{Ahead, Columns, Rows, Sums, finish, keep, tile, widen_output};
-use super::pack::{Block, copy_rows, pack_columns, pack_rows};
+use super::pack::{Block, Terms, copy_rows, pack_columns, pack_rows};
 use super::stream::{stream, stream_columns};
 use crate::dtype::{DType, Float};
 use half::{bf16, f16};
@@ -42,6 +42,9 @@ pub(super) struct Region<'p> {
     batch: usize,
     rows: Range<usize>,
     cols: Range<usize>,
+    terms: Terms,
+    /// What multiplies [`Terms::Pairs`].
+    pairs: Option<PairUnit>,
     /// [`scratch_f32`] of them.
     scratch: &'p mut [f32],
 }
@@ -64,18 +67,28 @@ impl TileKernel for Region<'_> {
         let layout = Layout::new(m, n, p.k, p.c.dtype);
         if self.is_streamed() {
             let scratch = std::mem::take(&mut self.scratch);
-            self.stream(s, &mut scratch[layout.sums..layout.tile]);
+            let scratch = &mut scratch[layout.sums..layout.tile];
+            match (p.b.dtype, self.terms) {
+                (DType::F32, _) => self.stream::<S, f32, false>(s, scratch),
+                (DType::F16, _) => self.stream::<S, f16, false>(s, scratch),
+                (DType::Bf16, Terms::Ascending) => self.stream::<S, bf16, false>(s, scratch),
+                (DType::Bf16, _) => self.stream::<S, bf16, true>(s, scratch),
+                (DType::U32, _) => unreachable!("checked on entry"),
+            }
             return;
         }
         let in_place = p.b.dtype == DType::F32 && p.b.col_stride == 1;
         let pack_b = !in_place || (m > FEW_ROWS && m * n * p.k > SMALL);
         let (deep, wide) = block_sizes();
-        let deep = if pack_b || m > FEW_ROWS || n * p.k <= SHALLOW_FROM {
+        let deep = if self.terms == Terms::Pairs {
+            // As many bytes.
+            2 * deep
+        } else if pack_b || m > FEW_ROWS || n * p.k <= SHALLOW_FROM {
             deep
         } else {
             SHALLOW
         };
-        let left = Left::choose(p, m, n);
+        let left = Left::choose(p, self.terms, m, n);
         let (rows, cols) = if p.c.dtype != DType::F32 && p.k > deep {
             KEPT
         } else if left == Left::Packed {
@@ -89,6 +102,8 @@ impl TileKernel for Region<'_> {
                 let strip = Strip::<S, MR, V> {
                     s,
                     product: p,
+                    terms: self.terms,
+                    pairs: self.pairs,
                     batch: self.batch,
                     rows: rows.clone(),
                     cols,
@@ -114,6 +129,7 @@ impl Region<'_> {
         if m == 0 || n == 0 {
             return;
         }
+        let (terms, pairs) = product.terms(isa);
         // Outside of `dispatch`: the closure of a function that does not inline is compiled without the token's features.
         with_scratch_f32(scratch_f32(m, n, product.k, product.c.dtype), |scratch| {
             for batch in batch {
@@ -122,6 +138,8 @@ impl Region<'_> {
                     batch,
                     rows: rows.clone(),
                     cols: cols.clone(),
+                    terms,
+                    pairs,
                     scratch,
                 };
                 dispatch(isa, region);
@@ -136,17 +154,7 @@ impl Region<'_> {
 
     /// Few rows: sums of a strip of columns stay in the first cache, and B streams by once.
     #[inline(always)]
-    fn stream<S: Simd>(&self, s: S, scratch: &mut [f32]) {
-        match self.product.b.dtype {
-            DType::F32 => self.stream_typed::<S, f32>(s, scratch),
-            DType::Bf16 => self.stream_typed::<S, bf16>(s, scratch),
-            DType::F16 => self.stream_typed::<S, f16>(s, scratch),
-            DType::U32 => unreachable!("checked on entry"),
-        }
-    }
-
-    #[inline(always)]
-    fn stream_typed<S: Simd, T: Float>(&self, s: S, scratch: &mut [f32]) {
+    fn stream<S: Simd, T: Float, const ODD_FIRST: bool>(&self, s: S, scratch: &mut [f32]) {
         let (p, m) = (self.product, self.rows.len());
         let most = STREAM_SUMS / m;
         let width = self.cols.len().min(most);
@@ -189,19 +197,19 @@ impl Region<'_> {
                     if p.b.col_stride != 1 {
                         let b = (b, p.b.col_stride);
                         match m {
-                            1 => stream_columns::<S, T, 1>(s, shape, a, b, y),
-                            2 => stream_columns::<S, T, 2>(s, shape, a, b, y),
-                            3 => stream_columns::<S, T, 3>(s, shape, a, b, y),
-                            _ => stream_columns::<S, T, 4>(s, shape, a, b, y),
+                            1 => stream_columns::<S, T, 1, ODD_FIRST>(s, shape, a, b, y),
+                            2 => stream_columns::<S, T, 2, ODD_FIRST>(s, shape, a, b, y),
+                            3 => stream_columns::<S, T, 3, ODD_FIRST>(s, shape, a, b, y),
+                            _ => stream_columns::<S, T, 4, ODD_FIRST>(s, shape, a, b, y),
                         }
                         continue;
                     }
                     let b = (b, p.b.row_stride);
                     match m {
-                        1 => stream::<S, T, 1, 8>(s, shape, a, b, y),
-                        2 => stream::<S, T, 2, 4>(s, shape, a, b, y),
-                        3 => stream::<S, T, 3, 2>(s, shape, a, b, y),
-                        _ => stream::<S, T, 4, 2>(s, shape, a, b, y),
+                        1 => stream::<S, T, 1, 8, ODD_FIRST>(s, shape, a, b, y),
+                        2 => stream::<S, T, 2, 4, ODD_FIRST>(s, shape, a, b, y),
+                        3 => stream::<S, T, 3, 2, ODD_FIRST>(s, shape, a, b, y),
+                        _ => stream::<S, T, 4, 2, ODD_FIRST>(s, shape, a, b, y),
                     }
                 }
             }
@@ -215,6 +223,8 @@ impl Region<'_> {
 struct Strip<'p, S, const MR: usize, const V: usize> {
     s: S,
     product: &'p Product,
+    terms: Terms,
+    pairs: Option<PairUnit>,
     batch: usize,
     rows: Range<usize>,
     cols: Range<usize>,
@@ -239,11 +249,16 @@ enum Left {
 }
 
 impl Left {
-    fn choose(p: &Product, m: usize, n: usize) -> Self {
+    fn choose(p: &Product, terms: Terms, m: usize, n: usize) -> Self {
         let big = m * n * p.k > SMALL;
-        let aliased = (p.a.row_stride * 4).is_multiple_of(ALIAS);
+        let aliased = (p.a.row_stride * p.a.dtype.size()).is_multiple_of(ALIAS);
+        // Pairs are read in place only where all are whole and rows are a number of pairs apart.
+        let ready = match terms {
+            Terms::Pairs => p.k.is_multiple_of(2) && p.a.row_stride.is_multiple_of(2),
+            _ => p.a.dtype == DType::F32,
+        };
         if p.a.col_stride == 1 && (n <= 2 * NC || !big) {
-            if p.a.dtype != DType::F32 || (aliased && n > FEW_COLS) {
+            if !ready || (aliased && n > FEW_COLS) {
                 Left::Copied
             } else {
                 Left::InPlace
@@ -334,7 +349,7 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
                     depth_stride: p.a.col_stride,
                 };
                 // SAFETY: the block lies in A; the layout has room for MC rows, whole tiles, and the excess.
-                unsafe { pack_rows::<S, MR>(self.s, block, places.a) }
+                unsafe { pack_rows::<S, MR>(self.s, self.terms, block, places.a) }
             }
             for cols in strips(self.cols.clone(), self.wide, TILE.1) {
                 self.block(&depth, cols, places);
@@ -348,18 +363,19 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
         let (p, rows) = (self.product, &self.rows);
         // Read in place, only a ragged last panel is packed: vectors must not read beyond B.
         let ragged = cols.len() % Self::NR;
-        let packed = if self.pack_b { cols.len() } else { ragged };
-        let first = cols.end - packed;
+        let lines = if self.pack_b { cols.len() } else { ragged };
+        let first = cols.end - lines;
         let block = Block {
             data: p.b.at(self.batch, depth.start, first),
             dtype: p.b.dtype,
-            lines: packed,
+            lines,
             depth: depth.len(),
             line_stride: p.b.col_stride,
             depth_stride: p.b.row_stride,
         };
         // SAFETY: the block lies in B; the layout has room for the block's columns, whole tiles, and the excess.
-        unsafe { pack_columns::<S, V>(self.s, block, places.b) }
+        unsafe { pack_columns::<S, V>(self.s, self.terms, block, places.b) }
+        let packed = self.terms.packed(depth.len());
         let mut i = 0;
         while i < rows.len() {
             let height = self.height(rows.len() - i);
@@ -370,7 +386,7 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
                 let width = Self::NR.min(cols.len() - j);
                 let b = if self.pack_b {
                     Columns {
-                        data: places.b.wrapping_add(j * depth.len()),
+                        data: places.b.wrapping_add(j * packed),
                         k_stride: Self::NR,
                     }
                 } else if width < Self::NR {
@@ -430,6 +446,11 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
         let a = &self.product.a;
         let data = a.at(self.batch, self.rows.start + i, depth.start);
         match self.left {
+            Left::InPlace if self.terms == Terms::Pairs => Rows {
+                data: data.cast(),
+                row_stride: a.row_stride / 2,
+                k_stride: 1,
+            },
             Left::InPlace => Rows {
                 data: data.cast(),
                 row_stride: a.row_stride,
@@ -445,7 +466,7 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
                     depth_stride: 1,
                 };
                 // SAFETY: the block lies in A; the layout has room for the tallest panel.
-                unsafe { copy_rows(self.s, block, COPIED, places.panel) }
+                unsafe { copy_rows(self.s, self.terms, block, COPIED, places.panel) }
                 Rows {
                     data: places.panel,
                     row_stride: COPIED,
@@ -453,7 +474,7 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
                 }
             }
             Left::Packed => Rows {
-                data: places.a.wrapping_add(i * depth.len()),
+                data: places.a.wrapping_add(i * self.terms.packed(depth.len())),
                 row_stride: 1,
                 k_stride: MR,
             },
@@ -508,10 +529,11 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
         // SAFETY: a and b are packed panels or lie in A and B; C's whole tiles, kept sums and the scratch tile hold
         // shape.0 rows of NR columns. Where from and to are one place, all is read before it is written.
         unsafe {
-            if shape.1 <= S::LANES {
-                tile::<S, MR, 1>(s, shape.0, depth.len(), (a, b), (from, to), ahead)
+            let (with, k) = ((s, self.pairs), self.terms.packed(depth.len()));
+            if shape.1 <= S::LANES && self.pairs.is_none() {
+                tile::<S, MR, 1>(with, shape.0, k, (a, b), (from, to), ahead)
             } else {
-                tile::<S, MR, V>(s, shape.0, depth.len(), (a, b), (from, to), ahead)
+                tile::<S, MR, V>(with, shape.0, k, (a, b), (from, to), ahead)
             }
         }
         if last && !(whole && p.c.is_plain()) {

@@ -10,23 +10,30 @@
 
 use super::super::simd::{Kernel, Simd};
 use super::microkernel::{Rows, Sums};
+use super::pack::term;
 use crate::dtype::Float;
 
 /// y\[i, j\] += sum over p of a\[i, p\] b\[p, j\] for R rows and n columns, reading B row by row: `U` rows of it at a time, each
-/// a stream that the hardware prefetches.
+/// a stream that the hardware prefetches. The chain runs over ascending p, or `ODD_FIRST` of each two.
 ///
 /// # Safety
 /// Element (i, p) of A as in [`Rows`], (p, j) of B at `b + p b_row + j`, and (i, j) of y as in [`Sums`] for R rows, k and
 /// n are readable, y's also writable; nothing else refers to y.
 #[inline(always)]
-pub(super) unsafe fn stream<S: Simd, T: Float, const R: usize, const U: usize>(
+pub(super) unsafe fn stream<
+    S: Simd,
+    T: Float,
+    const R: usize,
+    const U: usize,
+    const ODD_FIRST: bool,
+>(
     s: S,
     (k, n): (usize, usize),
     a: Rows,
     (b, b_row): (*const T, usize),
     y: Sums,
 ) {
-    s.run(Stream::<T, R, U> {
+    s.run(Stream::<T, R, U, ODD_FIRST> {
         k,
         n,
         a,
@@ -37,7 +44,7 @@ pub(super) unsafe fn stream<S: Simd, T: Float, const R: usize, const U: usize>(
 }
 
 /// The arguments of [`stream`], whose promise holds wherever one is made.
-struct Stream<T, const R: usize, const U: usize> {
+struct Stream<T, const R: usize, const U: usize, const ODD_FIRST: bool> {
     k: usize,
     n: usize,
     a: Rows,
@@ -46,13 +53,15 @@ struct Stream<T, const R: usize, const U: usize> {
     y: Sums,
 }
 
-impl<T: Float, const R: usize, const U: usize> Kernel for Stream<T, R, U> {
+impl<T: Float, const R: usize, const U: usize, const ODD_FIRST: bool> Kernel
+    for Stream<T, R, U, ODD_FIRST>
+{
     type Output = ();
     #[inline(always)]
     fn call<S: Simd>(self, s: S) {
         let mut p = 0;
         while p < self.k {
-            // SAFETY: the promise of `stream`; U rows from p on, or one, lie within k.
+            // SAFETY: the promise of `stream`; U rows from p on, or one or two, lie within k.
             unsafe {
                 let a = Rows {
                     data: self.a.data.add(p * self.a.k_stride),
@@ -60,10 +69,13 @@ impl<T: Float, const R: usize, const U: usize> Kernel for Stream<T, R, U> {
                 };
                 let b = (self.b.add(p * self.b_row), self.b_row);
                 if p + U <= self.k {
-                    stream_rows::<S, T, R, U>(s, self.n, a, b, self.y);
+                    stream_rows::<S, T, R, U, ODD_FIRST>(s, self.n, a, b, self.y);
                     p += U;
+                } else if ODD_FIRST && p + 2 <= self.k {
+                    stream_rows::<S, T, R, 2, true>(s, self.n, a, b, self.y);
+                    p += 2;
                 } else {
-                    stream_rows::<S, T, R, 1>(s, self.n, a, b, self.y);
+                    stream_rows::<S, T, R, 1, ODD_FIRST>(s, self.n, a, b, self.y);
                     p += 1;
                 }
             }
@@ -72,7 +84,7 @@ impl<T: Float, const R: usize, const U: usize> Kernel for Stream<T, R, U> {
 }
 
 #[inline(always)]
-unsafe fn stream_rows<S: Simd, T: Float, const R: usize, const U: usize>(
+unsafe fn stream_rows<S: Simd, T: Float, const R: usize, const U: usize, const ODD_FIRST: bool>(
     s: S,
     n: usize,
     a: Rows,
@@ -102,7 +114,8 @@ unsafe fn stream_rows<S: Simd, T: Float, const R: usize, const U: usize>(
                 }
             };
         }
-        for (u, x) in x.iter().enumerate() {
+        for place in 0..U {
+            let u = term::<ODD_FIRST>(place, U);
             // SAFETY: as above, in row u of B.
             let column = unsafe {
                 let b = b.add(u * b_row + j);
@@ -112,7 +125,7 @@ unsafe fn stream_rows<S: Simd, T: Float, const R: usize, const U: usize>(
                     s.load_first_ptr(b, lanes)
                 }
             };
-            for (v, &x) in acc.iter_mut().zip(x) {
+            for (v, x) in acc.iter_mut().zip(x[u]) {
                 *v = s.fma(x, column, *v);
             }
         }
@@ -137,14 +150,14 @@ unsafe fn stream_rows<S: Simd, T: Float, const R: usize, const U: usize>(
 /// # Safety
 /// As [`stream`].
 #[inline(always)]
-pub(super) unsafe fn stream_columns<S: Simd, T: Float, const R: usize>(
+pub(super) unsafe fn stream_columns<S: Simd, T: Float, const R: usize, const ODD_FIRST: bool>(
     s: S,
     (k, n): (usize, usize),
     a: Rows,
     (b, b_column): (*const T, usize),
     y: Sums,
 ) {
-    s.run(StreamColumns::<T, R> {
+    s.run(StreamColumns::<T, R, ODD_FIRST> {
         k,
         n,
         a,
@@ -155,7 +168,7 @@ pub(super) unsafe fn stream_columns<S: Simd, T: Float, const R: usize>(
 }
 
 /// The arguments of [`stream_columns`], whose promise holds wherever one is made.
-struct StreamColumns<T, const R: usize> {
+struct StreamColumns<T, const R: usize, const ODD_FIRST: bool> {
     k: usize,
     n: usize,
     a: Rows,
@@ -164,7 +177,7 @@ struct StreamColumns<T, const R: usize> {
     y: Sums,
 }
 
-impl<T: Float, const R: usize> Kernel for StreamColumns<T, R> {
+impl<T: Float, const R: usize, const ODD_FIRST: bool> Kernel for StreamColumns<T, R, ODD_FIRST> {
     type Output = ();
     #[inline(always)]
     fn call<S: Simd>(self, s: S) {
@@ -178,7 +191,8 @@ impl<T: Float, const R: usize> Kernel for StreamColumns<T, R> {
                     data: self.y.data.add(j),
                     ..self.y
                 };
-                stream_squares::<S, T, R>(s, (self.k, lanes), self.a, b, y, &mut copied);
+                let shape = (self.k, lanes);
+                stream_squares::<S, T, R, ODD_FIRST>(s, shape, self.a, b, y, &mut copied);
             }
         }
     }
@@ -191,7 +205,7 @@ const COLUMN_PITCH: usize = COLUMN + 16;
 
 /// [`stream_columns`] for at most two vectors of columns: a chain alone would wait for itself.
 #[inline(always)]
-unsafe fn stream_squares<S: Simd, T: Float, const R: usize>(
+unsafe fn stream_squares<S: Simd, T: Float, const R: usize, const ODD_FIRST: bool>(
     s: S,
     (k, lanes): (usize, usize),
     a: Rows,
@@ -241,7 +255,9 @@ unsafe fn stream_squares<S: Simd, T: Float, const R: usize>(
                     *v = unsafe { s.load_ptr(lines.add((g * S::LANES + l) * COLUMN_PITCH + p)) };
                 }
                 s.transpose(square);
-                for (q, &column) in square.iter().enumerate() {
+                for place in 0..S::LANES {
+                    let q = term::<ODD_FIRST>(place, S::LANES);
+                    let column = square[q];
                     if p + q < deep {
                         for (i, v) in acc.iter_mut().enumerate() {
                             // SAFETY: the caller vouches for R x k elements of A.

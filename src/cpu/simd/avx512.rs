@@ -97,9 +97,9 @@ impl Simd for Avx512 {
         // SAFETY: the token proves AVX-512 F; the rest is the caller's promise.
         unsafe {
             if tile.a_packed {
-                avx512_tile::packed_rows::<R>(tile);
+                avx512_tile::packed_rows::<R, false>(tile);
             } else {
-                avx512_tile::long_rows::<R>(tile);
+                avx512_tile::long_rows::<R, false>(tile);
             }
         }
     }

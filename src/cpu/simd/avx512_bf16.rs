@@ -1,9 +1,14 @@
 //! AVX512-BF16: `vdpbf16ps` multiplies pairs of bf16 and adds them into f32, twice the work of an f32 multiply-add.
+//!
+//! c becomes c + a1 b1, rounded, and then that + a0 b0, rounded: the odd one of a pair first (Intel's manual, volume 2, VDPBF16PS).
+//! Rounding is to nearest; subnormal numbers are taken and given as 0. Two multiply-adds of f32 in this order give the same bits
+//! of normal numbers.
 
+use super::{Avx512, TILE_OF_16, TileLoop, avx512_tile};
 use core::arch::x86_64::*;
 use core::hint::black_box;
 
-/// Proof that this CPU has AVX512-BF16.
+/// Proof that this CPU has AVX-512 and AVX512-BF16.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Avx512Bf16(());
 
@@ -11,8 +16,26 @@ impl Avx512Bf16 {
     /// The token, on a CPU that has it.
     #[inline]
     pub(crate) fn new() -> Option<Self> {
-        (is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16"))
-            .then_some(Avx512Bf16(()))
+        let has = Avx512::new().is_some() && is_x86_feature_detected!("avx512bf16");
+        has.then_some(Avx512Bf16(()))
+    }
+
+    /// [`super::Simd::tile_loop`] over pairs of k in place of k: elements of A and B are pairs, the even one lower in memory, and so
+    /// are distances between them.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    pub(crate) unsafe fn tile_loop<const R: usize>(self, tile: &TileLoop) {
+        const { assert!(R <= TILE_OF_16.0 && TILE_OF_16.1 == 2) };
+        // SAFETY: the token proves the features; the rest is the caller's promise.
+        unsafe {
+            if tile.a_packed {
+                avx512_tile::packed_rows::<R, true>(tile);
+            } else {
+                avx512_tile::long_rows::<R, true>(tile);
+            }
+        }
     }
 
     /// Floating-point operations of one step of [`Avx512Bf16::chains`]: two products and two sums in each of 16 lanes.

@@ -30,6 +30,7 @@ mod portable;
 mod tests;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
+mod units;
 
 use crate::dtype::Float;
 use std::sync::OnceLock;
@@ -48,6 +49,9 @@ pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use tiles::{OnTiles, TileUnit, Tiles};
+pub(crate) use units::PairUnit;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use units::{matrix_unit, tile_unit};
 
 /// Rows and vectors of a tile on AVX-512: 28 accumulators, 2 vectors of B, 1 broadcast: 31 of 32 registers.
 #[cfg(any(test, target_arch = "x86_64"))]
@@ -265,6 +269,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 /// An instruction set that this build has code for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Isa {
+    /// AVX-512 and the instruction that multiplies pairs of bf16 ([`PairUnit`]).
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
     /// AVX-512 F, BW, DQ, VL.
     #[cfg(target_arch = "x86_64")]
     Avx512,
@@ -287,6 +294,8 @@ pub(crate) enum Isa {
 impl Isa {
     const ALL: &[Isa] = &[
         #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Bf16,
+        #[cfg(target_arch = "x86_64")]
         Isa::Avx512,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2,
@@ -307,6 +316,8 @@ impl Isa {
     fn is_here(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => Avx512Bf16::new().is_some(),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => Avx512::new().is_some(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::new().is_some(),
@@ -319,6 +330,15 @@ impl Isa {
             Isa::Portable => true,
         }
     }
+
+    /// The instruction that multiplies pairs of bf16, if it belongs to this set.
+    pub(crate) fn pair_unit(self) -> Option<PairUnit> {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => Avx512Bf16::new(),
+            _ => None,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -326,7 +346,7 @@ thread_local! {
     static CHOSEN: std::cell::Cell<Option<Isa>> = const { std::cell::Cell::new(None) };
 }
 
-/// The instruction set for kernels called now: the CPU's best. Read it once where a kernel is entered and hand it to
+/// The instruction set for kernels called now: the CPU's fastest. Read it once where a kernel is entered and hand it to
 /// workers by value, so that a test's choice ([`with_isa`]) reaches them.
 pub(crate) fn isa() -> Isa {
     #[cfg(test)]
@@ -334,24 +354,11 @@ pub(crate) fn isa() -> Isa {
         return isa;
     }
     static BEST: OnceLock<Isa> = OnceLock::new();
-    *BEST.get_or_init(|| Isa::available()[0])
-}
-
-/// The unit that multiplies tiles of bf16, where this machine has one and it is not turned off. A test's choice of an
-/// instruction set ([`with_isa`]) is one without it.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn matrix_unit() -> Option<amx::Amx> {
-    #[cfg(test)]
-    if CHOSEN.get().is_some() {
-        return None;
-    }
-    amx::Amx::new()
-}
-
-/// [`matrix_unit`], for kernels that put vectors between its products.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn tile_unit() -> Option<TileUnit> {
-    matrix_unit().and_then(TileUnit::of)
+    *BEST.get_or_init(|| {
+        let mut here = Isa::available().into_iter();
+        here.find(|&isa| isa.pair_unit().is_none() || units::pairs_are_wanted())
+            .expect("plain Rust is everywhere")
+    })
 }
 
 /// Runs f with [`isa`] fixed on this thread.
@@ -372,7 +379,7 @@ pub(crate) fn with_isa<R>(isa: Isa, f: impl FnOnce() -> R) -> R {
 pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => Avx512::new().expect("this CPU lacks AVX-512").run(kernel),
+        Isa::Avx512Bf16 | Isa::Avx512 => Avx512::new().expect("this CPU lacks AVX-512").run(kernel),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => Avx2::new().expect("this CPU lacks AVX2").run(kernel),
         #[cfg(target_arch = "aarch64")]

@@ -2,6 +2,7 @@
 
 mod case;
 
+use super::super::simd::{Isa, with_isa};
 use super::*;
 use crate::dtype::Element;
 use case::{Case, Data, case};
@@ -138,6 +139,17 @@ fn bits_do_not_depend_on_instructions_or_threads() {
             transposed: [false, true],
             ..case(70, 520, 300)
         },
+        // Columns whose sums wait in scratch between blocks of k, and rows read in place.
+        Case {
+            types: bf16,
+            bias: true,
+            ..case(60, 1400, 2100)
+        },
+        Case {
+            types: bf16,
+            transposed: [true, false],
+            ..case(530, 70, 1201)
+        },
         Case {
             batch: 5,
             gap: 1,
@@ -177,6 +189,65 @@ fn an_element_is_one_chain_in_ascending_order() {
                     chain.to_bits(),
                     "({i}, {j}) of {one:?}"
                 );
+            }
+        }
+    }
+}
+
+/// bf16 by bf16 where no matrix unit is used: of each two k the odd one first, on every instruction set and every path.
+#[test]
+fn a_chain_of_bf16_takes_the_odd_one_of_two_first() {
+    for (m, n, k) in [
+        (1, 9, 601),
+        (2, 40, 64),
+        (4, 33, 303),
+        (5, 40, 7),
+        (30, 100, 310),
+        (60, 700, 1031),
+    ] {
+        for transposed in [[false, false], [true, false], [false, true], [true, true]] {
+            let one = Case {
+                types: [DType::Bf16, DType::Bf16, DType::F32],
+                transposed,
+                ..case(m, n, k)
+            };
+            let [a, b, ..] = one.operands();
+            let left = |i, p| a.get(if transposed[0] { p * m + i } else { i * k + p });
+            let right = |p, j| b.get(if transposed[1] { j * k + p } else { p * n + j });
+            let odd_first = |p| if (p ^ 1) < k { p ^ 1 } else { p };
+            let chain = |i, j| {
+                (0..k)
+                    .map(odd_first)
+                    .fold(0f32, |sum, p| f32::mul_add(left(i, p), right(p, j), sum))
+            };
+            let want: Vec<u32> = (0..m * n).map(|e| chain(e / n, e % n).to_bits()).collect();
+            for isa in Isa::available() {
+                let c = with_isa(isa, || one.compute()).c;
+                let got: Vec<u32> = (0..m * n).map(|e| c.get(e).to_bits()).collect();
+                assert!(got == want, "{isa:?}: {one:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn pairs_at_every_edge_of_a_tile() {
+    for isa in Isa::available() {
+        for (i, m) in EDGES.into_iter().enumerate() {
+            for (j, n) in EDGES.into_iter().enumerate() {
+                let k = [0, 1, 2, 33][(i + 3 * j) % 4];
+                Case {
+                    types: [
+                        DType::Bf16,
+                        DType::Bf16,
+                        [DType::F32, DType::Bf16][(i + j) % 2],
+                    ],
+                    transposed: [i % 2 == 1, j % 2 == 1],
+                    gap: i % 3,
+                    accum: [Accum::Replace, Accum::Add][j % 2],
+                    ..case(m, n, k)
+                }
+                .check_on(isa);
             }
         }
     }

@@ -25,6 +25,7 @@ mod pack;
 mod tests;
 
 use super::Avx512;
+use super::units::Wanted;
 use core::arch::asm;
 use core::arch::x86_64::*;
 use core::marker::PhantomData;
@@ -47,24 +48,10 @@ const TILE: usize = 16;
 pub(crate) struct Amx(Avx512);
 
 impl Amx {
-    /// The token, on a machine that has the unit, unless `SUPERNODE_MATRIX_UNITS` is `off`. The first call tries it.
-    ///
-    /// # Panics
-    /// If the variable is neither `on` nor `off`.
+    /// The token, on a machine that has the unit, unless `SUPERNODE_MATRIX_UNITS` leaves it out. The first call tries it.
     pub(crate) fn new() -> Option<Self> {
         static UNIT: OnceLock<Option<Amx>> = OnceLock::new();
-        *UNIT.get_or_init(|| {
-            let wanted = std::env::var_os("SUPERNODE_MATRIX_UNITS");
-            match wanted.as_ref().and_then(|x| x.to_str()) {
-                Some("off") => None,
-                Some("on") => Self::tried(),
-                None if wanted.is_none() => Self::tried(),
-                _ => panic!(
-                    "SUPERNODE_MATRIX_UNITS is {:?}; it may be on or off",
-                    wanted.unwrap_or_default()
-                ),
-            }
-        })
+        *UNIT.get_or_init(|| (Wanted::get() == Wanted::On).then(Self::tried).flatten())
     }
 
     /// The token, if a product of the unit has the bits that it should have.
