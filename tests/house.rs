@@ -104,18 +104,19 @@ const TOP: [&str; 3] = ["lib", "main", "cli"];
 
 /// The files that may allow `unsafe`, as the sixteenth decision lists them: SIMD tokens, aligned memory, disjoint output
 /// tiles, trusted shaders and kept pipelines, mapped files.
-const UNSAFE: [&str; 20] = [
-    "cpu/attention/amx/backward.rs",
-    "cpu/attention/amx/forward.rs",
-    "cpu/attention/amx/mod.rs",
+const UNSAFE: [&str; 21] = [
     "cpu/attention/backward.rs",
     "cpu/attention/forward.rs",
     "cpu/attention/heads.rs",
+    "cpu/attention/narrow/backward.rs",
+    "cpu/attention/narrow/forward.rs",
+    "cpu/attention/narrow/mod.rs",
     "cpu/attention/split.rs",
     "cpu/attention/tile.rs",
     "cpu/matmul/microkernel.rs",
     "cpu/matmul/mod.rs",
     "cpu/matmul/pack.rs",
+    "cpu/matmul/pack_pairs.rs",
     "cpu/matmul/region.rs",
     "cpu/matmul/stream.rs",
     "cpu/matmul/unit.rs",

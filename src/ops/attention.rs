@@ -30,9 +30,10 @@ use std::sync::Arc;
 /// One query row a key head, or up to 64, against more than 1024 keys: the keys are cut into chunks for the threads.
 ///
 /// In f32 the result has the same bits on every instruction set and any number of threads. In bf16 on a processor whose AMX
-/// unit may be used, weights and the gradients of logits are rounded to bf16 before the next product, and the unit sums in
-/// an order of its own: the same bits on any number of threads, but not those of a processor without it. The environment
-/// variable `SUPERNODE_MATRIX_UNITS=off` leaves the unit out. A soft cap, or a scale that is not positive, does without it.
+/// unit may be used, or that multiplies pairs of bf16 fast (AVX512-BF16 on AMD), weights and the gradients of logits are rounded to
+/// bf16 before the next product, and sums take the order of that unit: the same bits on any number of threads, but not those of
+/// another processor. The environment variable `SUPERNODE_MATRIX_UNITS=off` leaves both out. A soft cap, or a scale that is not
+/// positive, does without them.
 ///
 /// Letters: `bThD,bShD,bShD,bT,bS->bThD,bhT`: batch and heads may be split. A single key head (g = 1 < h) stays whole
 /// while h is split. Backward: `dv = p^T do`, `dp = do v^T`, `ds = p (dp - rowsum(do o))`, `dq = scale ds k`,

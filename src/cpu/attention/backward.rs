@@ -47,7 +47,7 @@ impl Arguments<'_> {
 pub(super) fn scratch(head_dim: usize, keys: usize) -> usize {
     let line = pitch(head_dim);
     #[cfg(target_arch = "x86_64")]
-    let unit = super::amx::backward::scratch(head_dim, keys);
+    let unit = super::narrow::backward::scratch(head_dim, keys);
     #[cfg(not(target_arch = "x86_64"))]
     let unit = 0;
     let blocks = keys.next_multiple_of(SIDE);
@@ -134,7 +134,7 @@ fn one_pass((isa, matrix_unit): (Isa, Unit), pass: Pass) {
         };
         match matrix_unit {
             #[cfg(target_arch = "x86_64")]
-            Some(unit) => unit.run(super::amx::backward::OnUnit(run)),
+            Some(unit) => unit.run(super::narrow::backward::OnUnit(run)),
             #[cfg(not(target_arch = "x86_64"))]
             Some(none) => match none {},
             None => dispatch(isa, run),

@@ -23,7 +23,7 @@ pub(super) const TILES: usize = 8;
 pub(super) fn scratch(head_dim: usize, tiles: usize) -> usize {
     let line = pitch(head_dim);
     #[cfg(target_arch = "x86_64")]
-    let unit = super::amx::forward::scratch(head_dim, tiles);
+    let unit = super::narrow::forward::scratch(head_dim, tiles);
     #[cfg(not(target_arch = "x86_64"))]
     let unit = 0;
     // Q transposed and O of each tile; K, V; scores; rows to transpose.
@@ -62,7 +62,7 @@ impl Forward<'_> {
     pub(super) fn run(self, isa: Isa, unit: Unit) {
         match unit {
             #[cfg(target_arch = "x86_64")]
-            Some(unit) => unit.run(super::amx::forward::OnUnit(self)),
+            Some(unit) => unit.run(super::narrow::forward::OnUnit(self)),
             #[cfg(not(target_arch = "x86_64"))]
             Some(none) => match none {},
             None => dispatch(isa, self),

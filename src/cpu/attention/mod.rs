@@ -10,13 +10,13 @@
 //! chunks' results are added in ascending order. Blocks that nobody sees change nothing, bit for bit, so they are skipped; of a block that is partly hidden, bands of 16
 //! query rows by 16 keys. Nothing depends on threads.
 
-#[cfg(target_arch = "x86_64")]
-mod amx;
 mod backward;
 mod forward;
 mod heads;
 mod mask;
 mod merge;
+#[cfg(target_arch = "x86_64")]
+mod narrow;
 mod online;
 mod split;
 #[cfg(test)]
@@ -63,7 +63,7 @@ impl Inputs<'_> {
     /// The unit that multiplies tiles, if it serves this case. Asked where a kernel is entered, as the instruction set.
     fn unit(&self) -> Unit {
         #[cfg(target_arch = "x86_64")]
-        return amx::unit(self);
+        return narrow::unit(self);
         #[cfg(not(target_arch = "x86_64"))]
         None
     }

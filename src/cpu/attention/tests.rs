@@ -2,7 +2,8 @@
 //! machine, with one thread and two.
 
 use super::*;
-use crate::cpu::rows::tests::{Data, U, bits, check, everywhere};
+use crate::cpu::rows::tests::{Data, U, bits, check, everywhere_on};
+use crate::cpu::simd::Isa;
 use crate::dtype::DType;
 
 /// A case: [batch, heads, kv_heads, queries, keys, head_dim], and a change to the plain geometry.
@@ -160,7 +161,12 @@ fn textbook(g: &Geometry, q: &[f64], k: &[f64], v: &[f64], dout: &[f64]) -> Text
 }
 
 /// On vectors, every instruction set and one thread and two; on the unit that multiplies tiles, several numbers of threads.
-fn one_case(dtype: DType, shape: [usize; 6], change: fn(&mut Geometry<'static>), on_unit: bool) {
+fn one_case(
+    dtype: DType,
+    shape: [usize; 6],
+    change: fn(&mut Geometry<'static>),
+    products: Products,
+) {
     let [batch, heads, kv_heads, queries, keys, head_dim] = shape;
     let mut g = Geometry {
         batch,
@@ -213,9 +219,16 @@ fn one_case(dtype: DType, shape: [usize; 6], change: fn(&mut Geometry<'static>),
     };
     type Out = (Data, Vec<f32>, [Data; 3]);
     #[allow(clippy::type_complexity)]
-    let runs: fn(&(dyn Fn() -> Out + Sync), &dyn Fn(&Out) -> Vec<u32>) -> Out = match on_unit {
-        false => |f, key| everywhere(f, key),
-        true => |f, key| on_threads(f, key),
+    let runs: fn(&(dyn Fn() -> Out + Sync), &dyn Fn(&Out) -> Vec<u32>) -> Out = match products {
+        Products::InF32 => |f, key| {
+            let sets = Isa::available().into_iter().filter(|isa| !in_pairs(isa));
+            everywhere_on(sets, f, key)
+        },
+        Products::InPairs => |f, key| {
+            let sets = Isa::available().into_iter().filter(in_pairs);
+            everywhere_on(sets, f, key)
+        },
+        Products::OnUnit => |f, key| on_threads(f, key),
     };
     let out = runs(
         &|| {
@@ -262,10 +275,9 @@ fn one_case(dtype: DType, shape: [usize; 6], change: fn(&mut Geometry<'static>),
     // A logit is a chain of d products of values up to 2 x 2, scaled: its error makes a relative error of P.
     let logit = 4.0 * (head_dim as f64).sqrt() * (head_dim as f64 + 8.0) * U;
     // The unit takes P and dS rounded to bf16, and its powers of two are within 2^-18.
-    let coarse = if on_unit {
-        1.02 / 256.0 + 2f64.powi(-16)
-    } else {
-        0.0
+    let coarse = match products {
+        Products::InF32 => 0.0,
+        _ => 1.02 / 256.0 + 2f64.powi(-16),
     };
     let over_keys = 2.0 * logit + coarse + (64.0 + keys as f64 / 32.0 + 40.0) * U + keys as f64 * U;
     let over_rows = over_keys + (queries * heads / kv_heads) as f64 * U + head_dim as f64 * U;
@@ -287,9 +299,25 @@ fn one_case(dtype: DType, shape: [usize; 6], change: fn(&mut Geometry<'static>),
 fn attention_and_its_gradients_match_the_textbook() {
     for (shape, change) in cases() {
         for dtype in [DType::F32, DType::Bf16, DType::F16] {
-            one_case(dtype, shape, change, false);
+            one_case(dtype, shape, change, Products::InF32);
         }
     }
+}
+
+/// How attention multiplies.
+#[derive(Clone, Copy)]
+enum Products {
+    /// In f32, on every instruction set.
+    InF32,
+    /// Pairs of bf16.
+    InPairs,
+    /// On the unit of this machine.
+    OnUnit,
+}
+
+/// Whether an instruction set multiplies pairs of bf16.
+fn in_pairs(isa: &Isa) -> bool {
+    isa.pair_unit().is_some()
 }
 
 /// Runs f on 1, 2, 3 and 8 threads, with whatever unit this machine has; panics if bits differ.
@@ -319,7 +347,18 @@ fn attention_on_the_unit_matches_the_textbook() {
         return;
     }
     for (shape, change) in cases() {
-        one_case(DType::Bf16, shape, change, true);
+        one_case(DType::Bf16, shape, change, Products::OnUnit);
+    }
+}
+
+#[test]
+fn attention_in_pairs_matches_the_textbook() {
+    if !Isa::available().iter().any(in_pairs) {
+        eprintln!("ignored: this machine does not multiply pairs of bf16");
+        return;
+    }
+    for (shape, change) in cases() {
+        one_case(DType::Bf16, shape, change, Products::InPairs);
     }
 }
 

@@ -89,13 +89,22 @@ pub(crate) fn bits(x: &[f32]) -> Vec<u32> {
 
 /// f's result, which must be the same on every instruction set and on 1, 2, 3 and 8 threads.
 pub(crate) fn everywhere<R: Send>(f: impl Fn() -> R + Sync, key: impl Fn(&R) -> Vec<u32>) -> R {
+    everywhere_on(Isa::available().into_iter(), f, key)
+}
+
+/// As [`everywhere`], on these instruction sets only.
+pub(crate) fn everywhere_on<R: Send>(
+    sets: impl Iterator<Item = Isa> + Clone,
+    f: impl Fn() -> R + Sync,
+    key: impl Fn(&R) -> Vec<u32>,
+) -> R {
     let mut first: Option<R> = None;
     for threads in [1, 2, 3, 8] {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .build()
             .unwrap();
-        for isa in Isa::available() {
+        for isa in sets.clone() {
             let result = pool.install(|| with_isa(isa, &f));
             match &first {
                 Some(first) => assert!(

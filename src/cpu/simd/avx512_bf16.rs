@@ -7,6 +7,8 @@
 use super::{Avx512, TILE_OF_16, TileLoop, avx512_tile};
 use core::arch::x86_64::*;
 use core::hint::black_box;
+use core::mem::transmute;
+use core::ops::Range;
 
 /// Proof that this CPU has AVX-512 and AVX512-BF16.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +40,50 @@ impl Avx512Bf16 {
         }
     }
 
+    /// AVX-512, which it includes.
+    pub(crate) fn vectors(self) -> Avx512 {
+        Avx512::new().expect("this token proves it")
+    }
+
+    /// c = a b, or c + a b unless `fresh`: 16 x 16 f32, its rows `c_row` f32 apart, and the sum over k of tiles `a(k)` and `b(k)` of
+    /// 1 KiB ([`super::tiles`] says how they lie), pair after pair.
+    ///
+    /// # Safety
+    /// The tiles are readable, c writable. Called under the features of this token.
+    #[inline(always)]
+    pub(crate) unsafe fn multiply_tiles(
+        self,
+        k: Range<usize>,
+        a: impl Fn(usize) -> *const u8,
+        b: impl Fn(usize) -> *const u8,
+        c: *mut f32,
+        c_row: usize,
+        fresh: bool,
+    ) {
+        // SAFETY: the caller's promise; the token proves the features.
+        unsafe {
+            let mut sums = [_mm512_setzero_ps(); TILE];
+            if !fresh {
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    *sum = _mm512_loadu_ps(c.add(i * c_row));
+                }
+            }
+            for k in k {
+                let (a, b) = (a(k).cast::<i32>(), b(k).cast::<i32>());
+                for p in 0..TILE {
+                    let pairs = _mm512_loadu_si512(b.add(p * TILE).cast());
+                    for (i, sum) in sums.iter_mut().enumerate() {
+                        let pair = _mm512_set1_epi32(a.add(i * TILE + p).read_unaligned());
+                        *sum = _mm512_dpbf16_ps(*sum, transmute(pairs), transmute(pair));
+                    }
+                }
+            }
+            for (i, &sum) in sums.iter().enumerate() {
+                _mm512_storeu_ps(c.add(i * c_row), sum);
+            }
+        }
+    }
+
     /// Floating-point operations of one step of [`Avx512Bf16::chains`]: two products and two sums in each of 16 lanes.
     pub(crate) const FLOPS_PER_STEP: u64 = 4 * 16 * CHAINS as u64;
 
@@ -50,13 +96,15 @@ impl Avx512Bf16 {
 }
 
 const CHAINS: usize = 28;
+/// Rows of a tile, and its words in a row.
+const TILE: usize = 16;
 
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn chains(steps: u64) -> f32 {
     let pairs = |x: f32| {
         let both = (x.to_bits() >> 16) as i32 * 0x1_0001;
         // SAFETY: both are 64 bytes, and all bit patterns are valid.
-        unsafe { core::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(both)) }
+        unsafe { transmute::<__m512i, __m512bh>(_mm512_set1_epi32(both)) }
     };
     let (a, b) = (
         pairs(black_box(1.0)),

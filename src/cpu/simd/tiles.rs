@@ -1,21 +1,31 @@
-//! AMX: eight tiles of 16 rows of 64 bytes. `tdpbf16ps` multiplies 16 x 32 bf16 by 32 x 16 and adds into 16 x 16 f32.
+//! Products of tiles of bf16, for kernels that put vectors between products, as attention does: by the matrix unit (AMX) that
+//! [`super::amx`] finds, tries and describes, or by vectors that multiply pairs of bf16.
 //!
-//! Single tiles of the unit that [`super::amx`] finds, tries and describes, for kernels that put vectors between products, as
-//! attention does. The compiler never touches a tile, and blocks of assembly keep their order.
+//! A kernel ([`OnTiles`]) runs under [`TileUnit::run`]. On AMX all eight tiles are then set to 16 rows of 64 bytes; ragged edges
+//! are filled with zeros. Tiles are loaded from 16 rows at any stride. `tdpbf16ps` multiplies 16 x 32 bf16 by 32 x 16 and adds into
+//! 16 x 16 f32. The left operand's rows are rows of 32 bf16; the right operand holds pairs of k: row p has, for each of 16 columns,
+//! the elements of 2 p and 2 p + 1 side by side. So a [16, 32] tile whose 16 x 16 words are transposed is a right operand. Vectors
+//! take the same tiles: a row of the right operand is a vector, a pair of the left one is broadcast.
 //!
-//! A kernel ([`OnTiles`]) runs under [`TileUnit::run`], with all tiles set to 16 rows of 64 bytes; ragged edges are filled with
-//! zeros. Tiles are loaded from 16 rows at any stride. The left operand's rows are rows of 32 bf16; the right operand holds
-//! pairs of k: row p has, for each of 16 columns, the elements of 2 p and 2 p + 1 side by side. So a [16, 32] tile whose
-//! 16 x 16 words are transposed is a right operand.
+//! The compiler never touches a tile, and blocks of assembly keep their order.
 
-use super::Avx512;
 use super::amx::Amx;
+use super::{Avx512, Avx512Bf16};
 use core::arch::asm;
 use core::arch::x86_64::*;
 
-/// Proof that this process may use AMX for bf16, beside AVX512-BF16.
+/// Proof that this process may use AMX for bf16, or vectors of pairs, beside AVX512-BF16.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct TileUnit(Avx512);
+pub(crate) struct TileUnit {
+    vectors: Avx512,
+    by: By,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum By {
+    Registers,
+    Pairs(Avx512Bf16),
+}
 
 /// Code that multiplies with tiles. Write `call` with `#[inline(always)]`.
 pub(crate) trait OnTiles {
@@ -25,9 +35,18 @@ pub(crate) trait OnTiles {
     fn call(self, s: Avx512, tiles: Tiles) -> Self::Output;
 }
 
-/// Tiles of this thread that are set up; only [`TileUnit::run`] makes one.
+/// What multiplies tiles; only [`TileUnit::run`] makes one.
 #[derive(Clone, Copy)]
-pub(crate) struct Tiles(());
+pub(crate) enum Tiles {
+    /// This thread's tile registers, which are set up.
+    Registers(Registers),
+    /// Vectors.
+    Pairs(Avx512Bf16),
+}
+
+/// Tile registers of this thread that are set up.
+#[derive(Clone, Copy)]
+pub(crate) struct Registers(());
 
 /// The layout of tiles that `ldtilecfg` reads: palette 1, eight tiles of 16 rows of 64 bytes.
 #[repr(C, align(64))]
@@ -48,14 +67,25 @@ const LAYOUT: Layout = {
 impl TileUnit {
     /// The token, from that of the unit, which was tried, on a CPU that also rounds to bf16 itself.
     pub(super) fn of(unit: Amx) -> Option<Self> {
-        is_x86_feature_detected!("avx512bf16").then_some(TileUnit(unit.vectors()))
+        is_x86_feature_detected!("avx512bf16").then_some(TileUnit {
+            vectors: unit.vectors(),
+            by: By::Registers,
+        })
+    }
+
+    /// The token of vectors.
+    pub(super) fn of_pairs(unit: Avx512Bf16) -> Self {
+        TileUnit {
+            vectors: unit.vectors(),
+            by: By::Pairs(unit),
+        }
     }
 
     /// Runs the kernel with tiles set up, and frees them afterwards: a switch to another thread saves no tiles then.
     #[inline]
     pub(crate) fn run<K: OnTiles>(self, kernel: K) -> K::Output {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-        fn compiled<K: OnTiles>(s: Avx512, kernel: K) -> K::Output {
+        fn on_registers<K: OnTiles>(s: Avx512, kernel: K) -> K::Output {
             /// Also when the kernel panics.
             struct Release;
             impl Drop for Release {
@@ -70,21 +100,30 @@ impl TileUnit {
                 asm!("ldtilecfg [{}]", in(reg) &LAYOUT, options(nostack, preserves_flags));
             }
             let _release = Release;
-            kernel.call(s, Tiles(()))
+            kernel.call(s, Tiles::Registers(Registers(())))
+        }
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+        fn by_pairs<K: OnTiles>(s: Avx512, unit: Avx512Bf16, kernel: K) -> K::Output {
+            kernel.call(s, Tiles::Pairs(unit))
         }
         // SAFETY: the token proves the features.
-        unsafe { compiled(self.0, kernel) }
+        unsafe {
+            match self.by {
+                By::Registers => on_registers(self.vectors, kernel),
+                By::Pairs(unit) => by_pairs(self.vectors, unit, kernel),
+            }
+        }
     }
 }
 
-impl Tiles {
+impl Registers {
     /// Loads tile `T` from 16 rows of 64 bytes, `stride` bytes apart.
     ///
     /// # Safety
     /// The rows are readable.
     #[inline(always)]
     pub(crate) unsafe fn load<const T: u8>(self, p: *const u8, stride: usize) {
-        // SAFETY: the caller's promise; `Tiles` proves that tiles are set up.
+        // SAFETY: the caller's promise; `Registers` proves that tiles are set up.
         unsafe {
             asm!("tileloadd tmm{t}, [{p} + {s}*1]", t = const T, p = in(reg) p, s = in(reg) stride,
                 options(nostack, preserves_flags, readonly));
@@ -97,7 +136,7 @@ impl Tiles {
     /// The rows are writable.
     #[inline(always)]
     pub(crate) unsafe fn store<const T: u8>(self, p: *mut u8, stride: usize) {
-        // SAFETY: the caller's promise; `Tiles` proves that tiles are set up.
+        // SAFETY: the caller's promise; `Registers` proves that tiles are set up.
         unsafe {
             asm!("tilestored [{p} + {s}*1], tmm{t}", t = const T, p = in(reg) p, s = in(reg) stride,
                 options(nostack, preserves_flags));
@@ -107,7 +146,7 @@ impl Tiles {
     /// Tile `T` becomes 0.
     #[inline(always)]
     pub(crate) fn zero<const T: u8>(self) {
-        // SAFETY: `Tiles` proves that tiles are set up.
+        // SAFETY: `Registers` proves that tiles are set up.
         unsafe {
             asm!("tilezero tmm{t}", t = const T, options(nostack, preserves_flags, nomem));
         }
@@ -117,13 +156,15 @@ impl Tiles {
     #[inline(always)]
     pub(crate) fn multiply_add<const C: u8, const A: u8, const B: u8>(self) {
         const { assert!(C != A && A != B && B != C && C < 8 && A < 8 && B < 8) };
-        // SAFETY: `Tiles` proves that tiles are set up.
+        // SAFETY: `Registers` proves that tiles are set up.
         unsafe {
             asm!("tdpbf16ps tmm{c}, tmm{a}, tmm{b}", c = const C, a = const A, b = const B,
                 options(nostack, preserves_flags, nomem));
         }
     }
+}
 
+impl Tiles {
     /// Rounds to bf16 and sets the lanes of `first` before those of `second`: 16 words of neighbours.
     #[inline(always)]
     pub(crate) fn row(self, first: __m512, second: __m512) -> __m512 {

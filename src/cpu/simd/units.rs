@@ -4,7 +4,7 @@
 //! in place of a matrix unit, also where it is slower).
 
 #[cfg(target_arch = "x86_64")]
-use super::{TileUnit, amx::Amx};
+use super::{TileUnit, amx::Amx, isa};
 use std::sync::OnceLock;
 
 /// The token of the instruction that multiplies pairs of bf16.
@@ -93,8 +93,9 @@ pub(crate) fn matrix_unit() -> Option<Amx> {
     Amx::new()
 }
 
-/// [`matrix_unit`], for kernels that put vectors between its products.
+/// [`matrix_unit`], or the instruction set's own for pairs, for kernels that put vectors between its products.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn tile_unit() -> Option<TileUnit> {
-    matrix_unit().and_then(TileUnit::of)
+    let pairs = || isa().pair_unit().map(TileUnit::of_pairs);
+    matrix_unit().and_then(TileUnit::of).or_else(pairs)
 }

@@ -58,7 +58,7 @@ fn narrow(dtype: DType) -> f64 {
     #[cfg(target_arch = "x86_64")]
     if dtype == DType::Bf16
         && !super::harness::is_on_gpu()
-        && crate::cpu::simd::matrix_unit().is_some()
+        && crate::cpu::simd::tile_unit().is_some()
     {
         return dtype.roundoff() + 2f64.powi(-16);
     }

@@ -222,11 +222,22 @@ fn tile_against_keys(
     }
     if let Some(dq) = pass.dq {
         let scale = [g.scale; SIDE];
-        rows_of_columns(s, d, tile.rows, SIDE, query.dq, &scale, buffer, |r, row| {
-            let (token, h) = tile.token(g, r);
-            // SAFETY: a tile belongs to one task, and each of its rows is written once.
-            narrow_into(s, row, unsafe { dq.row(tile.batch, h, token) });
-        });
+        rows_of_columns(
+            s,
+            d,
+            tile.rows,
+            SIDE,
+            query.dq,
+            &scale,
+            buffer,
+            // Called and not inlined, it would be compiled without the unit's features.
+            #[inline(always)]
+            |r, row| {
+                let (token, h) = tile.token(g, r);
+                // SAFETY: a tile belongs to one task, and each of its rows is written once.
+                narrow_into(s, row, unsafe { dq.row(tile.batch, h, token) });
+            },
+        );
     }
 }
 

@@ -310,17 +310,27 @@ impl Query<'_> {
                 let seen = |x: f32| x > 0.0 || x.is_nan();
                 let factor = sum.map(|x| if seen(x) { 1.0 / x } else { 0.0 });
                 let ln_sum = log_sum_exp(s, &self.online.max, sum);
-                let write = |r: usize, row: &[f32]| {
-                    let (t, h) = tile.token(g, r);
-                    // SAFETY: tiles of distinct tasks have distinct rows, and this one is written once.
-                    unsafe {
-                        narrow_into(s, row, o.row(tile.batch, h, t));
-                        if let SliceMut::F32(to) = lse.row(tile.batch, h, t) {
-                            to[0] = ln_sum[r];
+                rows_of_columns(
+                    s,
+                    d,
+                    tile.rows,
+                    SIDE,
+                    self.o,
+                    &factor,
+                    buffer,
+                    // Called and not inlined, it would be compiled without the unit's features.
+                    #[inline(always)]
+                    |r, row| {
+                        let (t, h) = tile.token(g, r);
+                        // SAFETY: tiles of distinct tasks have distinct rows, and this one is written once.
+                        unsafe {
+                            narrow_into(s, row, o.row(tile.batch, h, t));
+                            if let SliceMut::F32(to) = lse.row(tile.batch, h, t) {
+                                to[0] = ln_sum[r];
+                            }
                         }
-                    }
-                };
-                rows_of_columns(s, d, tile.rows, SIDE, self.o, &factor, buffer, write);
+                    },
+                );
             }
             Sink::Partial(to) => {
                 let to = &mut to[index * partial(d)..][..partial(d)];
@@ -328,12 +338,21 @@ impl Query<'_> {
                 let (sum, rows) = rest.split_at_mut(SIDE);
                 max.copy_from_slice(&self.online.max);
                 sum.copy_from_slice(&self.online.sum);
-                let write = |r: usize, row: &[f32]| {
-                    let to = &mut rows[r * padded(d)..][..padded(d)];
-                    to[..d].copy_from_slice(row);
-                    to[d..].fill(0.0);
-                };
-                rows_of_columns(s, d, tile.rows, SIDE, self.o, &[1.0; SIDE], buffer, write);
+                rows_of_columns(
+                    s,
+                    d,
+                    tile.rows,
+                    SIDE,
+                    self.o,
+                    &[1.0; SIDE],
+                    buffer,
+                    #[inline(always)]
+                    |r, row| {
+                        let to = &mut rows[r * padded(d)..][..padded(d)];
+                        to[..d].copy_from_slice(row);
+                        to[d..].fill(0.0);
+                    },
+                );
             }
         }
     }

@@ -11,7 +11,8 @@
 //! | o^T = v^T p, dq^T = k^T ds | values and keys, transposed | p, ds |
 //! | dv = p dout, dk = ds q | p, ds | output gradients and queries |
 //!
-//! What the unit adds, and in which order, is in `cpu::simd`; everything else keeps the order of the f32 kernels.
+//! What the unit adds, and in which order, is in `cpu::simd`; everything else keeps the order of the f32 kernels. Where there is
+//! no such unit but vectors multiply pairs of bf16 fast (AMD's Zen 4), they take the same tiles.
 
 // Tiles are read and written by address, checked once for a whole product.
 #![allow(unsafe_code)]
@@ -147,6 +148,18 @@ impl Product<'_> {
         let b = |k: usize, column: usize| {
             let tile = k * self.b_pitch + j + column;
             self.b.as_ptr().wrapping_add(tile * TILE).cast::<u8>()
+        };
+        let t = match t {
+            Tiles::Registers(registers) => registers,
+            Tiles::Pairs(unit) => {
+                for (row, column) in (0..M).flat_map(|i| (0..N).map(move |j| (i, j))) {
+                    let (a, b) = (|k| a(row, k), |k| b(k, column));
+                    let c = c(row, column).cast();
+                    // SAFETY: the caller's promise.
+                    unsafe { unit.multiply_tiles(k.clone(), a, b, c, self.c_pitch, self.fresh) }
+                }
+                return;
+            }
         };
         // SAFETY: the caller's promise.
         unsafe {
