@@ -71,10 +71,10 @@ impl Avx512Bf16 {
             for k in k {
                 let (a, b) = (a(k).cast::<i32>(), b(k).cast::<i32>());
                 for p in 0..TILE {
-                    let pairs = _mm512_loadu_si512(b.add(p * TILE).cast());
+                    let of_b = as_pairs(_mm512_loadu_si512(b.add(p * TILE).cast()));
                     for (i, sum) in sums.iter_mut().enumerate() {
-                        let pair = _mm512_set1_epi32(a.add(i * TILE + p).read_unaligned());
-                        *sum = _mm512_dpbf16_ps(*sum, transmute(pairs), transmute(pair));
+                        let of_a = _mm512_set1_epi32(a.add(i * TILE + p).read_unaligned());
+                        *sum = _mm512_dpbf16_ps(*sum, of_b, as_pairs(of_a));
                     }
                 }
             }
@@ -95,6 +95,13 @@ impl Avx512Bf16 {
     }
 }
 
+/// The same bits as pairs of bf16.
+#[inline(always)]
+fn as_pairs(x: __m512i) -> __m512bh {
+    // SAFETY: both are 64 bytes, and all bit patterns are valid.
+    unsafe { transmute::<__m512i, __m512bh>(x) }
+}
+
 const CHAINS: usize = 28;
 /// Rows of a tile, and its words in a row.
 const TILE: usize = 16;
@@ -103,8 +110,7 @@ const TILE: usize = 16;
 fn chains(steps: u64) -> f32 {
     let pairs = |x: f32| {
         let both = (x.to_bits() >> 16) as i32 * 0x1_0001;
-        // SAFETY: both are 64 bytes, and all bit patterns are valid.
-        unsafe { transmute::<__m512i, __m512bh>(_mm512_set1_epi32(both)) }
+        as_pairs(_mm512_set1_epi32(both))
     };
     let (a, b) = (
         pairs(black_box(1.0)),
