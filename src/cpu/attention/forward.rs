@@ -8,8 +8,8 @@
 
 use super::heads::OutRows;
 use super::mask::{SCORES, SIDE, Sight, Tile};
-use super::online::{Online, Step, log_sum_exp};
-use super::tile::{LINE, Left, Part, Product, Start, padded, pitch};
+use super::online::{Online, Step, Sums, log_sum_exp};
+use super::tile::{Columns, LINE, Left, Part, Powers, Product, Start, padded, pitch};
 use super::{Fold, Geometry, Heads, Inputs, Unit};
 use crate::cpu::rows::lanes::{map, narrow_into, widen_into};
 use crate::cpu::simd::{Isa, Kernel, Simd, dispatch};
@@ -73,6 +73,7 @@ impl Forward<'_> {
 /// A tile of queries on its way through the keys.
 struct Query<'a> {
     tile: Tile,
+    head_dim: usize,
     /// Queries, scaled, as columns.
     qt: &'a mut [f32],
     /// Sums of the values, not yet divided.
@@ -108,6 +109,7 @@ impl Kernel for Forward<'_> {
             let online = Online::new();
             *query = Some(Query {
                 tile,
+                head_dim: d,
                 qt,
                 o,
                 online,
@@ -206,28 +208,19 @@ impl Query<'_> {
     ) {
         let (tile, d) = (self.tile, g.head_dim);
         let ends = &tile.ends(g, keys);
-        s.run(Product {
-            m: keys.len(),
-            n: padded(tile.rows),
-            k: d,
-            a: k,
-            b: self.qt,
-            b_pitch: SCORES,
-            c: scores,
-            c_pitch: SCORES,
-            start: Start::Zero,
-            part: Part::Scores(ends),
-        });
-        let moved = s.run(Step {
-            g,
-            tile,
-            fold,
-            sight,
-            keys: keys.clone(),
-            ends,
-            scores,
-            online: &mut self.online,
-        });
+        let moved = !self.powers(s, fold, sight, keys, k, scores) && {
+            s.run(self.scores(keys, k, scores, Part::Scores(ends)));
+            s.run(Step {
+                g,
+                tile,
+                fold,
+                sight,
+                keys: keys.clone(),
+                ends,
+                scores,
+                online: &mut self.online,
+            })
+        };
         let start = if moved {
             Start::Scaled(&self.online.rescale)
         } else {
@@ -249,6 +242,56 @@ impl Query<'_> {
             start,
             part: Part::Keys(ends),
         });
+    }
+
+    /// Scores [keys, rows] of a block of keys.
+    #[inline(always)]
+    fn scores<'a>(
+        &'a self,
+        keys: &Range<usize>,
+        k: Left<'a>,
+        scores: &'a mut [f32],
+        part: Part<'a>,
+    ) -> Product<'a> {
+        Product {
+            m: keys.len(),
+            n: padded(self.tile.rows),
+            k: self.head_dim,
+            a: k,
+            b: self.qt,
+            b_pitch: SCORES,
+            c: scores,
+            c_pitch: SCORES,
+            start: Start::Zero,
+            part,
+        }
+    }
+
+    /// Powers of a block's scores by the maxima before it, and the state moved on. False if they are not to be had so.
+    #[inline(always)]
+    fn powers<S: Simd>(
+        &mut self,
+        s: S,
+        fold: Fold,
+        sight: Sight,
+        keys: &Range<usize>,
+        k: Left,
+        scores: &mut [f32],
+    ) -> bool {
+        let columns = padded(self.tile.rows);
+        if sight != Sight::All || fold.cap.is_some() || !self.online.is_near(columns) {
+            return false;
+        }
+        let mut of = Sums::new();
+        s.run(Powers {
+            product: self.scores(keys, k, scores, Part::Scores(&[])),
+            columns: Columns {
+                base: &self.online.max,
+                sum: &mut of.sum,
+                most: &mut of.most,
+            },
+        });
+        self.online.accept(s, columns, &of)
     }
 
     /// Divides by the sums and writes outputs and log-sum-exps.

@@ -53,6 +53,9 @@ fn cases() -> Vec<Case> {
         ([1, 2, 2, 5, 3200, 8], |g| {
             (g.causal, g.offset, g.window) = (true, 2000, Some(300));
         }),
+        // Logits so large that in most blocks of keys a maximum moves, in others none does.
+        ([1, 2, 1, 70, 300, 64], |g| g.scale = 2.0),
+        ([1, 1, 1, 40, 500, 8], |g| g.scale = 1.0),
         // Two tiles of queries in a task, whole and ragged.
         ([1, 1, 1, 128, 128, 64], CAUSAL),
         ([1, 2, 1, 75, 90, 48], CAUSAL),
@@ -273,7 +276,7 @@ fn one_case(
     let (o, lse, [dq, dk, dv]) = out;
     let want = textbook(&g, &q.f64(), &k.f64(), &v.f64(), &dout.f64());
     // A logit is a chain of d products of values up to 2 x 2, scaled: its error makes a relative error of P.
-    let logit = 4.0 * (head_dim as f64).sqrt() * (head_dim as f64 + 8.0) * U;
+    let logit = 4.0 * head_dim as f64 * g.scale as f64 * (head_dim as f64 + 8.0) * U;
     // The unit takes P and dS rounded to bf16, and its powers of two are within 2^-18.
     let coarse = match products {
         Products::InF32 => 0.0,

@@ -13,6 +13,10 @@
 // Bounds are checked once for a whole tile; a check for each vector would cost as much as its arithmetic.
 #![allow(unsafe_code)]
 
+#[cfg(test)]
+mod tests;
+
+use crate::cpu::polynomial::exp2_above;
 use crate::cpu::simd::{Kernel, Simd};
 
 /// f32 of a cache line: columns come in whole lines.
@@ -83,12 +87,11 @@ pub(super) struct Product<'a> {
     pub(super) part: Part<'a>,
 }
 
-impl Kernel for Product<'_> {
-    type Output = ();
-
+impl Product<'_> {
+    /// Panics unless the operands hold what the shape says.
     #[inline(always)]
-    fn call<S: Simd>(self, s: S) {
-        let Product { m, n, k, .. } = self;
+    fn check(&self) {
+        let (m, n, k) = (self.m, self.n, self.k);
         assert!(n % LINE == 0, "columns come in whole lines");
         if m == 0 || n == 0 {
             return;
@@ -99,6 +102,19 @@ impl Kernel for Product<'_> {
             let reach = (rows - 1) * self.a.pitch + columns;
             assert!(self.a.data.len() >= reach, "A is too small");
             assert!(self.b.len() >= (k - 1) * self.b_pitch + n, "B is too small");
+        }
+    }
+}
+
+impl Kernel for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        let Product { m, n, k, .. } = self;
+        self.check();
+        if m == 0 || n == 0 {
+            return;
         }
         if let Start::Scaled(factors) = self.start {
             assert!(factors.len() >= m, "one factor a row");
@@ -128,17 +144,77 @@ impl Kernel for Product<'_> {
                     _ => &[],
                 },
                 fresh: matches!(self.start, Start::Zero),
+                powers: None,
             };
             // SAFETY: rows i.. and columns up to n lie in C, and with k in A and B, as checked above.
             unsafe {
                 if self.a.transposed {
-                    band.run::<S, true>(s, rows, columns..n);
+                    band.run::<S, true, false>(s, rows, columns..n);
                 } else {
-                    band.run::<S, false>(s, rows, columns..n);
+                    band.run::<S, false, false>(s, rows, columns..n);
                 }
             }
         }
     }
+}
+
+/// A product whose rows are keys and columns query rows, all of them seen; instead of it 2^(element - base of the column) is left in C.
+pub(super) struct Powers<'a> {
+    pub(super) product: Product<'a>,
+    pub(super) columns: Columns<'a>,
+}
+
+/// What belongs to the columns of [`Powers`].
+pub(super) struct Columns<'a> {
+    /// Integral, and at most 2^20 in size ([`exp2_above`]).
+    pub(super) base: &'a [f32],
+    /// Sums of the powers over the rows, in ascending order, are added.
+    pub(super) sum: &'a mut [f32],
+    /// Raised to the greatest element of the product.
+    pub(super) most: &'a mut [f32],
+}
+
+impl Kernel for Powers<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call<S: Simd>(self, s: S) {
+        let Powers { product, columns } = self;
+        product.check();
+        let n = product.n;
+        assert!(columns.base.len() >= n && columns.sum.len() >= n && columns.most.len() >= n);
+        assert!(matches!(product.start, Start::Zero) && !product.a.transposed);
+        let at = ColumnsAt {
+            base: columns.base.as_ptr(),
+            sum: columns.sum.as_mut_ptr(),
+            most: columns.most.as_mut_ptr(),
+        };
+        for i in (0..product.m).step_by(BAND) {
+            let rows = BAND.min(product.m - i);
+            let band = Band {
+                k: product.k,
+                a: product.a.data.as_ptr().wrapping_add(i * product.a.pitch),
+                a_pitch: product.a.pitch,
+                b: product.b.as_ptr(),
+                b_pitch: product.b_pitch,
+                c: product.c.as_mut_ptr().wrapping_add(i * product.c_pitch),
+                c_pitch: product.c_pitch,
+                factors: &[],
+                fresh: true,
+                powers: Some(at),
+            };
+            // SAFETY: rows i.. and all columns lie in A, B, C and what belongs to the columns, as checked above.
+            unsafe { band.run::<S, false, true>(s, rows, 0..n) }
+        }
+    }
+}
+
+/// [`Columns`] by address.
+#[derive(Clone, Copy)]
+struct ColumnsAt {
+    base: *const f32,
+    sum: *mut f32,
+    most: *mut f32,
 }
 
 /// At most `BAND` rows of a product; pointers stand at the band's first row, B's at its first column.
@@ -153,13 +229,14 @@ struct Band<'a> {
     c_pitch: usize,
     factors: &'a [f32],
     fresh: bool,
+    powers: Option<ColumnsAt>,
 }
 
 impl Band<'_> {
     /// # Safety
-    /// The product has these rows and columns; `T` says whether A is transposed.
+    /// The product has these rows and columns; `T` says whether A is transposed, `P` whether powers are wanted.
     #[inline(always)]
-    unsafe fn run<S: Simd, const T: bool>(
+    unsafe fn run<S: Simd, const T: bool, const P: bool>(
         self,
         s: S,
         rows: usize,
@@ -174,15 +251,15 @@ impl Band<'_> {
                     // Pieces of equal width: a lone vector would wait for its broadcasts.
                     let lines = (columns.end - j) / LINE;
                     match lines.div_ceil(lines.div_ceil(4)) {
-                        1 => self.columns::<S, T, 16, 1>(s, rows, j),
-                        2 => self.columns::<S, T, 8, 2>(s, rows, j),
-                        3 => self.columns::<S, T, 8, 3>(s, rows, j),
-                        _ => self.columns::<S, T, 6, 4>(s, rows, j),
+                        1 => self.columns::<S, T, P, 16, 1>(s, rows, j),
+                        2 => self.columns::<S, T, P, 8, 2>(s, rows, j),
+                        3 => self.columns::<S, T, P, 8, 3>(s, rows, j),
+                        _ => self.columns::<S, T, P, 6, 4>(s, rows, j),
                     }
                 } else if const { S::LANES == 8 } {
-                    self.columns::<S, T, 6, 2>(s, rows, j)
+                    self.columns::<S, T, P, 6, 2>(s, rows, j)
                 } else {
-                    self.columns::<S, T, 6, 4>(s, rows, j)
+                    self.columns::<S, T, P, 6, 4>(s, rows, j)
                 };
             }
         }
@@ -193,7 +270,7 @@ impl Band<'_> {
     /// # Safety
     /// The product has these rows and the columns from j on.
     #[inline(always)]
-    unsafe fn columns<S: Simd, const T: bool, const R: usize, const V: usize>(
+    unsafe fn columns<S: Simd, const T: bool, const P: bool, const R: usize, const V: usize>(
         self,
         s: S,
         rows: usize,
@@ -210,7 +287,7 @@ impl Band<'_> {
                     $(if const { $r <= R } {
                         if next == $r {
                             // SAFETY: i + r <= rows.
-                            unsafe { self.block::<S, T, $r, V>(s, i, j) }
+                            unsafe { self.block::<S, T, P, $r, V>(s, i, j) }
                             i += $r;
                             continue;
                         }
@@ -225,7 +302,7 @@ impl Band<'_> {
     /// # Safety
     /// The product has `R` rows from i and `V` vectors of columns from j.
     #[inline(always)]
-    unsafe fn block<S: Simd, const T: bool, const R: usize, const V: usize>(
+    unsafe fn block<S: Simd, const T: bool, const P: bool, const R: usize, const V: usize>(
         self,
         s: S,
         i: usize,
@@ -269,6 +346,9 @@ impl Band<'_> {
             for p in p..self.k {
                 self.step::<S, T, R, V>(s, &a, b, p, &mut sums);
             }
+            if let (true, Some(columns)) = (P, self.powers) {
+                powers(s, columns, j, &mut sums);
+            }
             for (r, sums) in sums.iter().enumerate() {
                 for (v, sum) in sums.iter().enumerate() {
                     s.store_ptr(c.add(r * self.c_pitch + v * S::LANES), *sum);
@@ -276,6 +356,49 @@ impl Band<'_> {
             }
         }
     }
+}
+
+/// Turns elements into powers, and counts them in.
+///
+/// # Safety
+/// V vectors from j on belong to the columns.
+#[inline(always)]
+unsafe fn powers<S: Simd, const R: usize, const V: usize>(
+    s: S,
+    columns: ColumnsAt,
+    j: usize,
+    x: &mut [[S::V; V]; R],
+) {
+    // Written out: what a loop counts through lies in memory, not in registers, and all products with it.
+    macro_rules! each {
+        ($i:ident < $limit:ident: $($at:literal)* => $body:block) => {
+            $(if const { $at < $limit } {
+                let $i: usize = $at;
+                $body
+            })*
+        };
+    }
+    each!(v < V: 0 1 2 3 => {
+        let at = j + v * S::LANES;
+        // SAFETY: the caller's promise.
+        let (base, mut sum, mut most) = unsafe {
+            (
+                s.load_ptr(columns.base.add(at)),
+                s.load_ptr(columns.sum.add(at)),
+                s.load_ptr(columns.most.add(at)),
+            )
+        };
+        each!(r < R: 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 => {
+            most = s.max(most, x[r][v]);
+            x[r][v] = exp2_above(s, x[r][v], base);
+            sum = s.add(sum, x[r][v]);
+        });
+        // SAFETY: as above.
+        unsafe {
+            s.store_ptr(columns.sum.add(at), sum);
+            s.store_ptr(columns.most.add(at), most);
+        }
+    });
 }
 
 /// Steps of k between two branches.
@@ -312,78 +435,6 @@ impl Band<'_> {
                     *sum = s.fma(x, y, *sum);
                 }
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cpu::simd::{Isa, dispatch};
-
-    #[test]
-    fn a_product_is_a_chain_for_every_shape_and_touches_nothing_else() {
-        for isa in Isa::available() {
-            for (m, n, k) in [
-                (0, 16, 3),
-                (1, 16, 0),
-                (1, 16, 1),
-                (5, 32, 7),
-                (12, 48, 2),
-                (23, 64, 3),
-            ] {
-                for transposed in [false, true] {
-                    for start in 0..3 {
-                        case(isa, m, n, k, transposed, start);
-                    }
-                }
-            }
-        }
-    }
-
-    fn case(isa: Isa, m: usize, n: usize, k: usize, transposed: bool, start: usize) {
-        let value = |i: usize, salt: usize| ((i * 37 + salt * 11) % 101) as f32 / 17.0 - 2.5;
-        let (b_pitch, c_pitch) = (n + 3, n + 5);
-        let a: Vec<f32> = (0..m * k).map(|i| value(i, 1)).collect();
-        let b: Vec<f32> = (0..k * b_pitch).map(|i| value(i, 2)).collect();
-        let factors: Vec<f32> = (0..m).map(|i| value(i, 3)).collect();
-        let old: Vec<f32> = (0..m * c_pitch).map(|i| value(i, 4)).collect();
-        let pitch = if transposed { m } else { k };
-        let mut c = old.clone();
-        let start_kind = [Start::Zero, Start::Resume, Start::Scaled(&factors)][start];
-        let a_left = Left {
-            data: &a,
-            pitch,
-            transposed,
-        };
-        let product = Product {
-            m,
-            n,
-            k,
-            a: a_left,
-            b: &b,
-            b_pitch,
-            c: &mut c,
-            c_pitch,
-            start: start_kind,
-            part: Part::Keys(&[k; 2]),
-        };
-        dispatch(isa, product);
-        for (at, &got) in c.iter().enumerate() {
-            let (i, j) = (at / c_pitch, at % c_pitch);
-            let mut want = old[at];
-            if j < n {
-                want = [0.0, want, want * factors[i]][start];
-                for p in 0..k {
-                    let x = a[if transposed {
-                        p * pitch + i
-                    } else {
-                        i * pitch + p
-                    }];
-                    want = x.mul_add(b[p * b_pitch + j], want);
-                }
-            }
-            assert!(got == want, "{isa:?} ({i}, {j}): {got}, not {want}");
         }
     }
 }
