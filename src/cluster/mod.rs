@@ -106,7 +106,7 @@ static SYSTEM: [Field; 21] = {
     ]
 };
 
-static STACK: [Field; 21] = [
+static STACK: [Field; 22] = [
     ("stack.attention", Holds::Word(&["fused", "unfused"])),
     ("stack.dropout", Holds::Word(&["yes", "no"])),
     (
@@ -140,6 +140,8 @@ static STACK: [Field; 21] = [
     ("stack.gap", Holds::Extra(Dimension::Time)),
     ("stack.step", Holds::Extra(Dimension::Time)),
     ("stack.message", Holds::Extra(Dimension::Time)),
+    // The host's seconds for a kernel in inference, where launches are recorded once and replayed; those of training if nothing is said.
+    ("stack.replay", Holds::Extra(Dimension::Time)),
 ];
 
 /// How the chips of a level are joined.

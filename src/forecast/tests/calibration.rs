@@ -268,6 +268,11 @@ fn single_node_steps() {
                 }
             }
         }
+        if fit == 1024.0 {
+            // What stands in the stack's file.
+            let stack = a100().stack.value("stack.launch").unwrap();
+            assert!((stack - best.1[0]).abs() <= 1e-9, "{stack}, {:?}", best.1);
+        }
         let (mean, median) = score(&rows, test, best.1);
         let [launch, share] = best.1;
         println!(
