@@ -27,7 +27,7 @@ const STATUS: Field = (
     Holds::Word(&["shipping", "announced", "reported"]),
 );
 
-static CHIP: [Field; 35] = {
+static CHIP: [Field; 36] = {
     use Dimension::{Bandwidth, Bytes, Power, Pure, Rate};
     [
         STATUS,
@@ -68,6 +68,7 @@ static CHIP: [Field; 35] = {
         ("kernel.norm.residual", Holds::Extra(Pure)),
         ("kernel.activation.residual", Holds::Extra(Pure)),
         ("kernel.optimizer.memory", Holds::Extra(Pure)),
+        ("kernel.softmax.memory", Holds::Extra(Pure)),
     ]
 };
 
@@ -105,7 +106,7 @@ static SYSTEM: [Field; 21] = {
     ]
 };
 
-static STACK: [Field; 20] = [
+static STACK: [Field; 22] = [
     ("stack.attention", Holds::Word(&["fused", "unfused"])),
     ("stack.dropout", Holds::Word(&["yes", "no"])),
     (
@@ -118,6 +119,9 @@ static STACK: [Field; 20] = [
     // Whether the product that gives a weight's gradient adds to the sum itself (if nothing is said), or a kernel does after it.
     ("stack.accumulation", Holds::Option(&["fused", "apart"])),
     ("stack.launch", Holds::Number(Dimension::Time)),
+    // Whether the host runs ahead from one part of a layer to the next (if nothing is said), or each part begins on an idle chip and
+    // is waited for, as where parts are timed alone.
+    ("stack.parts", Holds::Option(&["joined", "alone"])),
     ("stack.allocator", Holds::Number(Dimension::Pure)),
     ("stack.interference", Holds::Number(Dimension::Pure)),
     // How tokens reach their experts, and whether other micro-batches compute meanwhile.
@@ -136,6 +140,8 @@ static STACK: [Field; 20] = [
     ("stack.gap", Holds::Extra(Dimension::Time)),
     ("stack.step", Holds::Extra(Dimension::Time)),
     ("stack.message", Holds::Extra(Dimension::Time)),
+    // The host's seconds for a kernel in inference, where launches are recorded once and replayed; those of training if nothing is said.
+    ("stack.replay", Holds::Extra(Dimension::Time)),
 ];
 
 /// How the chips of a level are joined.

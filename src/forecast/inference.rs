@@ -91,7 +91,11 @@ impl Setting {
 
     fn served(&self, phase: Phase, machine: &Machine, slower: Slower) -> Result<Served> {
         self.check_inference()?;
-        let prices = self.prices(machine)?.slowed(slower);
+        let mut prices = self.prices(machine)?;
+        if let Some(replay) = machine.stack.find("stack.replay") {
+            prices.rates.launch = replay;
+        }
+        let prices = prices.slowed(slower);
         prices.network.fits(self.mesh.chips())?;
         let inner = Shape {
             dropout: false,

@@ -21,7 +21,7 @@ pub enum Class {
     Matmul,
     /// The core of attention in one kernel.
     Attention,
-    /// Sums, dropout, softmax, casts, optimizers.
+    /// Sums, dropout, softmax, losses, casts, optimizers.
     Elementwise,
     /// Norms.
     Norm,
@@ -148,9 +148,11 @@ mod tests {
         let works = [
             (Class::Matmul, Work::matmul(4096, 4096, 4096)),
             (Class::Elementwise, stream(Rows::Elementwise)),
+            (Class::Elementwise, stream(Rows::Softmax)),
             (Class::Elementwise, stream(Rows::Optimizer)),
             (Class::Norm, stream(Rows::Norm)),
             (Class::Activation, stream(Rows::Activation)),
+            (Class::Activation, stream(Rows::Gelu)),
         ];
         for class in Class::ALL {
             let slow = rates.slowed(Slower::new(class, 1.5));

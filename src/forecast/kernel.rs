@@ -48,9 +48,11 @@ pub struct Rates {
     attention_backward: f64,
     attention_memory: f64,
     elementwise: f64,
+    softmax: f64,
     optimizer: f64,
     norm: f64,
     activation: f64,
+    gelu: f64,
 }
 
 impl Rates {
@@ -85,9 +87,11 @@ impl Rates {
             attention_backward: chip.find("kernel.attention.backward").unwrap_or(attention),
             attention_memory: chip.find("kernel.attention.memory").unwrap_or(memory),
             elementwise,
+            softmax: chip.find("kernel.softmax.memory").unwrap_or(elementwise),
             optimizer: chip.find("kernel.optimizer.memory").unwrap_or(elementwise),
             norm: chip.value("kernel.norm.memory")?,
             activation: chip.value("kernel.activation.memory")?,
+            gelu: elementwise,
         })
     }
 
@@ -107,6 +111,7 @@ impl Rates {
     pub fn slowed(&self, slower: Slower) -> Rates {
         let (matmul, attention) = (slower.of(Class::Matmul), slower.of(Class::Attention));
         let elementwise = slower.of(Class::Elementwise);
+        let activation = slower.of(Class::Activation);
         Rates {
             efficiency: self.efficiency / matmul,
             narrow: self.narrow / matmul,
@@ -115,9 +120,11 @@ impl Rates {
             attention_backward: self.attention_backward / attention,
             attention_memory: self.attention_memory / attention,
             elementwise: self.elementwise / elementwise,
+            softmax: self.softmax / elementwise,
             optimizer: self.optimizer / elementwise,
             norm: self.norm / slower.of(Class::Norm),
-            activation: self.activation / slower.of(Class::Activation),
+            activation: self.activation / activation,
+            gelu: self.gelu / activation,
             launch: self.launch * slower.of(Class::Launch),
             ..self.clone()
         }
@@ -154,9 +161,11 @@ impl Rates {
             Work::Stream { rows, bytes } => {
                 let share = match rows {
                     Rows::Elementwise => self.elementwise,
+                    Rows::Softmax => self.softmax,
                     Rows::Optimizer => self.optimizer,
                     Rows::Norm => self.norm,
                     Rows::Activation => self.activation,
+                    Rows::Gelu => self.gelu,
                 };
                 bytes / (self.bandwidth * share)
             }

@@ -12,14 +12,18 @@ use crate::trace::{Event, EventKind};
 /// The class of a kernel that streams through memory; each has its measured share of the bandwidth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rows {
-    /// Sums, dropout, softmax, casts.
+    /// Sums, dropout, casts, copies.
     Elementwise,
+    /// Softmax over scores, and a loss over logits: a row's maximum, exponentials, their sum, the division.
+    Softmax,
     /// Clipping, AdamW.
     Optimizer,
     /// LayerNorm and RMSNorm.
     Norm,
-    /// GELU, SwiGLU and their like.
+    /// Activations that multiply by a gate: SwiGLU and its like.
     Activation,
+    /// GELU and its like: a value in and one out, as in any element-wise kernel.
+    Gelu,
 }
 
 /// One kernel or transfer.
@@ -135,7 +139,11 @@ impl Work {
                 rows: Rows::Norm, ..
             } => "norm",
             Work::Stream {
-                rows: Rows::Activation,
+                rows: Rows::Softmax,
+                ..
+            } => "softmax",
+            Work::Stream {
+                rows: Rows::Activation | Rows::Gelu,
                 ..
             } => "activation",
             Work::Collective { kind, .. } => kind.name(),
@@ -200,7 +208,10 @@ impl Work {
                 let rows = match name {
                     "layer_norm" | "rms_norm" => Rows::Norm,
                     "adamw" | "sgd" => Rows::Optimizer,
-                    "swiglu" | "gelu" | "gelu_tanh" | "activation" => Rows::Activation,
+                    "swiglu" | "activation" => Rows::Activation,
+                    "gelu" | "gelu_tanh" => Rows::Gelu,
+                    "softmax" | "cross_entropy" | "row_max" | "row_exp_sum" => Rows::Softmax,
+                    "cross_entropy_from_statistics" => Rows::Softmax,
                     _ => Rows::Elementwise,
                 };
                 vec![Work::Stream {

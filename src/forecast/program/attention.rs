@@ -33,7 +33,12 @@ impl Shape<'_> {
             tasks.extend(self.rotary());
             match self.model.latent {
                 Some(_) => tasks.extend(self.latent_backward()),
-                None => tasks.extend(self.gradients(tokens, (q + kv, c), self.back_into_pair())),
+                None => {
+                    // Gradients of queries, keys and values are put side by side.
+                    tasks.extend(self.apart(4.0, q + kv));
+                    tasks.extend(self.bias_gradient(q + kv));
+                    tasks.extend(self.gradients(tokens, (q + kv, c), self.back_into_pair()));
+                }
             }
             return tasks;
         }
@@ -43,10 +48,13 @@ impl Shape<'_> {
                 tasks.extend(self.before_pair());
                 tasks.extend(self.cast((tokens * c) as f64));
                 tasks.push(self.product(tokens, q + kv, c));
+                tasks.extend(self.add_bias(q + kv));
             }
         }
         tasks.extend(self.rotary());
         tasks.extend(self.core(false));
+        // From heads apart to a token's heads side by side.
+        tasks.extend(self.apart(4.0, o));
         tasks.extend(self.cast((tokens * o) as f64));
         tasks.push(self.product(tokens, c, o));
         tasks.extend(self.out_of_pair());
@@ -180,21 +188,19 @@ impl Shape<'_> {
             } else {
                 single
             };
-            bytes
-                .iter()
-                .map(move |b| stream(Rows::Elementwise, b * scores))
+            bytes.iter().map(move |b| stream(Rows::Softmax, b * scores))
         };
         if !backward {
             tasks.push(by(rows, s, query));
             tasks.extend(passes(&[3.0], &[6.0, 9.0, 8.0, 6.0]));
             if self.dropout {
-                tasks.push(stream(Rows::Elementwise, 5.0 * scores));
+                tasks.push(stream(Rows::Softmax, 5.0 * scores));
             }
             tasks.push(by(rows, value, s));
         } else {
             tasks.extend([by(rows, s, value), by(s, value, rows)]);
             if self.dropout {
-                tasks.push(stream(Rows::Elementwise, 5.0 * scores));
+                tasks.push(stream(Rows::Softmax, 5.0 * scores));
             }
             tasks.extend(passes(&[4.0], &[6.0, 12.0, 9.0, 6.0]));
             tasks.extend([by(rows, query, s), by(s, query, rows)]);

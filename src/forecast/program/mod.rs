@@ -7,6 +7,7 @@
 
 mod attention;
 mod cached;
+mod ends;
 mod experts;
 
 use super::architecture::{Architecture, Block};
@@ -114,8 +115,10 @@ pub struct Shape<'a> {
     pub fused: bool,
     /// Whether there is dropout.
     pub dropout: bool,
-    /// Bytes of an element of the sum of a weight's gradients, if a kernel of its own adds to it.
-    pub accumulated: Option<f64>,
+    /// Bytes of an element of a gradient.
+    pub gradient: f64,
+    /// Whether a kernel of its own adds to the sum of a weight's gradients.
+    pub accumulates: bool,
     /// Bytes of an element of a matmul's operands.
     pub size: f64,
     /// Tokens of the busiest expert's chip for those of the mean one.
@@ -272,9 +275,28 @@ impl Shape<'_> {
     }
 
     fn activation(&self, elements: f64, backward: bool) -> Task {
-        let values = if self.model.gated { 3.0 } else { 2.0 };
+        let (rows, values) = match self.model.gated {
+            true => (Rows::Activation, 3.0),
+            false => (Rows::Gelu, 2.0),
+        };
         let values = if backward { 2.0 * values - 1.0 } else { values };
-        stream(Rows::Activation, 2.0 * values * elements)
+        stream(rows, 2.0 * values * elements)
+    }
+
+    /// A pass of its own over so many values a token, where kernels are not fused: values in and out.
+    fn apart(&self, bytes: f64, width: usize) -> Option<Task> {
+        let bytes = bytes * (self.tokens() * width) as f64;
+        (!self.fused).then(|| stream(Rows::Elementwise, bytes))
+    }
+
+    /// Adding a bias to the result of a product, where no kernel does it on its way.
+    fn add_bias(&self, width: usize) -> Option<Task> {
+        self.apart(4.0, width).filter(|_| self.model.bias)
+    }
+
+    /// The sum over tokens that is a bias's gradient, where no product forms it.
+    fn bias_gradient(&self, width: usize) -> Option<Task> {
+        self.apart(2.0, width).filter(|_| self.model.bias)
     }
 
     fn norm(&self, backward: bool) -> Task {
@@ -285,46 +307,58 @@ impl Shape<'_> {
 
     /// The forward of one layer.
     pub fn forward(&self, block: Block) -> Vec<Task> {
-        let mut tasks = vec![];
-        if block == Block::Predict {
-            // Two normalized streams, projected into one.
-            tasks.extend([self.norm(false), self.norm(false)]);
-            tasks.extend(self.predict_product());
-        }
-        tasks.push(self.norm(false));
-        tasks.extend(self.attention(false));
-        tasks.extend([self.join(false), self.norm(false)]);
-        match self.model.has_experts(block) {
-            true => tasks.extend(self.experts()),
-            false => {
-                tasks.extend(self.before_pair());
-                tasks.extend(self.dense(self.model.ffn));
-                tasks.extend(self.out_of_pair());
-            }
-        }
-        tasks.push(self.join(false));
-        tasks
+        self.forward_parts(block).concat()
     }
 
     /// The backward of one layer, without what is computed again.
     pub fn backward(&self, block: Block) -> Vec<Task> {
-        let mut tasks = vec![self.join(true)];
+        self.backward_parts(block).concat()
+    }
+
+    /// Attention's part of a layer's forward, and the feed-forward part.
+    pub fn forward_parts(&self, block: Block) -> Vec<Vec<Task>> {
+        let mut attention = vec![];
+        if block == Block::Predict {
+            // Two normalized streams, projected into one.
+            attention.extend([self.norm(false), self.norm(false)]);
+            attention.extend(self.predict_product());
+        }
+        attention.push(self.norm(false));
+        attention.extend(self.attention(false));
+        attention.push(self.join(false));
+        let mut forward = vec![self.norm(false)];
         match self.model.has_experts(block) {
-            true => tasks.extend(self.experts_backward()),
+            true => forward.extend(self.experts()),
             false => {
-                tasks.extend(self.before_pair());
-                tasks.extend(self.dense_backward(self.model.ffn, self.back_into_pair()));
+                forward.extend(self.before_pair());
+                forward.extend(self.dense(self.model.ffn));
+                forward.extend(self.out_of_pair());
             }
         }
-        tasks.extend([self.norm(true), self.join(true)]);
-        tasks.extend(self.attention(true));
-        tasks.push(self.norm(true));
-        if block == Block::Predict {
-            tasks.extend(self.predict_product());
-            tasks.extend(self.predict_product());
-            tasks.extend([self.norm(true), self.norm(true)]);
+        forward.push(self.join(false));
+        vec![attention, forward]
+    }
+
+    /// The feed-forward part of a layer's backward, and attention's, without what is computed again.
+    pub fn backward_parts(&self, block: Block) -> Vec<Vec<Task>> {
+        let mut forward = vec![self.join(true)];
+        match self.model.has_experts(block) {
+            true => forward.extend(self.experts_backward()),
+            false => {
+                forward.extend(self.before_pair());
+                forward.extend(self.dense_backward(self.model.ffn, self.back_into_pair()));
+            }
         }
-        tasks
+        forward.push(self.norm(true));
+        let mut attention = vec![self.join(true)];
+        attention.extend(self.attention(true));
+        attention.push(self.norm(true));
+        if block == Block::Predict {
+            attention.extend(self.predict_product());
+            attention.extend(self.predict_product());
+            attention.extend([self.norm(true), self.norm(true)]);
+        }
+        vec![forward, attention]
     }
 
     fn predict_product(&self) -> Vec<Task> {
@@ -349,6 +383,7 @@ impl Shape<'_> {
         let (tokens, c, f) = (self.tokens(), self.model.hidden, ffn.div_ceil(self.tp));
         let mut tasks = self.gradients(tokens, (c, f), vec![]);
         tasks.push(self.activation((tokens * f) as f64, true));
+        tasks.extend(self.bias_gradient(f));
         tasks.extend(self.gradients(tokens, (self.gates() * f, c), out));
         tasks
     }
@@ -373,61 +408,19 @@ impl Shape<'_> {
 
     /// Adding so many weights' gradients to the sum of earlier micro-batches, where a kernel of its own does.
     fn accumulate(&self, weights: usize) -> Option<Task> {
-        let bytes = self.accumulated?;
-        let moved = (2.0 + 2.0 * bytes) * weights as f64;
-        Some(stream(Rows::Elementwise, moved).of_weight())
+        let moved = (2.0 + 2.0 * self.gradient) * weights as f64;
+        let task = || stream(Rows::Elementwise, moved).of_weight();
+        self.accumulates.then(task)
     }
 
-    /// What is computed again for a layer's backward.
-    pub fn again(&self, recompute: Recompute, block: Block) -> Vec<Task> {
+    /// What is computed again for a layer's backward, part by part.
+    pub fn again(&self, recompute: Recompute, block: Block) -> Vec<Vec<Task>> {
         match recompute {
             Recompute::None => vec![],
             Recompute::Selective if self.fused => vec![],
-            Recompute::Selective => self.core(false),
-            Recompute::Full => self.forward(block),
+            Recompute::Selective => vec![self.core(false)],
+            Recompute::Full => self.forward_parts(block),
         }
-    }
-
-    /// What stands in front of the first layer: the embedding, its sum over `tp`, and dropout.
-    pub fn embedding(&self) -> Vec<Task> {
-        let bytes = (self.tokens() * self.model.hidden) as f64;
-        let mut tasks = vec![stream(Rows::Elementwise, 4.0 * bytes)];
-        tasks.extend(self.out_of_pair());
-        tasks.push(stream(
-            Rows::Elementwise,
-            (4.0 + self.dropout as u8 as f64) * self.residual(),
-        ));
-        tasks
-    }
-
-    /// What stands behind the last layer: norm, logits, and a loss that reads and writes them in f32, pass by pass. The head is
-    /// never narrower than 2 bytes.
-    pub fn head(&self, backward: bool) -> Vec<Task> {
-        let (columns, rows) = (self.model.vocab.div_ceil(self.tp), self.model.hidden);
-        let wide = Shape {
-            size: self.size.max(2.0),
-            ..self.clone()
-        };
-        let logits = (self.tokens() * columns) as f64;
-        let passes = |bytes: &'static [f64]| {
-            let pass = move |b: &f64| stream(Rows::Elementwise, b * logits);
-            bytes.iter().map(pass)
-        };
-        if backward {
-            // Softmax minus one-hot times the loss's gradient, in place; narrowed.
-            let mut tasks: Vec<Task> = passes(&[8.0, 6.0]).collect();
-            let sum = self.transfer(Kind::AllReduce, Beside::Backward);
-            tasks.extend(wide.gradients(self.tokens(), (columns, rows), sum));
-            tasks.push(stream(Rows::Norm, 6.0 * self.residual()));
-            return tasks;
-        }
-        let mut tasks = vec![stream(Rows::Norm, 4.0 * self.residual())];
-        tasks.extend(self.before_pair());
-        tasks.push(wide.product(self.tokens(), columns, rows));
-        // To f32, the maximum, its subtraction, exponentials, their sum, the division: each a pass in the loss over split logits
-        // (Shoeybi et al. 2019, section 3).
-        tasks.extend(passes(&[6.0, 4.0, 8.0, 8.0, 4.0, 8.0]));
-        tasks
     }
 
     /// Bytes that a layer keeps for its backward on a chip (Korthikanti et al. 2022, equations 1 to 4, for their model;

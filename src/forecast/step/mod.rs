@@ -282,7 +282,8 @@ impl Setting {
             sequence_parallel: self.sequence_parallel && self.along("tp") > 1,
             fused: is("stack.attention", "fused"),
             dropout: is("stack.dropout", "yes"),
-            accumulated: is("stack.accumulation", "apart").then(|| self.gradient_bytes(machine)),
+            gradient: self.gradient_bytes(machine),
+            accumulates: is("stack.accumulation", "apart"),
             size: super::kernel::element_bytes(&self.dtype),
             imbalance: machine
                 .stack

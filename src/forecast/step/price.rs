@@ -23,12 +23,10 @@ impl Setting {
         let prices = self.prices(machine)?;
         let shape = self.shape(machine);
         let block = self.model.block(self.model.layers - 1);
-        let forward = prices.span(&shape.forward(block))?.seconds;
-        let again = prices.span(&shape.again(self.recompute, block))?.seconds;
-        Ok((
-            forward,
-            prices.span(&shape.backward(block))?.seconds + again,
-        ))
+        let forward = prices.parts(&shape.forward_parts(block))?.seconds;
+        let again = prices.parts(&shape.again(self.recompute, block))?.seconds;
+        let backward = prices.parts(&shape.backward_parts(block))?.seconds;
+        Ok((forward, backward + again))
     }
 
     /// Prices a step on `machine`.
@@ -166,15 +164,18 @@ impl Setting {
         let mut prices_of = [Span::default(), Span::default(), Span::default()];
         for (i, block) in kinds.into_iter().enumerate().filter(|(i, _)| there(*i)) {
             prices_of[i] = match backward {
-                false => prices.span(&shape.forward(block))?,
+                false => prices.parts(&shape.forward_parts(block))?,
                 true => {
-                    let mut span = prices.span(&shape.backward(block))?;
-                    span.add(&prices.span(&shape.again(self.recompute, block))?, 1.0);
+                    let mut span = prices.parts(&shape.backward_parts(block))?;
+                    span.add(&prices.parts(&shape.again(self.recompute, block))?, 1.0);
                     span
                 }
             };
         }
-        let embedding = prices.span(&shape.embedding())?;
+        let embedding = prices.span(&match backward {
+            false => shape.embedding(),
+            true => shape.embedding_backward(),
+        })?;
         let head = prices.span(&shape.head(backward))?;
         let (v, last) = (self.virtual_stages, self.last_stage());
         let chunk = |stage: usize, chunk: usize| {

@@ -63,6 +63,8 @@ pub(in super::super) struct Prices<'a> {
     interference: f64,
     /// Seconds between one kernel and the next.
     gap: f64,
+    /// Whether each part of a layer begins on an idle chip and is waited for.
+    alone: bool,
 }
 
 impl<'a> Prices<'a> {
@@ -76,6 +78,7 @@ impl<'a> Prices<'a> {
             experts_beside: machine.stack.word("stack.exchange_overlap") == Some("yes"),
             interference: machine.stack.value("stack.interference")?.clamp(0.0, 0.9),
             gap: machine.stack.find("stack.gap").unwrap_or(0.0),
+            alone: machine.stack.word("stack.parts") == Some("alone"),
         })
     }
 
@@ -94,13 +97,27 @@ impl<'a> Prices<'a> {
         )
     }
 
+    /// The parts of a pass through a layer, one after another.
+    pub(crate) fn parts(&self, parts: &[Vec<Task>]) -> Result<Span> {
+        if !self.alone {
+            return self.span(&parts.concat());
+        }
+        let mut sum = Span::default();
+        for part in parts {
+            sum.add(&self.span(part)?, 1.0);
+        }
+        Ok(sum)
+    }
+
     /// Tasks one after another. A transfer that may hide does so behind the one kernel that follows it; exchanges of tokens behind
     /// everything, if other micro-batches compute meanwhile. Where the host launches kernels slower than they run it decides, and
-    /// transfers come on top: one begins when the last of its chips has been told to.
+    /// transfers come on top: one begins when the last of its chips has been told to. A host that runs ahead is never waited for
+    /// in the long run, `max(launches, kernels)`; from an idle chip a kernel begins when it has been launched and the one before it has
+    /// ended.
     pub(crate) fn span(&self, tasks: &[Task]) -> Result<Span> {
         let mut span = Span::default();
         let mut beside: Vec<(&str, f64)> = vec![];
-        let (mut exchanged, mut launches) = (0.0, 0);
+        let (mut exchanged, mut launches, mut end) = (0.0, 0, 0.0f64);
         let slowed = self.interference / (1.0 - self.interference);
         for task in tasks {
             let Some(axis) = task.work.axis() else {
@@ -109,6 +126,7 @@ impl<'a> Prices<'a> {
                 let moving: f64 = beside.iter().map(|(_, moves)| moves).sum();
                 let mut busy = alone + slowed * moving.min(alone);
                 span.work(task.work.name(), busy);
+                end = end.max(self.rates.launch * launches as f64) + busy;
                 if task.weight {
                     span.weights += busy;
                 }
@@ -137,7 +155,11 @@ impl<'a> Prices<'a> {
             span.work("launch", self.gap * tasks.len() as f64);
         }
         let kernels: f64 = span.kernels.values().sum();
-        let behind = self.rates.launch * launches as f64 - kernels;
+        let last = match self.alone {
+            true => end,
+            false => self.rates.launch * launches as f64,
+        };
+        let behind = last - kernels;
         if behind > 0.0 {
             span.work("launch", behind);
         }

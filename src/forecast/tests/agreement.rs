@@ -100,6 +100,7 @@ impl Sums {
             (shape.forward(block), layers),
             (shape.backward(block), layers),
             (shape.embedding(), micros),
+            (shape.embedding_backward(), micros),
             (shape.head(false), micros),
             (shape.head(true), micros),
         ] {

@@ -144,8 +144,36 @@ fn residuals_of_a_layer() {
     }
 }
 
-/// Every curve of every file by itself: fitted to every second size, held against the others from 1 MiB up. What scatters is the
-/// measurement: the files say microseconds, and neighbours differ by a factor of two.
+/// A curve fitted to the points that are kept, held against those from 1 MiB up that are left out: positions and errors. First and last
+/// point are always kept.
+fn left_out(points: &[(f64, f64)], out: impl Fn(usize) -> bool) -> Vec<(usize, f64)> {
+    let inner = |i: usize| i > 0 && i + 1 < points.len() && out(i);
+    let kept = (0..points.len()).filter(|i| !inner(*i));
+    let curve = crate::cluster::Curve {
+        kernel: "all-reduce".into(),
+        group: 2,
+        points: kept.map(|i| points[i]).collect(),
+        source: String::new(),
+        trust: crate::cluster::Trust::Fitted,
+    };
+    let tested = (0..points.len()).filter(|i| inner(*i) && points[*i].0 >= 1_048_576.0);
+    tested
+        .map(|i| (i, curve.at(points[i].0) / points[i].1 - 1.0))
+        .collect()
+}
+
+/// Whether the time does not grow as bytes over a bandwidth behind a latency do, from this point to a neighbour: hardly at all, or
+/// faster than the bytes.
+fn at_a_step(points: &[(f64, f64)], i: usize) -> bool {
+    let exponent = |(a, b): ((f64, f64), (f64, f64))| (b.1 / a.1).ln() / (b.0 / a.0).ln();
+    let sides = [(points[i - 1], points[i]), (points[i], points[i + 1])];
+    sides.map(exponent).iter().any(|e| !(0.2..=1.1).contains(e))
+}
+
+/// Every curve of every file by itself, whatever is left out: every second size, the other sizes, or each alone. Beyond 10 % lie only
+/// points at a step of the measurement, where a library changes its protocol or the clock scatters (23 us between 28 and 40, 51 behind
+/// 55): no curve through the other points tells that. Straight lines, cubics through the logarithms and local fits were tried in place
+/// of straight lines through the logarithms: they miss the same points.
 #[test]
 #[ignore = "needs measured curves: SUPERNODE_CALIBRATION=DIR"]
 fn every_curve_between_its_fitted_sizes() {
@@ -166,66 +194,89 @@ fn every_curve_between_its_fitted_sizes() {
             groups.entry(name).or_default().push((bytes, time * scale));
         }
         for (name, points) in groups {
-            let curve = crate::cluster::Curve {
-                kernel: "all-reduce".into(),
-                group: 2,
-                points: points.iter().step_by(2).copied().collect(),
-                source: file.into(),
-                trust: crate::cluster::Trust::Fitted,
-            };
-            let left_out = points.iter().skip(1).step_by(2);
-            let mut errors: Vec<f64> = left_out
-                .filter(|p| p.0 >= 1_048_576.0)
-                .map(|(bytes, truth)| (curve.at(*bytes) / truth - 1.0).abs())
-                .collect();
-            errors.sort_by(f64::total_cmp);
-            let over = errors.iter().filter(|e| **e > 0.1).count();
-            let (median, worst) = (errors[errors.len() / 2], errors[errors.len() - 1]);
-            println!(
-                "{file} {name}: median {median:.3}, worst {worst:.3}, {over} of {} beyond 10 %",
-                errors.len()
-            );
-            assert!(median <= 0.1, "{file} {name}: median {median}");
+            let alone = (0..points.len()).flat_map(|one| left_out(&points, |i| i == one));
+            for (how, errors) in [
+                ("odd", left_out(&points, |i| i % 2 == 1)),
+                ("even", left_out(&points, |i| i % 2 == 0)),
+                ("each", alone.collect()),
+            ] {
+                let far: Vec<_> = errors.iter().filter(|e| e.1.abs() > 0.1).collect();
+                let sizes: Vec<f64> = far.iter().map(|e| points[e.0].0).collect();
+                let (all, within) = (
+                    errors.len(),
+                    most(&errors.iter().map(|e| e.1).collect::<Vec<_>>()),
+                );
+                println!(
+                    "{file} {name}, {how}: 80 % within {within:.3}, of {all} beyond 10 % {sizes:?}"
+                );
+                for (i, error) in far {
+                    assert!(
+                        at_a_step(&points, *i),
+                        "{file} {name}: {:?} by {error}",
+                        points[*i]
+                    );
+                }
+            }
         }
     }
 }
 
-/// What is fitted to one width of the single-node set, and the values that are tried: the software's launches (a kernel here stands for
-/// several of it), and what element-wise kernels reach in it.
-const LAUNCHES: [f64; 14] = [
-    45e-6, 50e-6, 55e-6, 60e-6, 65e-6, 70e-6, 75e-6, 80e-6, 85e-6, 90e-6, 95e-6, 100e-6, 105e-6,
-    110e-6,
-];
-const SHARES: [f64; 7] = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88];
+/// What is fitted to one width of the single-node set, from the least to the most that is tried: microseconds in which the software
+/// launches a kernel, and hundredths of the bandwidth that its softmax and loss reach.
+const LAUNCHES: std::ops::RangeInclusive<usize> = 40..=80;
+const SHARES: std::ops::RangeInclusive<usize> = 8..=17;
 
 /// 1,440 runs on one node of A100s, everything computed again: constants from hidden 1024, tested on 2048, and back.
 ///
-/// Without `dp` the times of the file are linear in layers and micro-batches to the last of 16 digits: they are layers that were
-/// timed alone, added up. So products are priced as those that were measured alone, and the 1,440 are 16 layers and 16 heads a
-/// width; layers of few tokens, which wait for the host, scatter by 15 % about any rule. The terms of the price were chosen by
-/// leaving out one pair of `tp` and micro-batch after the other of hidden 1024 alone (mean error 4.3 %).
+/// Without `dp` the times of the file are linear in layers and micro-batches to the last of 16 digits: they are parts of layers that
+/// were timed alone, added up. So each part begins on an idle chip here (`stack.parts`), products are priced as those that were measured
+/// alone at these sizes, and the 1,440 are 16 layers and 16 heads a width; those of few tokens, which wait for the host, scatter by
+/// 15 % about any rule.
+///
+/// What a price is made of was chosen on hidden 1024 alone: by leaving out one pair of `tp` and micro-batch after the other (first
+/// column, mean error), by leaving out the largest micro-batches, and by what Megatron-LM's kernels read and write. Each choice
+/// was then tested on 2048 once; the times of 2048's layers, without any price beside them, had been seen before.
+///
+/// | choice | 1024, left out | 2048, mean and median | back |
+/// |---|---|---|---|
+/// | launches or kernels of a whole pass, whichever is longer; one share for all that streams | 4.8 % | 8.4, 6.2 % | 4.3, 2.6 % |
+/// | the same with products as measured inside a layer | 4.8 % | 10.2, 10.0 % | 5.4, 3.7 % |
+/// | each kernel waits for its own launch, the chip's own shares | 4.5 % | 11.3, 9.8 % | 11.3, 12.4 % |
+/// | parts alone, biases and copies around unfused attention, the loss's sums over `tp` | 4.0 % | 8.3, 5.8 % | 9.0, 9.0 % |
+/// | and the loss's small kernels, and the embedding's gradient | 4.0 % | 8.6, 5.6 % | 7.2, 7.2 % |
+/// | and a share for softmax and loss alone | 4.3 % | 8.3, 5.8 % | 6.5, 6.1 % |
+/// | and GELU as any element-wise kernel | 4.2 % | 7.9, 6.2 % | 6.6, 6.2 % |
+///
+/// These rows come from a sketch that simplifies pipelines, the embedding's gradient and the optimizer; the prices here, made as its
+/// last row says, miss 7.3 and 6.2 %, and 5.6 and 4.5 % back.
 #[test]
 #[ignore = "needs measured curves: SUPERNODE_CALIBRATION=DIR"]
 fn single_node_steps() {
     let rows = measured("a100_single_node_steps.csv");
-    // What was seen; the aim of 0.08 and 0.06 is missed by a little on one side.
     for (fit, test, most) in [
-        (1024.0, 2048.0, (0.086, 0.065)),
-        (2048.0, 1024.0, (0.045, 0.03)),
+        // The aim of 0.08 and 0.06 is missed by the first median.
+        (1024.0, 2048.0, (0.076, 0.064)),
+        (2048.0, 1024.0, (0.06, 0.05)),
     ] {
         let mut best = (f64::INFINITY, [0.0; 2]);
         for launch in LAUNCHES {
             for share in SHARES {
-                let error = score(&rows, fit, [launch, share]).0;
+                let constants = [launch as f64 * 1e-6, share as f64 * 0.05];
+                let error = score(&rows, fit, constants).0;
                 if error < best.0 {
-                    best = (error, [launch, share]);
+                    best = (error, constants);
                 }
             }
+        }
+        if fit == 1024.0 {
+            // What stands in the stack's file.
+            let stack = a100().stack.value("stack.launch").unwrap();
+            assert!((stack - best.1[0]).abs() <= 1e-9, "{stack}, {:?}", best.1);
         }
         let (mean, median) = score(&rows, test, best.1);
         let [launch, share] = best.1;
         println!(
-            "fit on {fit}: launch {:.0} us, elementwise {share} of the bandwidth, mean {:.3}; on {test}: mean {mean:.3}, median {median:.3}",
+            "fit on {fit}: launch {:.0} us, softmax {share:.2} of the bandwidth, mean {:.3}; on {test}: mean {mean:.3}, median {median:.3}",
             launch * 1e6,
             best.0
         );
@@ -241,9 +292,8 @@ fn score(rows: &[Vec<f64>], hidden: f64, [launch, share]: [f64; 2]) -> (f64, f64
     let mut machine = Machine::named("dgx-a100:isolated").unwrap();
     for (field, value) in [
         ("stack.launch", launch.to_string()),
-        ("kernel.elementwise.memory", share.to_string()),
-        // One large pass over all parameters: the chip's own share.
-        ("kernel.optimizer.memory", "0.88".into()),
+        ("stack.parts", "alone".into()),
+        ("kernel.softmax.memory", share.to_string()),
         ("stack.gradient", "bf16".into()),
         ("stack.accumulation", "apart".into()),
     ] {
