@@ -230,6 +230,7 @@ impl Mesh {
             stride,
             size,
             index,
+            reversed: false,
         }
     }
 
@@ -331,17 +332,36 @@ pub struct Group {
     stride: usize,
     size: usize,
     index: usize,
+    /// The last member is the first.
+    reversed: bool,
 }
 
 impl Group {
-    /// Rank of the first member.
+    /// The lowest rank of a member.
     pub fn start(&self) -> usize {
         self.start
     }
 
-    /// Ranks between one member and the next.
+    /// Ranks between one member and the next, in either order.
     pub fn stride(&self) -> usize {
         self.stride
+    }
+
+    /// The same members in the opposite order: what goes to the next of them goes to the one before.
+    pub fn reversed(&self) -> Group {
+        Group {
+            index: self.size - 1 - self.index,
+            reversed: !self.reversed,
+            ..*self
+        }
+    }
+
+    /// Place of member `index` among the ranks.
+    fn place(&self, index: usize) -> usize {
+        match self.reversed {
+            true => self.size - 1 - index,
+            false => index,
+        }
     }
 
     /// Number of members, at least 1.
@@ -362,13 +382,13 @@ impl Group {
             "member {index} of a group of {}",
             self.size
         );
-        self.start + index * self.stride
+        self.start + self.place(index) * self.stride
     }
 
     /// The members' ranks in order.
     pub fn ranks(&self) -> impl ExactSizeIterator<Item = usize> + DoubleEndedIterator + Clone {
         let group = *self;
-        (0..group.size).map(move |index| group.start + index * group.stride)
+        (0..group.size).map(move |index| group.start + group.place(index) * group.stride)
     }
 
     /// The members that lie with the chip that asked in one block of `size` neighbours. Panics unless `size` divides the group.
@@ -376,11 +396,14 @@ impl Group {
     pub fn block(&self, size: usize) -> Group {
         self.check_part(size);
         let index = self.index % size;
+        let first = self.index - index;
         Group {
-            start: self.start + (self.index - index) * self.stride,
+            // The lowest rank is the last member's where the order is the opposite one.
+            start: self.rank(first).min(self.rank(first + size - 1)),
             stride: self.stride,
             size,
             index,
+            reversed: self.reversed,
         }
     }
 
@@ -389,11 +412,13 @@ impl Group {
     #[track_caller]
     pub fn across(&self, size: usize) -> Group {
         self.check_part(size);
+        let (first, last) = (self.index % size, self.size - size + self.index % size);
         Group {
-            start: self.start + self.index % size * self.stride,
+            start: self.rank(first).min(self.rank(last)),
             stride: self.stride * size,
             size: self.size / size,
             index: self.index / size,
+            reversed: self.reversed,
         }
     }
 
@@ -410,7 +435,7 @@ impl Group {
     pub fn peer(&self, offset: isize) -> usize {
         let size = self.size as i128;
         let index = (self.index as i128 + offset as i128).rem_euclid(size);
-        self.start + index as usize * self.stride
+        self.start + self.place(index as usize) * self.stride
     }
 }
 
@@ -451,6 +476,28 @@ mod tests {
                 assert_eq!(group.rank(group.index()), rank);
                 assert_eq!(group.index(), here[axis]);
                 assert_eq!(group, mesh.group_along(rank, axis));
+            }
+        }
+    }
+
+    #[test]
+    fn a_reversed_group_has_the_same_members_in_the_opposite_order() {
+        let mesh = Mesh::new([("dp", 2), ("tp", 6), ("pp", 4)]);
+        for rank in 0..48 {
+            let group = mesh.group(rank, "tp");
+            for group in [group, group.block(3), group.across(2)] {
+                let back = group.reversed();
+                let mut ranks: Vec<usize> = group.ranks().collect();
+                ranks.reverse();
+                assert_eq!(back.ranks().collect::<Vec<_>>(), ranks);
+                assert_eq!(back.rank(back.index()), rank);
+                assert_eq!(back.peer(1), group.peer(-1));
+                assert_eq!(back.start(), group.start());
+                assert_eq!(back.reversed(), group);
+            }
+            for part in [group.reversed().block(2), group.reversed().across(3)] {
+                assert_eq!(part.rank(part.index()), rank);
+                assert!(part.ranks().rev().is_sorted());
             }
         }
     }

@@ -36,6 +36,9 @@ pub(super) struct Arguments {
     /// Split over tp also the tokens of what lies between its matrices: norms, dropout, the residual stream
     #[arg(long)]
     sequence_parallel: bool,
+    /// With --sequence-parallel: multiply chunk by chunk while the next tokens, or sums, travel over tp
+    #[arg(long)]
+    collective_matmul: bool,
     /// How attention is split over cp; by default ulysses where cp divides the heads that tp leaves, else ring
     #[arg(long, value_enum)]
     cp_method: Option<ContextWord>,
@@ -205,6 +208,7 @@ impl Arguments {
             .with_dtype(self.dtype)
             .with_recompute(self.recompute)
             .with_sequence_parallel(self.sequence_parallel)
+            .with_collective_matmul(self.collective_matmul)
             .with_context_method(self.context_method(mesh)?);
         let options = self.options(&recipe)?;
         let training = Training {

@@ -17,21 +17,33 @@ impl Transformer {
             self.config.head_dim(),
         );
         let (b, t) = (x.shape()[0], x.shape()[1]);
-        let x = self.whole_over_tp(chip, x);
-        let project = |which: char, heads: usize| {
-            let (weight, bias) = self.column(
-                chip,
-                &format!("{name}.w{which}"),
-                &format!("{name}.b{which}"),
-                [c, heads * d],
-            );
-            x.linear(&weight, bias.as_ref(), None)
-                .reshape([b, t, heads, d])
+        let weight = |which: char, heads: usize| {
+            let (weight, bias) = (format!("{name}.w{which}"), format!("{name}.b{which}"));
+            self.column(chip, &weight, &bias, [c, heads * d])
         };
-        let q = self.turn(chip, &format!("{name}.q_norm"), project('q', h));
-        let k = self.turn(chip, &format!("{name}.k_norm"), project('k', g));
-        let v = project('v', g);
-        drop(x);
+        let q_norm = |x: Sharded| self.turn(chip, &format!("{name}.q_norm"), x);
+        let k_norm = |x: Sharded| self.turn(chip, &format!("{name}.k_norm"), x);
+        let weights = || [weight('q', h), weight('k', g), weight('v', g)];
+        let (q, k, v) = match self.beside_gather(chip, x, weights, None) {
+            Some([q, k, v]) => (
+                q_norm(q.reshape([b, t, h, d])),
+                k_norm(k.reshape([b, t, g, d])),
+                v.reshape([b, t, g, d]),
+            ),
+            None => {
+                let x = self.whole_over_tp(chip, x);
+                let project = |which: char, heads: usize| {
+                    let (weight, bias) = weight(which, heads);
+                    x.linear(&weight, bias.as_ref(), None)
+                        .reshape([b, t, heads, d])
+                };
+                (
+                    q_norm(project('q', h)),
+                    k_norm(project('k', g)),
+                    project('v', g),
+                )
+            }
+        };
         let o = self.attend(chip, name, [q, k, v]).reshape([b, t, c]);
         self.row(
             chip,

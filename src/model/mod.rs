@@ -65,6 +65,7 @@ pub struct Transformer {
     dtype: DType,
     recompute: bool,
     sequence_parallel: bool,
+    collective_matmul: bool,
     draw: Option<u64>,
     context_method: Option<ContextMethod>,
     past: Option<Past>,
@@ -92,6 +93,7 @@ impl Transformer {
             dtype: DType::F32,
             recompute: false,
             sequence_parallel: false,
+            collective_matmul: false,
             draw: None,
             context_method: None,
             past: None,
@@ -117,6 +119,18 @@ impl Transformer {
     pub fn with_sequence_parallel(mut self, sequence_parallel: bool) -> Self {
         self.sequence_parallel = sequence_parallel;
         self
+    }
+
+    /// Whether the products of dense blocks run beside the all-gathers and reduce-scatters of sequence parallelism, chunk by chunk:
+    /// see [`Chip::gather_and`]. Bytes stay the same. Mixtures, latents and the head go on as without.
+    pub fn with_collective_matmul(mut self, collective_matmul: bool) -> Self {
+        self.collective_matmul = collective_matmul;
+        self
+    }
+
+    /// Whether products run beside the transfers of sequence parallelism.
+    pub fn is_collective_matmul(&self) -> bool {
+        self.collective_matmul
     }
 
     /// The same model with dropout on, and with what balances a mixture's experts: the balance loss joins the backward, and

@@ -16,6 +16,7 @@
 //! | `cache` | what a chip keeps between forwards of a text that grows |
 //! | `context` | attention over a sequence that chips share: ring, USP |
 //! | `started`, `message` | transfers beside the program; messages to one peer |
+//! | `collective_matmul` | products beside the ring that gathers or scatters for them |
 //! | `overlap` | parameters gathered a block ahead, gradients reduced a block behind |
 //! | `execute` | walks a collective's list of steps over a wire |
 //! | `exchange` | the wire between threads: messages, waits, diagnosis |
@@ -25,6 +26,7 @@
 mod apply;
 mod cache;
 mod chip;
+mod collective_matmul;
 mod context;
 mod count;
 mod device;

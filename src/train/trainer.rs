@@ -170,6 +170,7 @@ impl Training {
                 ),
             ));
         }
+        self.check_collective_matmul(mesh)?;
         self.check_batch(mesh)?;
         let (zero, axis) = self.zero(mesh);
         if self.options.zero.is_some() && zero != Zero::Nothing && mesh.size_of(axis) == 1 {
@@ -202,6 +203,32 @@ impl Training {
             ));
         }
         Stages::new(self, mesh).map(drop)
+    }
+
+    fn check_collective_matmul(&self, mesh: &Mesh) -> Result<()> {
+        if !self.model.is_collective_matmul() {
+            return Ok(());
+        }
+        let refuse = |why: String| Err(Error::new(ErrorKind::Mesh, why));
+        let (tp, tokens) = (mesh.size_of("tp"), self.batches.context());
+        if !self.model.is_sequence_parallel() {
+            return refuse(
+                "a collective matmul runs beside the transfers of sequence parallelism; give --sequence-parallel too".into(),
+            );
+        }
+        if mesh.size_of("cp") > 1 {
+            return refuse(format!(
+                "a collective matmul cuts a chip's tokens into one chunk for each chip of tp, and mesh axis cp={} cuts them too;                  leave one of the two out",
+                mesh.size_of("cp")
+            ));
+        }
+        if !tokens.is_multiple_of(tp) {
+            return refuse(format!(
+                "mesh axis tp={tp} does not divide the {tokens} tokens of a sequence, as a collective matmul has to; tp={} does",
+                nearest_divisor(tokens, tp)
+            ));
+        }
+        Ok(())
     }
 
     pub(super) fn micro_batch(&self, mesh: &Mesh) -> usize {
