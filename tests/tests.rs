@@ -25,6 +25,7 @@ mod parity {
 
 mod spmd {
     mod classes;
+    mod collective_matmul;
     mod counts;
     mod diagnosis;
     mod experts;
@@ -41,13 +42,14 @@ mod spmd {
 }
 
 mod train {
+    mod collective_matmul;
     mod context;
     pub(crate) mod generate;
     mod gradients;
     mod latent;
     mod meshes;
     mod mixtures;
-    mod overlap;
+    pub(crate) mod overlap;
     mod pipeline;
     mod resume;
     mod separate;

@@ -218,7 +218,8 @@ impl Training {
         }
         if mesh.size_of("cp") > 1 {
             return refuse(format!(
-                "a collective matmul cuts a chip's tokens into one chunk for each chip of tp, and mesh axis cp={} cuts them too;                  leave one of the two out",
+                "a collective matmul cuts a chip's tokens into one chunk for each chip of tp, and mesh axis cp={} cuts them too; \
+                 leave one of the two out",
                 mesh.size_of("cp")
             ));
         }

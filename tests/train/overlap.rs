@@ -82,7 +82,7 @@ fn only_the_last_micro_batch_reduces() {
 }
 
 /// Floating-point operations between the start and the wait of each started transfer, by ticket.
-fn flops_beside(chip: &ChipTrace) -> BTreeMap<u64, u64> {
+pub(crate) fn flops_beside(chip: &ChipTrace) -> BTreeMap<u64, u64> {
     let (mut done, mut began, mut beside) = (0, BTreeMap::new(), BTreeMap::new());
     for event in chip.events() {
         match (event.kind, event.ticket) {
