@@ -166,6 +166,11 @@ fn meshes_and_threads_agree_and_runs_repeat() {
             }
         }
     }
+    let beside = ["--sequence-parallel", "--collective-matmul"];
+    let run = [&["--steps", "8", "--mesh", "tp=2"][..], &beside].concat();
+    for (a, b) in one.iter().zip(&losses(&bench.json(&run))) {
+        assert!((a - b).abs() <= 1e-5, "{run:?}: {a} against {b}");
+    }
     for how in ["gpipe", "1f1b", "zb-h1", "zb-v"] {
         let run = ["--steps", "8", "--mesh", "pp=2", "--schedule", how];
         let got = losses(&bench.json(&run));
@@ -232,6 +237,10 @@ fn meshes_that_do_not_divide_are_refused_with_the_nearest_that_does() {
     bench.fails(
         &[&text[..], &["--sequence-parallel"]].concat(),
         &["sequence parallelism", "tp=2"],
+    );
+    bench.fails(
+        &[&text[..], &["--mesh", "tp=2", "--collective-matmul"]].concat(),
+        &["give --sequence-parallel too"],
     );
 }
 

@@ -90,6 +90,8 @@ fn set_and_stack_change_the_price() {
     assert!(step("--set memory.bandwidth=1e12") > step(""));
     assert!(step("--stack ideal") < step(""));
     assert!(step("--layers 48") < 0.6 * step(""));
+    let split = step("--sequence-parallel");
+    assert!(step("--sequence-parallel --collective-matmul") < split);
 }
 
 #[test]
@@ -429,6 +431,18 @@ fn what_does_not_fit_is_refused() {
         (
             format!("{gpt} --mesh tp=8 --context 1025 --sequence-parallel"),
             "1025 tokens, which are not divisible by tp=8; 1032 are",
+        ),
+        (
+            format!("{gpt} --mesh tp=8 --collective-matmul"),
+            "give --sequence-parallel too",
+        ),
+        (
+            format!("{gpt} --mesh tp=8,cp=2 --sequence-parallel --collective-matmul"),
+            "cp=2 cuts them too; leave one of the two out",
+        ),
+        (
+            format!("{gpt} --mesh tp=8 --mode decode --sequence-parallel --collective-matmul"),
+            "--collective-matmul is of a training step",
         ),
         (
             format!("{gpt} --mesh pp=8 --schedule zb-v --virtual-stages 1"),

@@ -42,12 +42,13 @@ mod spmd {
 }
 
 mod train {
+    mod buckets;
     mod collective_matmul;
     mod context;
     pub(crate) mod generate;
     mod gradients;
     mod latent;
-    mod meshes;
+    pub(crate) mod meshes;
     mod mixtures;
     pub(crate) mod overlap;
     mod pipeline;

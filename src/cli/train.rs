@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use supernode::mesh::Mesh;
 use supernode::model::{Config, ContextMethod, Transformer};
 use supernode::pipeline::Schedule;
-use supernode::spmd::{Device, Zero};
+use supernode::spmd::{BUCKET_BYTES, Device, Zero};
 use supernode::train::data::{Batches, Split, TRAIN_SHARE, Tokens};
 use supernode::train::schedule::LearningRate;
 use supernode::train::{AdamW, Options, Training};
@@ -33,6 +33,9 @@ pub(super) struct Arguments {
     /// default 3 over fsdp, 0 over dp
     #[arg(long, value_name = "0|1|2|3")]
     zero: Option<usize>,
+    /// Bytes of gradients that are summed over chips at once, while the backward goes on; 0 for each parameter by itself
+    #[arg(long, value_name = "N", default_value_t = BUCKET_BYTES)]
+    bucket_bytes: u64,
     /// Split over tp also the tokens of what lies between its matrices: norms, dropout, the residual stream
     #[arg(long)]
     sequence_parallel: bool,
@@ -299,6 +302,7 @@ impl Arguments {
             schedule: self.schedule,
             virtual_stages: self.virtual_stages,
             zero: self.zero.map(Zero::stage).transpose()?,
+            bucket_bytes: self.bucket_bytes,
             learning_rate,
             optimizer: AdamW {
                 beta2: recipe.beta2,

@@ -8,6 +8,7 @@ use supernode::mesh::Mesh;
 use supernode::model::Config;
 use supernode::spmd::Zero;
 use supernode::trace::{ChipTrace, EventKind, Stream, Trace};
+use supernode::train::Training;
 
 const LAYERS: usize = 3;
 
@@ -18,9 +19,14 @@ fn config() -> Config {
     }
 }
 
-fn traced(mesh: &str, zero: Option<usize>, recompute: bool) -> Trace {
-    let mut training = training(config(), 4, 1);
+fn split(config: Config, zero: Option<usize>) -> Training {
+    let mut training = training(config, 4, 1);
     training.options.zero = zero.map(|n| Zero::stage(n).expect("a stage"));
+    training
+}
+
+fn traced(mesh: &str, zero: Option<usize>, recompute: bool) -> Trace {
+    let mut training = split(config(), zero);
     training.model = training.model.with_recompute(recompute);
     let ghost = World::ghost(&Mesh::parse(mesh).expect("a mesh"));
     training.trace(&ghost).expect("a trace")
@@ -103,7 +109,10 @@ pub(crate) fn flops_beside(chip: &ChipTrace) -> BTreeMap<u64, u64> {
 #[test]
 fn there_is_work_beside_what_travels() {
     for (mesh, zero) in [("fsdp=2", None), ("dp=2", None), ("dp=2", Some(2))] {
-        let trace = traced(mesh, zero, false);
+        let mut training = split(config(), zero);
+        training.options.bucket_bytes = 0;
+        let ghost = World::ghost(&Mesh::parse(mesh).expect("a mesh"));
+        let trace = training.trace(&ghost).expect("a trace");
         let beside = flops_beside(trace.chip(0));
         assert!(beside.len() > 9 * (LAYERS - 1), "{mesh}: {beside:?}");
         // All but those of the first block, which end with the backward.

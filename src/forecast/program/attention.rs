@@ -27,29 +27,26 @@ impl Shape<'_> {
         let (q, kv, o) = self.widths();
         let mut tasks = vec![];
         if backward {
-            tasks.extend(self.before_pair());
-            tasks.extend(self.gradients(tokens, (c, o), vec![]));
+            tasks.extend(self.scattered_backward(c, o));
             tasks.extend(self.core(true));
             tasks.extend(self.rotary());
             match self.model.latent {
                 Some(_) => tasks.extend(self.latent_backward()),
-                None => tasks.extend(self.gradients(tokens, (q + kv, c), self.back_into_pair())),
+                None => tasks.extend(self.gathered_backward(q + kv, c)),
             }
             return tasks;
         }
         match self.model.latent {
             Some(_) => tasks.extend(self.latent_forward()),
             None => {
-                tasks.extend(self.before_pair());
                 tasks.extend(self.cast((tokens * c) as f64));
-                tasks.push(self.product(tokens, q + kv, c));
+                tasks.extend(self.gathered(q + kv, c));
             }
         }
         tasks.extend(self.rotary());
         tasks.extend(self.core(false));
         tasks.extend(self.cast((tokens * o) as f64));
-        tasks.push(self.product(tokens, c, o));
-        tasks.extend(self.out_of_pair());
+        tasks.extend(self.scattered(c, o));
         tasks
     }
 
