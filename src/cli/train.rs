@@ -91,6 +91,10 @@ pub(super) struct Arguments {
     /// Sequences per step, over the whole mesh
     #[arg(long, value_name = "N", help_heading = "Recipe")]
     batch: Option<usize>,
+    /// Sequences hold documents that end in this token: a character or byte (\n is a line's end), for --tokens a number. Attention
+    /// stays inside of each, positions begin at 0 in each
+    #[arg(long, value_name = "TOKEN", help_heading = "Recipe")]
+    document_end: Option<String>,
     /// Sequences that a chip computes at a time; by default all of its share, or one where pp has several stages
     #[arg(long, value_name = "N", help_heading = "Recipe")]
     micro_batch: Option<usize>,
@@ -206,7 +210,7 @@ impl Arguments {
             TRAIN_SHARE
         };
         let split = Split::new(tokens.len(), share)?;
-        let batches = Batches::new(tokens, split, context, rows, self.seed)?;
+        let batches = self.documents(Batches::new(tokens, split, context, rows, self.seed)?)?;
         let model = Transformer::new(config, mesh)?
             .with_dtype(self.dtype)
             .with_recompute(self.recompute)
@@ -221,6 +225,26 @@ impl Arguments {
         };
         training.check(mesh)?;
         Ok(training)
+    }
+
+    /// Batches whose rows hold several documents, if their end was named.
+    fn documents(&self, batches: Batches) -> Result<Batches> {
+        let Some(end) = &self.document_end else {
+            return Ok(batches);
+        };
+        let plain = end.replace("\\n", "\n").replace("\\0", "\0");
+        let refuse = |why: String| {
+            let why = format!("--document-end {end:?}: {why}");
+            Err(Error::new(ErrorKind::Input, why))
+        };
+        match batches.tokens().vocabulary().encode(&plain) {
+            Ok(tokens) if tokens.len() == 1 => batches.with_separator(tokens[0]),
+            Ok(tokens) => refuse(format!(
+                "documents end in one token, these are {}; name one",
+                tokens.len()
+            )),
+            Err(why) => refuse(why.to_string()),
+        }
     }
 
     fn context_method(&self, mesh: &Mesh) -> Result<Option<ContextMethod>> {

@@ -62,18 +62,25 @@ impl Transformer {
         self.attend_now(chip, [q, k, v])
     }
 
-    /// The same without a cache.
+    /// The same without a cache; inside of documents if rows hold several.
     pub(super) fn attend_now(&self, chip: &Chip, [q, k, v]: [Sharded; 3]) -> Sharded {
         let op = ops::Attention {
             causal: true,
+            documents: self.documents.is_some(),
             ..Default::default()
         };
         if let Some(ring) = self.ring(chip, &q) {
-            return chip.ring_attention(&op, &[&q, &k, &v], &ring);
+            let documents = self.documents_of(chip, &q);
+            let operands: Vec<&Sharded> = [&q, &k, &v].into_iter().chain(&documents).collect();
+            return chip.ring_attention(&op, &operands, &ring);
         }
         let by_tokens = q.placements().clone();
         let [q, k, v] = [q, k, v].map(|x| all_tokens_of_some_heads(chip, x));
-        let o = chip.apply_one(op, &[&q, &k, &v]);
+        // The op has documents for queries and for keys; here they are one.
+        let documents = self.documents_of(chip, &q);
+        let twice = documents.iter().chain(&documents);
+        let operands: Vec<&Sharded> = [&q, &k, &v].into_iter().chain(twice).collect();
+        let o = chip.apply_one(op, &operands);
         drop((q, k, v));
         o.redistribute(by_tokens)
     }

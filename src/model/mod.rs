@@ -11,13 +11,13 @@
 //! the same bytes. Context parallelism splits tokens over cp everywhere: attention is a ring (see [`Ring`](crate::spmd::Ring)), or
 //! Ulysses' (Jacobs et al. 2023, arXiv:2309.14509), which has all tokens of some heads, all-to-alls leading there and back, or
 //! both together.
-
 //!
 //! | file | what it holds |
 //! |---|---|
 //! | `config` | sizes and choices, and the models with a name |
 //! | `context` | how cp splits a sequence |
 //! | `decode` | a text that grows, over a cache |
+//! | `documents` | several documents in a row |
 //! | `embedding` | tokens and positions become the residual stream |
 //! | `block` | norm, attention, norm, feed-forward; dropout |
 //! | `attention`, `feed_forward` | the two halves of a block |
@@ -33,6 +33,7 @@ mod block;
 mod config;
 mod context;
 mod decode;
+mod documents;
 mod embedding;
 mod experts;
 mod feed_forward;
@@ -45,6 +46,7 @@ pub(crate) use config::nearest_divisor;
 pub use config::{Config, FeedForward, Norm, Positions};
 pub use context::ContextMethod;
 pub use decode::{Part, Past};
+pub use documents::Documents;
 pub(crate) use embedding::EMBEDDING;
 pub(crate) use experts::{CLOSE, bias_name, load_name};
 pub use latent::{KeyLatent, Latent};
@@ -69,6 +71,7 @@ pub struct Transformer {
     draw: Option<u64>,
     context_method: Option<ContextMethod>,
     past: Option<Past>,
+    documents: Option<Documents>,
     share: f32,
     rotary: Option<ops::Rotary>,
 }
@@ -97,6 +100,7 @@ impl Transformer {
             draw: None,
             context_method: None,
             past: None,
+            documents: None,
             share: 1.0,
             rotary,
         })

@@ -131,8 +131,7 @@ fn generated_steps_are_what_ghosts_trace() {
         (("cp", 4), Some(usp(None))),
     ] {
         let mesh = Mesh::new([axes]);
-        // Over cp the training loop reduces gradients for every micro-batch: one is what both do alike.
-        let rows = if axes.0 == "cp" { MICRO } else { 8 };
+        let rows = 8;
         let trace = traced(&mesh, rows, |m| m.with_context_method(method.map(|m| m.0)));
         let setting = Setting {
             micro_batch: MICRO,
