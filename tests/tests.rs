@@ -45,6 +45,7 @@ mod train {
     mod buckets;
     mod collective_matmul;
     mod context;
+    mod documents;
     pub(crate) mod generate;
     mod gradients;
     mod latent;

@@ -427,6 +427,58 @@ mod tests {
     }
 
     #[test]
+    fn the_last_token_of_a_document_has_no_label() {
+        // Token i of the text is i: documents end in 103, of which there is one.
+        let tokens = counting(126);
+        let split = Split {
+            train: 0..100,
+            validation: 100..126,
+        };
+        let plain = Batches::new(tokens, split, 5, 4, 3).unwrap();
+        assert_eq!((plain.separator(), plain.labels(0)), (None, 20));
+        assert!(plain.documents(&[0; 5]).is_none());
+        let b = plain.clone().with_separator(103).unwrap();
+        assert_eq!(b.separator(), Some(103));
+        assert_eq!((b.validation_labels(), b.validation_windows()), (24, 5));
+        let (mut t, mut l) = ([0; 5], [0; 5]);
+        b.fill_validation(0..1, &mut t, &mut l);
+        assert_eq!(
+            (t, l),
+            ([100, 101, 102, 103, 104], [101, 102, 103, IGNORED, 105])
+        );
+        let documents = b.documents(&t).unwrap();
+        assert_eq!(documents.numbers(), [0, 0, 0, 0, 1]);
+        assert_eq!(documents.positions(), [0, 1, 2, 3, 0]);
+        let end = plain.start(0, 1) as u32 + 2;
+        let b = plain.with_separator(end).unwrap();
+        let (mut t, mut l) = ([0; 20], [0; 20]);
+        b.fill(0, 0..4, &mut t, &mut l);
+        assert_eq!((t[7], l[7]), (end, IGNORED));
+        let there = l.iter().filter(|l| **l != IGNORED).count();
+        assert_eq!(
+            (b.labels(0), t.iter().filter(|t| **t != end).count()),
+            (there, there)
+        );
+    }
+
+    #[test]
+    fn an_end_that_leaves_no_label_is_refused() {
+        let all_alike = Tokens::from_text(&[7; 40], Alphabet::Bytes, "sevens").unwrap();
+        let split = Split::new(40, 0.5).unwrap();
+        let b = Batches::new(Arc::new(all_alike), split, 4, 1, 0).unwrap();
+        let sentence = b.clone().with_separator(7).unwrap_err().to_string();
+        assert!(
+            sentence.contains("20 tokens of the training split of sevens is token 7 by itself"),
+            "{sentence}"
+        );
+        let sentence = b.with_separator(256).unwrap_err().to_string();
+        assert!(
+            sentence.contains("sevens cannot end in token 256: its vocabulary has 256"),
+            "{sentence}"
+        );
+    }
+
+    #[test]
     #[should_panic(expected = "no row 2 in a batch of 2")]
     fn rows_beyond_the_batch_panic() {
         batches(100, 0.9, 4, 2).unwrap().start(0, 2);
