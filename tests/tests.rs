@@ -42,6 +42,7 @@ mod spmd {
 }
 
 mod train {
+    mod absorbed;
     mod buckets;
     mod collective_matmul;
     mod context;

@@ -14,7 +14,8 @@
 //! keep on reading alike much.
 //!
 //! Sums run in the orders of the whole forward, so logits are those of the whole text, bit for bit wherever the kernels keep
-//! one order for any number of queries, and but for cp, which merges parts of each softmax.
+//! one order for any number of queries, and but for cp, which merges parts of each softmax, and for latents, which a new token
+//! attends to as they are (see `absorbed`; [`Transformer::with_absorbed_latents`] decides).
 
 use super::Transformer;
 use super::documents::by_tokens;
@@ -42,7 +43,7 @@ pub struct Past {
 
 impl Past {
     /// True for the first forward, which reads the prompts.
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.starts.iter().all(|&s| s == 0)
     }
 

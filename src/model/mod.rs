@@ -21,13 +21,14 @@
 //! | `embedding` | tokens and positions become the residual stream |
 //! | `block` | norm, attention, norm, feed-forward; dropout |
 //! | `attention`, `feed_forward` | the two halves of a block |
-//! | `latent` | multi-head latent attention |
+//! | `latent`, `absorbed` | multi-head latent attention; of a new token over its cache |
 //! | `mixture`, `experts` | a mixture of experts: what it is made of, and what it does |
 //! | `linear` | weights split by columns and by rows |
 //! | `head` | the last norm, logits and the loss |
 //!
 //! Embedding, blocks and head can be called apart: that is how a pipeline's stages run them.
 
+mod absorbed;
 mod attention;
 mod block;
 mod config;
@@ -72,6 +73,7 @@ pub struct Transformer {
     context_method: Option<ContextMethod>,
     past: Option<Past>,
     documents: Option<Documents>,
+    absorbed: bool,
     share: f32,
     rotary: Option<ops::Rotary>,
 }
@@ -101,6 +103,7 @@ impl Transformer {
             context_method: None,
             past: None,
             documents: None,
+            absorbed: true,
             share: 1.0,
             rotary,
         })

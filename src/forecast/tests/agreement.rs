@@ -48,7 +48,8 @@ fn plain() -> Machine {
         ("stack.launch", "0"),
         ("stack.interference", "0"),
         ("stack.stragglers", "0"),
-        ("stack.accumulation", "apart"),
+        // Products add to the sum of gradients themselves.
+        ("stack.accumulation", "fused"),
     ] {
         machine.set(field, value).unwrap();
     }
