@@ -1,12 +1,9 @@
 //! Documents packed into rows: each attends to itself alone, and its positions begin at 0.
 
 use super::Transformer;
-use crate::dtype::DType;
-use crate::ops::Local;
 use crate::placement::Placement::{Replicate, Shard};
 use crate::placement::{Placements, TokenOrder};
-use crate::spmd::{Chip, Contents, InOrder, Sharded};
-use crate::tensor::Tensor;
+use crate::spmd::{Chip, InOrder, Sharded};
 use std::sync::Arc;
 
 /// Documents in the rows of a batch [b, t], in the order of the text: the number of each token's document in its row, and the token's
@@ -69,16 +66,6 @@ impl Documents {
     }
 }
 
-impl Contents for Documents {
-    fn dtype(&self) -> DType {
-        DType::U32
-    }
-
-    fn copy_share(&self, local: &Local, to: &mut Tensor) -> Result<(), String> {
-        self.numbers[..].copy_share(local, to)
-    }
-}
-
 impl Transformer {
     /// The same model for rows that hold several documents: tokens see only their own document's, and stand where they do in it;
     /// none for rows that are one document each. Not for texts that grow.
@@ -90,7 +77,7 @@ impl Transformer {
     /// The documents of queries or keys [b, t, ..], placed as these are by rows and tokens; none if rows are one each.
     pub(super) fn documents_of(&self, chip: &Chip, x: &Sharded) -> Option<Sharded> {
         let documents = self.documents.as_ref()?;
-        let contents = InOrder(documents, self.order_of(chip, x));
+        let contents = InOrder(documents.numbers(), self.order_of(chip, x));
         Some(chip.input("documents", &x.shape()[..2], by_tokens(x), &contents))
     }
 }
