@@ -58,7 +58,7 @@ impl Chip {
 
     /// Puts a gradient that one all-reduce settles into its axis' bucket, and starts that if it is full. Gives back a gradient
     /// that is none of these, or fills a bucket by itself.
-    pub(super) fn into_bucket(
+    pub(super) fn bucketed(
         &self,
         tensor: Tensor,
         global: &[usize],

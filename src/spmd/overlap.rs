@@ -48,7 +48,7 @@ impl Block {
 pub(super) enum Reducing {
     /// One by itself.
     Alone {
-        moving: Moving,
+        moving: Box<Moving>,
         leaf: Tracked,
         target: Placements,
         site: Site,
@@ -154,12 +154,12 @@ impl Chip {
                 (tensor, from, target, p.padded.clone(), leaf)
             };
             let way = (&from, &target);
-            let Some(tensor) = self.into_bucket(tensor, &global, way, leaf, site) else {
+            let Some(tensor) = self.bucketed(tensor, &global, way, leaf, site) else {
                 continue;
             };
             match self.start_move(&tensor, &global, &from, &target, site) {
                 Some(moving) => self.overlap().newer.push(Reducing::Alone {
-                    moving,
+                    moving: Box::new(moving),
                     leaf,
                     target,
                     site,
@@ -180,7 +180,7 @@ impl Chip {
     ) {
         match self.start_move(&tensor, global, &from, &target, site) {
             Some(moving) => self.overlap().newer.push(Reducing::Alone {
-                moving,
+                moving: Box::new(moving),
                 leaf,
                 target,
                 site,
@@ -200,7 +200,7 @@ impl Chip {
                 target,
                 site,
             } => {
-                let tensor = self.finish_move(moving, site);
+                let tensor = self.finish_move(*moving, site);
                 self.contribute(&mut Gradients::default(), &leaf, target, tensor, site);
             }
             Reducing::Bucket(bucket) => self.finish_bucket(bucket),
