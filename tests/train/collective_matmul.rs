@@ -41,10 +41,17 @@ fn beside(plain: &Training) -> Training {
     training
 }
 
+fn on(meshes: impl Iterator<Item = &'static str>) -> impl Iterator<Item = Cut> {
+    meshes.map(|mesh| -> Cut { Box::new(move |plain| (parsed(mesh), mesh.into(), beside(plain))) })
+}
+
 fn cuts() -> impl Iterator<Item = Cut> {
-    MESHES
-        .into_iter()
-        .map(|mesh| -> Cut { Box::new(move |plain| (parsed(mesh), mesh.into(), beside(plain))) })
+    on(MESHES.into_iter())
+}
+
+/// Where a chip runs all layers at once.
+fn one_pass() -> impl Iterator<Item = Cut> {
+    on(MESHES.into_iter().filter(|mesh| !mesh.contains("pp=")))
 }
 
 #[test]
