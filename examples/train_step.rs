@@ -31,7 +31,7 @@ use supernode::train::{Finished, Options, Report, Training};
 
 /// The text: some files of this crate.
 const TEXT: &str = concat!(
-    include_str!("../src/mesh.rs"),
+    include_str!("../src/mesh/mod.rs"),
     include_str!("../src/placement.rs"),
     include_str!("../src/tensor.rs"),
     include_str!("../src/ops/mod.rs"),

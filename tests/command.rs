@@ -166,6 +166,18 @@ fn meshes_and_threads_agree_and_runs_repeat() {
             }
         }
     }
+    let end = ["--steps", "8", "--document-end", " "];
+    let documents = losses(&bench.json(&end));
+    assert_ne!(documents, one);
+    let split = [&end[..], &["--mesh", "dp=2,cp=2"]].concat();
+    for (a, b) in documents.iter().zip(&losses(&bench.json(&split))) {
+        assert!((a - b).abs() <= 1e-5, "documents over cp: {a} against {b}");
+    }
+    let beside = ["--sequence-parallel", "--collective-matmul"];
+    let run = [&["--steps", "8", "--mesh", "tp=2"][..], &beside].concat();
+    for (a, b) in one.iter().zip(&losses(&bench.json(&run))) {
+        assert!((a - b).abs() <= 1e-5, "{run:?}: {a} against {b}");
+    }
     for how in ["gpipe", "1f1b", "zb-h1", "zb-v"] {
         let run = ["--steps", "8", "--mesh", "pp=2", "--schedule", how];
         let got = losses(&bench.json(&run));
@@ -232,6 +244,17 @@ fn meshes_that_do_not_divide_are_refused_with_the_nearest_that_does() {
     bench.fails(
         &[&text[..], &["--sequence-parallel"]].concat(),
         &["sequence parallelism", "tp=2"],
+    );
+    let end = |token: &'static str| [&text[..], &["--document-end", token]].concat();
+    bench.fails(&end("ab"), &["--document-end", "ab", "these are 2"]);
+    bench.fails(&end("é"), &["--document-end", "these are 2"]);
+    bench.fails(
+        &[&end("é")[..], &["--chars"]].concat(),
+        &["--document-end", "é", "not among"],
+    );
+    bench.fails(
+        &[&text[..], &["--mesh", "tp=2", "--collective-matmul"]].concat(),
+        &["give --sequence-parallel too"],
     );
 }
 

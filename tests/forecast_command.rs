@@ -92,6 +92,26 @@ fn set_and_stack_change_the_price() {
     assert!(step("--layers 48") < 0.6 * step(""));
 }
 
+/// Chunks hide their transfers; what smaller products lose beside it depends on the machine.
+#[test]
+fn a_collective_matmul_waits_less_for_tp() {
+    let step = |more: &str| {
+        let line = "forecast --machine dgx-a100 --model gpt3-175b --mesh tp=8,pp=8 --global-batch 512 --recompute full --json";
+        let (good, out, err) = supernode(&format!("{line} --sequence-parallel {more}"));
+        assert!(good, "{more}: {err}");
+        let object: serde_json::Value = serde_json::from_str(out.trim_end()).expect("an object");
+        let of = |value: &serde_json::Value| value.as_f64().expect("seconds");
+        let waits = of(&object["exposed_communication_seconds"]["tp"]);
+        (of(&object["compute_seconds"]["matmul"]), waits)
+    };
+    for micro in [1, 8] {
+        let without = step(&format!("--micro-batch {micro}"));
+        let with = step(&format!("--micro-batch {micro} --collective-matmul"));
+        assert!(10.0 * with.1 < without.1, "{with:?} {without:?}");
+        assert!(with.0 > without.0, "{with:?} {without:?}");
+    }
+}
+
 #[test]
 fn mistakes_are_one_sentence() {
     for (more, word) in [
@@ -429,6 +449,18 @@ fn what_does_not_fit_is_refused() {
         (
             format!("{gpt} --mesh tp=8 --context 1025 --sequence-parallel"),
             "1025 tokens, which are not divisible by tp=8; 1032 are",
+        ),
+        (
+            format!("{gpt} --mesh tp=8 --collective-matmul"),
+            "give --sequence-parallel too",
+        ),
+        (
+            format!("{gpt} --mesh tp=8,cp=2 --sequence-parallel --collective-matmul"),
+            "cp=2 cuts them too; leave one of the two out",
+        ),
+        (
+            format!("{gpt} --mesh tp=8 --mode decode --sequence-parallel --collective-matmul"),
+            "--collective-matmul is of a training step",
         ),
         (
             format!("{gpt} --mesh pp=8 --schedule zb-v --virtual-stages 1"),

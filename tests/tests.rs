@@ -25,6 +25,7 @@ mod parity {
 
 mod spmd {
     mod classes;
+    mod collective_matmul;
     mod counts;
     mod diagnosis;
     mod experts;
@@ -41,13 +42,17 @@ mod spmd {
 }
 
 mod train {
+    mod absorbed;
+    mod buckets;
+    mod collective_matmul;
     mod context;
+    mod documents;
     pub(crate) mod generate;
     mod gradients;
     mod latent;
-    mod meshes;
+    pub(crate) mod meshes;
     mod mixtures;
-    mod overlap;
+    pub(crate) mod overlap;
     mod pipeline;
     mod resume;
     mod separate;

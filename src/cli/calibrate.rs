@@ -52,7 +52,7 @@ const STEPS: u64 = 5;
 
 /// What the example `train_step` reads.
 const TEXT: &str = concat!(
-    include_str!("../mesh.rs"),
+    include_str!("../mesh/mod.rs"),
     include_str!("../placement.rs"),
     include_str!("../tensor.rs"),
     include_str!("../ops/mod.rs"),

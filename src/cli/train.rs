@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use supernode::mesh::Mesh;
 use supernode::model::{Config, ContextMethod, Transformer};
 use supernode::pipeline::Schedule;
-use supernode::spmd::{Device, Zero};
+use supernode::spmd::{BUCKET_BYTES, Device, Zero};
 use supernode::train::data::{Batches, Split, TRAIN_SHARE, Tokens};
 use supernode::train::schedule::LearningRate;
 use supernode::train::{AdamW, Options, Training};
@@ -33,9 +33,15 @@ pub(super) struct Arguments {
     /// default 3 over fsdp, 0 over dp
     #[arg(long, value_name = "0|1|2|3")]
     zero: Option<usize>,
+    /// Bytes of gradients that are summed over chips at once, while the backward goes on; 0 for each parameter by itself
+    #[arg(long, value_name = "N", default_value_t = BUCKET_BYTES)]
+    bucket_bytes: u64,
     /// Split over tp also the tokens of what lies between its matrices: norms, dropout, the residual stream
     #[arg(long)]
     sequence_parallel: bool,
+    /// With --sequence-parallel: multiply chunk by chunk while the next tokens, or sums, travel over tp
+    #[arg(long)]
+    collective_matmul: bool,
     /// How attention is split over cp; by default ulysses where cp divides the heads that tp leaves, else ring
     #[arg(long, value_enum)]
     cp_method: Option<ContextWord>,
@@ -85,6 +91,10 @@ pub(super) struct Arguments {
     /// Sequences per step, over the whole mesh
     #[arg(long, value_name = "N", help_heading = "Recipe")]
     batch: Option<usize>,
+    /// Sequences hold documents that end in this token: a character or byte (\n is a line's end), for --tokens a number. Attention
+    /// stays inside of each, positions begin at 0 in each
+    #[arg(long, value_name = "TOKEN", help_heading = "Recipe")]
+    document_end: Option<String>,
     /// Sequences that a chip computes at a time; by default all of its share, or one where pp has several stages
     #[arg(long, value_name = "N", help_heading = "Recipe")]
     micro_batch: Option<usize>,
@@ -200,11 +210,12 @@ impl Arguments {
             TRAIN_SHARE
         };
         let split = Split::new(tokens.len(), share)?;
-        let batches = Batches::new(tokens, split, context, rows, self.seed)?;
+        let batches = self.documents(Batches::new(tokens, split, context, rows, self.seed)?)?;
         let model = Transformer::new(config, mesh)?
             .with_dtype(self.dtype)
             .with_recompute(self.recompute)
             .with_sequence_parallel(self.sequence_parallel)
+            .with_collective_matmul(self.collective_matmul)
             .with_context_method(self.context_method(mesh)?);
         let options = self.options(&recipe)?;
         let training = Training {
@@ -214,6 +225,26 @@ impl Arguments {
         };
         training.check(mesh)?;
         Ok(training)
+    }
+
+    /// Batches whose rows hold several documents, if their end was named.
+    fn documents(&self, batches: Batches) -> Result<Batches> {
+        let Some(end) = &self.document_end else {
+            return Ok(batches);
+        };
+        let plain = end.replace("\\n", "\n").replace("\\0", "\0");
+        let refuse = |why: String| {
+            let why = format!("--document-end {end:?}: {why}");
+            Err(Error::new(ErrorKind::Input, why))
+        };
+        match batches.tokens().vocabulary().encode(&plain) {
+            Ok(tokens) if tokens.len() == 1 => batches.with_separator(tokens[0]),
+            Ok(tokens) => refuse(format!(
+                "documents end in one token, these are {}; name one",
+                tokens.len()
+            )),
+            Err(why) => refuse(why.to_string()),
+        }
     }
 
     fn context_method(&self, mesh: &Mesh) -> Result<Option<ContextMethod>> {
@@ -295,6 +326,7 @@ impl Arguments {
             schedule: self.schedule,
             virtual_stages: self.virtual_stages,
             zero: self.zero.map(Zero::stage).transpose()?,
+            bucket_bytes: self.bucket_bytes,
             learning_rate,
             optimizer: AdamW {
                 beta2: recipe.beta2,

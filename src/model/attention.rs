@@ -17,21 +17,33 @@ impl Transformer {
             self.config.head_dim(),
         );
         let (b, t) = (x.shape()[0], x.shape()[1]);
-        let x = self.whole_over_tp(chip, x);
-        let project = |which: char, heads: usize| {
-            let (weight, bias) = self.column(
-                chip,
-                &format!("{name}.w{which}"),
-                &format!("{name}.b{which}"),
-                [c, heads * d],
-            );
-            x.linear(&weight, bias.as_ref(), None)
-                .reshape([b, t, heads, d])
+        let weight = |which: char, heads: usize| {
+            let (weight, bias) = (format!("{name}.w{which}"), format!("{name}.b{which}"));
+            self.column(chip, &weight, &bias, [c, heads * d])
         };
-        let q = self.turn(chip, &format!("{name}.q_norm"), project('q', h));
-        let k = self.turn(chip, &format!("{name}.k_norm"), project('k', g));
-        let v = project('v', g);
-        drop(x);
+        let q_norm = |x: Sharded| self.turn(chip, &format!("{name}.q_norm"), x);
+        let k_norm = |x: Sharded| self.turn(chip, &format!("{name}.k_norm"), x);
+        let weights = || [weight('q', h), weight('k', g), weight('v', g)];
+        let (q, k, v) = match self.beside_gather(chip, x, weights, None) {
+            Some([q, k, v]) => (
+                q_norm(q.reshape([b, t, h, d])),
+                k_norm(k.reshape([b, t, g, d])),
+                v.reshape([b, t, g, d]),
+            ),
+            None => {
+                let x = self.whole_over_tp(chip, x);
+                let project = |which: char, heads: usize| {
+                    let (weight, bias) = weight(which, heads);
+                    x.linear(&weight, bias.as_ref(), None)
+                        .reshape([b, t, heads, d])
+                };
+                (
+                    q_norm(project('q', h)),
+                    k_norm(project('k', g)),
+                    project('v', g),
+                )
+            }
+        };
         let o = self.attend(chip, name, [q, k, v]).reshape([b, t, c]);
         self.row(
             chip,
@@ -50,18 +62,25 @@ impl Transformer {
         self.attend_now(chip, [q, k, v])
     }
 
-    /// The same without a cache.
+    /// The same without a cache; inside of documents if rows hold several.
     pub(super) fn attend_now(&self, chip: &Chip, [q, k, v]: [Sharded; 3]) -> Sharded {
         let op = ops::Attention {
             causal: true,
+            documents: self.documents.is_some(),
             ..Default::default()
         };
         if let Some(ring) = self.ring(chip, &q) {
-            return chip.ring_attention(&op, &[&q, &k, &v], &ring);
+            let documents = self.documents_of(chip, &q);
+            let operands: Vec<&Sharded> = [&q, &k, &v].into_iter().chain(&documents).collect();
+            return chip.ring_attention(&op, &operands, &ring);
         }
         let by_tokens = q.placements().clone();
         let [q, k, v] = [q, k, v].map(|x| all_tokens_of_some_heads(chip, x));
-        let o = chip.apply_one(op, &[&q, &k, &v]);
+        // The op has documents for queries and for keys; here they are one.
+        let documents = self.documents_of(chip, &q);
+        let twice = documents.iter().chain(&documents);
+        let operands: Vec<&Sharded> = [&q, &k, &v].into_iter().chain(twice).collect();
+        let o = chip.apply_one(op, &operands);
         drop((q, k, v));
         o.redistribute(by_tokens)
     }

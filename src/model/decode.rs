@@ -14,9 +14,11 @@
 //! keep on reading alike much.
 //!
 //! Sums run in the orders of the whole forward, so logits are those of the whole text, bit for bit wherever the kernels keep
-//! one order for any number of queries, and but for cp, which merges parts of each softmax.
+//! one order for any number of queries, and but for cp, which merges parts of each softmax, and for latents, which a new token
+//! attends to as they are (see `absorbed`; [`Transformer::with_absorbed_latents`] decides).
 
 use super::Transformer;
+use super::documents::by_tokens;
 use crate::dtype::DType;
 use crate::ops;
 use crate::placement::Placement::{Replicate, Shard};
@@ -41,7 +43,7 @@ pub struct Past {
 
 impl Past {
     /// True for the first forward, which reads the prompts.
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.starts.iter().all(|&s| s == 0)
     }
 
@@ -153,6 +155,7 @@ impl Transformer {
             draw: None,
             recompute: false,
             sequence_parallel: false,
+            documents: None,
             ..self.clone()
         };
         let logits = model.through(chip, tokens, parts, last);
@@ -232,6 +235,10 @@ impl Transformer {
 
     /// Where the tokens of x [b, t, ..] stand, for rotary positions.
     pub(super) fn rotary_positions(&self, chip: &Chip, x: &Sharded) -> ops::RotaryPositions {
+        if let Some(documents) = &self.documents {
+            let kept = documents.kept(self.order_of(chip, x));
+            return ops::RotaryPositions::Each(kept.into());
+        }
         match &self.past {
             Some(past) if !self.splits_tokens(chip, x) => {
                 ops::RotaryPositions::From(past.starts.clone())
@@ -247,6 +254,9 @@ impl Transformer {
     pub(super) fn positions(&self, chip: &Chip, tokens: &Sharded) -> Vec<u32> {
         let t = tokens.shape()[1];
         let narrow = |p: usize| p as u32;
+        if let Some(documents) = &self.documents {
+            return documents.kept(self.order_of(chip, tokens));
+        }
         match &self.past {
             Some(past) if !self.splits_tokens(chip, tokens) => {
                 let rows = past.starts.iter().flat_map(|&start| start..start + t);
@@ -346,13 +356,6 @@ impl Transformer {
         };
         let keys: Vec<u32> = past.prompts.iter().flat_map(row).collect();
         let queries = vec![1; q.shape()[0] * q.shape()[1]];
-        let by_tokens = |x: &Sharded| -> Placements {
-            let kept = x.placements().iter().map(|p| match p {
-                Shard(0 | 1) => *p,
-                _ => Replicate,
-            });
-            kept.collect()
-        };
         Some([
             chip.input("shown to", &q.shape()[..2], by_tokens(q), &queries),
             chip.input("shown", &k.shape()[..2], by_tokens(k), &keys),

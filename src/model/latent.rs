@@ -14,7 +14,8 @@
 //! ```
 //!
 //! tp splits heads: the ways down to the latents are whole on every chip, those up are split by columns. Kernels know one
-//! size of a head, so values are filled up with zeros to n + r and cut again.
+//! size of a head, so values are filled up with zeros to n + r and cut again. A text that grows by a token needs no keys and values:
+//! see `absorbed`.
 
 use super::Transformer;
 use crate::error::{Error, ErrorKind, Result};
@@ -125,6 +126,27 @@ impl Transformer {
         });
         let now = self.attends_now(chip);
         let kept = all.filter(|_| !now).unwrap_or(kept);
+        let o = match &self.past {
+            Some(past) if self.absorbs(chip, &q) => {
+                self.attend_latents(chip, name, l, &q, &kept, past)
+            }
+            _ => self.attend_to_keys(chip, name, l, q, kept),
+        };
+        let o = o.reshape([b, t, h * l.v_dim]);
+        let shape = [h * l.v_dim, self.config.hidden];
+        let (weight, bias) = (format!("{name}.wo"), format!("{name}.bo"));
+        self.row(chip, &weight, Some(&bias), shape, &o)
+    }
+
+    /// Attention [b, t, h, v] of queries [b, t, h, n + r] over keys and values that are made of what was kept.
+    fn attend_to_keys(
+        &self,
+        chip: &Chip,
+        name: &str,
+        l: &Latent,
+        q: Sharded,
+        kept: KeyLatent,
+    ) -> Sharded {
         let (k, v) = self.keys_and_values(chip, name, l, &kept);
         drop(kept);
         let missing = l.head_dim() - l.v_dim;
@@ -140,18 +162,13 @@ impl Transformer {
             }
         };
         let o = match &self.past {
-            Some(past) if !now => self.attend_kept(chip, [q, k, v], past),
+            Some(past) if !self.attends_now(chip) => self.attend_kept(chip, [q, k, v], past),
             _ => self.attend_now(chip, [q, k, v]),
         };
-        let o = if missing == 0 {
-            o
-        } else {
-            part(chip, &o, 3, 0..l.v_dim)
-        };
-        let o = o.reshape([b, t, h * l.v_dim]);
-        let shape = [h * l.v_dim, self.config.hidden];
-        let (weight, bias) = (format!("{name}.wo"), format!("{name}.bo"));
-        self.row(chip, &weight, Some(&bias), shape, &o)
+        match missing {
+            0 => o,
+            _ => part(chip, &o, 3, 0..l.v_dim),
+        }
     }
 
     /// Queries [b, t, h, n + r] from [b, t, c], heads split over tp.
@@ -238,6 +255,11 @@ impl Transformer {
     }
 }
 
-fn part(chip: &Chip, x: &Sharded, axis: usize, range: std::ops::Range<usize>) -> Sharded {
+pub(super) fn part(
+    chip: &Chip,
+    x: &Sharded,
+    axis: usize,
+    range: std::ops::Range<usize>,
+) -> Sharded {
     chip.apply_one(ops::SliceAxis { axis, range }, &[x])
 }

@@ -1,6 +1,7 @@
 //! Weights that tp splits, and where the tokens between pairs of them lie.
 
 use super::Transformer;
+use crate::ops::Activation;
 use crate::placement::Placement::{Partial, Replicate, Shard};
 use crate::placement::{Placement, Placements};
 use crate::spmd::{Chip, Init, Sharded};
@@ -23,6 +24,32 @@ impl Transformer {
             }
             false => x.clone(),
         }
+    }
+
+    /// True if products run chunk by chunk beside the transfers of sequence parallelism.
+    fn by_chunks(&self, chip: &Chip) -> bool {
+        self.collective_matmul && self.sequence_parallel && chip.size_of("tp") > 1
+    }
+
+    /// Products of x with weights split by columns, from the tokens that lie between pairs of matrices; none unless they run
+    /// chunk by chunk beside the all-gather of the tokens.
+    pub(super) fn beside_gather<const N: usize>(
+        &self,
+        chip: &Chip,
+        x: &Sharded,
+        weights: impl FnOnce() -> [(Sharded, Option<Sharded>); N],
+        activation: Option<Activation>,
+    ) -> Option<[Sharded; N]> {
+        if !self.by_chunks(chip) {
+            return None;
+        }
+        let weights = weights();
+        let each = |x: &Sharded| {
+            let product = |(w, b): &(Sharded, Option<Sharded>)| x.linear(w, b.as_ref(), activation);
+            weights.iter().map(product).collect()
+        };
+        let all = chip.gather_and("tp", x, each);
+        Some(<[Sharded; N]>::try_from(all).expect("a result for each weight"))
     }
 
     /// A weight split by columns with its bias: its outputs are split over tp.
@@ -75,6 +102,13 @@ impl Transformer {
             bias.map(|b| self.weight(chip, b, &shape[1..], chip.replicated(), Init::zeros()));
         if chip.size_of("tp") == 1 {
             return x.linear(&weight, bias.as_ref(), None);
+        }
+        if self.by_chunks(chip) {
+            let y = chip.scatter_from("tp", x, |x| x.matmul(&weight));
+            return match bias {
+                Some(bias) => y.add_bias(&bias),
+                None => y,
+            };
         }
         let y = x.matmul(&weight);
         drop(weight);

@@ -11,28 +11,30 @@
 //! the same bytes. Context parallelism splits tokens over cp everywhere: attention is a ring (see [`Ring`](crate::spmd::Ring)), or
 //! Ulysses' (Jacobs et al. 2023, arXiv:2309.14509), which has all tokens of some heads, all-to-alls leading there and back, or
 //! both together.
-
 //!
 //! | file | what it holds |
 //! |---|---|
 //! | `config` | sizes and choices, and the models with a name |
 //! | `context` | how cp splits a sequence |
 //! | `decode` | a text that grows, over a cache |
+//! | `documents` | several documents in a row |
 //! | `embedding` | tokens and positions become the residual stream |
 //! | `block` | norm, attention, norm, feed-forward; dropout |
 //! | `attention`, `feed_forward` | the two halves of a block |
-//! | `latent` | multi-head latent attention |
+//! | `latent`, `absorbed` | multi-head latent attention; of a new token over its cache |
 //! | `mixture`, `experts` | a mixture of experts: what it is made of, and what it does |
 //! | `linear` | weights split by columns and by rows |
 //! | `head` | the last norm, logits and the loss |
 //!
 //! Embedding, blocks and head can be called apart: that is how a pipeline's stages run them.
 
+mod absorbed;
 mod attention;
 mod block;
 mod config;
 mod context;
 mod decode;
+mod documents;
 mod embedding;
 mod experts;
 mod feed_forward;
@@ -45,6 +47,7 @@ pub(crate) use config::nearest_divisor;
 pub use config::{Config, FeedForward, Norm, Positions};
 pub use context::ContextMethod;
 pub use decode::{Part, Past};
+pub use documents::Documents;
 pub(crate) use embedding::EMBEDDING;
 pub(crate) use experts::{CLOSE, bias_name, load_name};
 pub use latent::{KeyLatent, Latent};
@@ -65,9 +68,12 @@ pub struct Transformer {
     dtype: DType,
     recompute: bool,
     sequence_parallel: bool,
+    collective_matmul: bool,
     draw: Option<u64>,
     context_method: Option<ContextMethod>,
     past: Option<Past>,
+    documents: Option<Documents>,
+    absorbed: bool,
     share: f32,
     rotary: Option<ops::Rotary>,
 }
@@ -92,9 +98,12 @@ impl Transformer {
             dtype: DType::F32,
             recompute: false,
             sequence_parallel: false,
+            collective_matmul: false,
             draw: None,
             context_method: None,
             past: None,
+            documents: None,
+            absorbed: true,
             share: 1.0,
             rotary,
         })
@@ -117,6 +126,18 @@ impl Transformer {
     pub fn with_sequence_parallel(mut self, sequence_parallel: bool) -> Self {
         self.sequence_parallel = sequence_parallel;
         self
+    }
+
+    /// Whether the products of dense blocks run beside the all-gathers and reduce-scatters of sequence parallelism, chunk by chunk:
+    /// see [`Chip::gather_and`]. Bytes stay the same. Mixtures, latents and the head go on as without.
+    pub fn with_collective_matmul(mut self, collective_matmul: bool) -> Self {
+        self.collective_matmul = collective_matmul;
+        self
+    }
+
+    /// Whether products run beside the transfers of sequence parallelism.
+    pub fn is_collective_matmul(&self) -> bool {
+        self.collective_matmul
     }
 
     /// The same model with dropout on, and with what balances a mixture's experts: the balance loss joins the backward, and

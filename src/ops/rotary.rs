@@ -64,6 +64,8 @@ pub enum RotaryPositions {
     },
     /// The first token of each sequence stands at its own position \[b\], and the others behind it.
     From(Arc<[usize]>),
+    /// Every token [b, t], as tokens are kept, stands at its own position, which is below t: that in its document.
+    Each(Arc<[u32]>),
 }
 
 impl Default for RotaryPositions {
@@ -90,6 +92,35 @@ impl RotaryPositions {
                 let row = |start: &usize| held.clone().map(move |t| start + t).collect::<Vec<_>>();
                 (batch, mine.iter().flat_map(row).collect())
             }
+            RotaryPositions::Each(all) => {
+                let (b, t) = (local.global[0], local.global[1]);
+                let below = all.iter().all(|p| (*p as usize) < t);
+                assert!(
+                    all.len() == b * t && below,
+                    "rotary positions of {b} sequences of {t} tokens are as many numbers below {t}, not {} up to {}",
+                    all.len(),
+                    all.iter().max().unwrap_or(&0)
+                );
+                let row = |b: usize| {
+                    let first = (local.start[0] + b) * t + local.start[1];
+                    all[first..first + tokens].iter().map(|p| *p as usize)
+                };
+                (batch, (0..batch).flat_map(row).collect())
+            }
+        }
+    }
+
+    /// Why these are no positions of a tensor [b, t, ..]; none if they are.
+    fn misfit(&self, shape: &[usize]) -> Option<String> {
+        let (b, t) = (shape[0], shape[1]);
+        match self {
+            RotaryPositions::From(starts) if starts.len() != b => {
+                Some(format!("as many sequences as positions, {}", starts.len()))
+            }
+            RotaryPositions::Each(all) if all.len() < b * t => {
+                Some(format!("as many tokens as positions, {}", all.len()))
+            }
+            _ => None,
         }
     }
 }
@@ -183,6 +214,23 @@ impl Rotary {
         angles
     }
 
+    /// How many tables of angles a share has, and the angles of its tokens.
+    fn angles_of(&self, local: &Local, dim: usize) -> (usize, Arc<Angles>) {
+        let (tables, positions) = self.positions.of(local);
+        let RotaryPositions::Each(_) = self.positions else {
+            return (tables, self.angles(dim, positions));
+        };
+        // Positions differ from batch to batch: the table that is kept is that of one row, of which each token takes a line.
+        let row = self.angles(dim, (0..local.global[1]).collect());
+        let line = |table: &[f32], p: usize| table[p * (dim / 2)..][..dim / 2].to_vec();
+        let lines = |table: &[f32]| -> Vec<f32> {
+            positions.iter().flat_map(|p| line(table, *p)).collect()
+        };
+        let (cos, sin) = (lines(&row.cos), lines(&row.sin));
+        let key = (row.key.0, row.key.1, row.key.2, positions);
+        (tables, Arc::new(Angles { key, cos, sin }))
+    }
+
     fn turn(&self, site: &Site, x: Slice, y: SliceMut, inverse: bool) {
         let local = &site.inputs[0];
         let [b, t, h, d] = local.ty.shape[..] else {
@@ -190,8 +238,7 @@ impl Rotary {
         };
         let dim = self.turning(d);
         // Sequences with positions of their own are one sequence to the kernel.
-        let (tables, positions) = self.positions.of(local);
-        let angles = self.angles(dim, positions);
+        let (tables, angles) = self.angles_of(local, dim);
         let shape = rows::Rotary {
             batch: b / tables.max(1),
             tokens: t * tables,
@@ -216,8 +263,7 @@ impl Rotary {
         if dim == 0 {
             return gpu::cast(x, y);
         }
-        let (tables, positions) = self.positions.of(local);
-        let angles = self.angles(dim, positions);
+        let (tables, angles) = self.angles_of(local, dim);
         let turn = gpu::Turn {
             tokens: tokens * tables,
             heads,
@@ -246,10 +292,7 @@ impl Op for Rotary {
                     );
                     return Err(misfit("rotary", wants, inputs));
                 }
-                if let RotaryPositions::From(starts) = &self.positions
-                    && starts.len() != x.shape[0]
-                {
-                    let wants = format!("as many sequences as positions, {}", starts.len());
+                if let Some(wants) = self.positions.misfit(&x.shape) {
                     return Err(misfit("rotary", wants, inputs));
                 }
                 Ok(vec![x.clone()])
@@ -267,7 +310,7 @@ impl Op for Rotary {
         let dim = self.turning(x.last());
         let tables = match &self.positions {
             RotaryPositions::Alike { .. } => 1,
-            RotaryPositions::From(_) => x.shape[0],
+            RotaryPositions::From(_) | RotaryPositions::Each(_) => x.shape[0],
         };
         let table = 4 * (tables * x.shape[1] * dim) as u64;
         let mut cost = Cost::elementwise(inputs, outputs, 0);

@@ -73,6 +73,11 @@ impl Chip {
         if !has_inputs && !has_weights {
             return;
         }
+        applied.inputs.iter().for_each(|x| {
+            if let Some(gathered) = &x.regather {
+                gathered.add_user();
+            }
+        });
         self.push_node(Node {
             outputs: outputs.iter().filter_map(|o| o.tracked.value).collect(),
             has_inputs,

@@ -16,15 +16,19 @@
 //! | `cache` | what a chip keeps between forwards of a text that grows |
 //! | `context` | attention over a sequence that chips share: ring, USP |
 //! | `started`, `message` | transfers beside the program; messages to one peer |
+//! | `collective_matmul` | products beside the ring that gathers or scatters for them |
 //! | `overlap` | parameters gathered a block ahead, gradients reduced a block behind |
+//! | `bucket` | gradients of several small parameters in one all-reduce |
 //! | `execute` | walks a collective's list of steps over a wire |
 //! | `exchange` | the wire between threads: messages, waits, diagnosis |
 //! | `device` | what a chip computes on |
 //! | `threads`, `ghost` | the worlds |
 
 mod apply;
+mod bucket;
 mod cache;
 mod chip;
+mod collective_matmul;
 mod context;
 mod count;
 mod device;
@@ -48,6 +52,7 @@ mod threads;
 mod update;
 mod zero;
 
+pub use bucket::BUCKET_BYTES;
 pub use chip::{Chip, Contents, FromIndex};
 pub use context::{InOrder, Ring};
 pub use device::Device;

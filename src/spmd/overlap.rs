@@ -5,11 +5,13 @@
 //! the forward, the one in front in the backward and in what is computed again. Gradients that are reduced as they appear
 //! (ZeRO-2 and 3) are started where a block's backward makes them, and waited for when the backward of the block in front has
 //! ended ([`Chip::border`]); those that are reduced once in a step are started at the border of their block in the last
-//! backward, if one transition does it. So at most two blocks' transfers are under way, and at most so much memory is theirs.
+//! backward, if one transition does it, small ones in buckets (see `bucket`). So at most two blocks' transfers and a bucket are
+//! under way, and at most so much memory is theirs.
 //!
 //! What this gains: where chips have cores of their own for transfers, the transfers' time; in a world of threads on as many
 //! cores as chips only the time in which one chip would have waited for another.
 
+use super::bucket::{Bucket, Buckets};
 use super::redistribute::Site;
 use super::sharded::Tracked;
 use super::started::Moving;
@@ -42,12 +44,16 @@ impl Block {
     }
 }
 
-/// A reduced gradient on its way to its parameter.
-struct Reducing {
-    moving: Moving,
-    leaf: Tracked,
-    target: Placements,
-    site: Site,
+/// Reduced gradients on their way to their parameters.
+pub(super) enum Reducing {
+    /// One by itself.
+    Alone {
+        moving: Box<Moving>,
+        leaf: Tracked,
+        target: Placements,
+        site: Site,
+    },
+    Bucket(Bucket),
 }
 
 /// What a chip has under way.
@@ -58,7 +64,8 @@ pub(super) struct Overlap {
     gathers: BTreeMap<String, Moving>,
     /// Gradients started in the backward of the block before this one, and in this one's.
     older: Vec<Reducing>,
-    newer: Vec<Reducing>,
+    pub(super) newer: Vec<Reducing>,
+    pub(super) buckets: Buckets,
     /// True while the last backward of a step runs.
     last: bool,
 }
@@ -146,9 +153,13 @@ impl Chip {
                 };
                 (tensor, from, target, p.padded.clone(), leaf)
             };
+            let way = (&from, &target);
+            let Some(tensor) = self.bucketed(tensor, &global, way, leaf, site) else {
+                continue;
+            };
             match self.start_move(&tensor, &global, &from, &target, site) {
-                Some(moving) => self.overlap().newer.push(Reducing {
-                    moving,
+                Some(moving) => self.overlap().newer.push(Reducing::Alone {
+                    moving: Box::new(moving),
                     leaf,
                     target,
                     site,
@@ -168,8 +179,8 @@ impl Chip {
         site: Site,
     ) {
         match self.start_move(&tensor, global, &from, &target, site) {
-            Some(moving) => self.overlap().newer.push(Reducing {
-                moving,
+            Some(moving) => self.overlap().newer.push(Reducing::Alone {
+                moving: Box::new(moving),
                 leaf,
                 target,
                 site,
@@ -181,13 +192,24 @@ impl Chip {
         }
     }
 
-    fn finish_reducing(&self, r: Reducing) {
-        let tensor = self.finish_move(r.moving, r.site);
-        self.contribute(&mut Gradients::default(), &r.leaf, r.target, tensor, r.site);
+    fn finish_reducing(&self, reducing: Reducing) {
+        match reducing {
+            Reducing::Alone {
+                moving,
+                leaf,
+                target,
+                site,
+            } => {
+                let tensor = self.finish_move(*moving, site);
+                self.contribute(&mut Gradients::default(), &leaf, target, tensor, site);
+            }
+            Reducing::Bucket(bucket) => self.finish_bucket(bucket),
+        }
     }
 
     /// Waits for all gradients that are under way: a backward has ended.
     pub(super) fn end_of_backward(&self) {
+        self.phase(Phase::Backward, || self.start_buckets(Location::caller()));
         let (older, newer) = {
             let mut overlap = self.overlap();
             (

@@ -238,11 +238,17 @@ impl Sharded {
         self.chip.apply_one(ops::SwiGlu, &[self, up])
     }
 
-    /// The same numbers in another element type. The gradient of a cast parameter stays in f32.
+    /// The same numbers in another element type. The gradient of a cast parameter stays in f32 and is the parameter's as it comes,
+    /// partial sums too: they are reduced once, at the end of the step.
     #[track_caller]
     pub fn cast(&self, dtype: DType) -> Sharded {
         if dtype == self.dtype() {
             return self.clone();
+        }
+        if self.tracked.leaf.is_some() {
+            let mut cast = self.detach().cast(dtype);
+            cast.tracked = self.tracked;
+            return cast;
         }
         let mut cast = self.chip.apply_one(ops::Cast { dtype }, &[self]);
         if self.tracked.weight {

@@ -288,6 +288,11 @@ impl Running {
 }
 
 impl Passing {
+    /// Where it was started.
+    pub(super) fn site(&self) -> Site {
+        self.site
+    }
+
     /// Waits for the transfer and returns what arrived.
     pub(super) fn wait(self, chip: &Chip) -> Tensor {
         chip.arrive("wait", self.site);

@@ -25,6 +25,7 @@ use crate::placement::Placements;
 use crate::tape::{Gradients, Node, Pass};
 use crate::tensor::Tensor;
 use crate::trace::Phase;
+use std::cell::{Cell, RefCell};
 use std::panic::Location;
 use std::rc::Rc;
 
@@ -74,10 +75,29 @@ pub(super) struct Gathered {
     /// False if no tape recorded the gathering: no gradient would find its way back.
     pub recorded: bool,
     pub site: &'static Location<'static>,
+    /// Ops that need it in the backward, how many of them have had it, and the whole for those that come.
+    users: Cell<u32>,
+    served: Cell<u32>,
+    kept: RefCell<Option<Tensor>>,
 }
 
 impl Gathered {
+    /// One more op will ask for it in each pass of the backward.
+    pub(super) fn add_user(&self) {
+        self.users.set(self.users.get() + 1);
+    }
+
+    /// Gathered for the backward of an op, once for all that need it: the chunks of one product.
     pub(super) fn again(&self, chip: &Chip) -> Tensor {
+        let whole = self.kept.take().unwrap_or_else(|| self.gather_again(chip));
+        self.served.set(self.served.get() + 1);
+        if !self.served.get().is_multiple_of(self.users.get()) {
+            self.kept.replace(Some(whole.clone()));
+        }
+        whole
+    }
+
+    fn gather_again(&self, chip: &Chip) -> Tensor {
         let whole = chip
             .gathered_ahead(&self.name, self.site)
             .unwrap_or_else(|| {
@@ -190,6 +210,9 @@ impl Chip {
             from: x.placements,
             to: used.clone(),
             site,
+            users: Cell::new(0),
+            served: Cell::new(0),
+            kept: RefCell::new(None),
         }));
         whole
     }

@@ -2,6 +2,7 @@
 
 use super::data::Batches;
 use crate::dtype::DType;
+use crate::model::Documents;
 use crate::ops::Local;
 use crate::spmd::Contents;
 use crate::tensor::Tensor;
@@ -47,6 +48,15 @@ impl Contents for Half<'_> {
 }
 
 impl Half<'_> {
+    /// The documents of the first `count` of these rows, if rows hold several.
+    pub(super) fn documents(&self, count: usize) -> Option<Documents> {
+        self.batches.separator()?;
+        let all = count * self.batches.context();
+        let (mut tokens, mut labels) = (vec![0; all], vec![0; all]);
+        self.draw(0, count, &mut tokens, &mut labels);
+        self.batches.documents(&tokens)
+    }
+
     fn draw(&self, begin: usize, count: usize, tokens: &mut [u32], labels: &mut [u32]) {
         match self.rows {
             Rows::Training { step, first } => {

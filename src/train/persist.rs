@@ -221,11 +221,22 @@ fn identity(training: &Training, seed: u64) -> State {
             "fingerprint": tokens.fingerprint(), "tokens": tokens.len(), "split": batches.split(),
             "vocabulary": tokens.vocabulary(),
         }),
-        other: json!({
-            "batch": batches.rows(), "context": batches.context(), "dtype": model.dtype(),
-            "optimizer": training.options.optimizer,
-        }),
+        other: with_separator(
+            batches.separator(),
+            json!({
+                "batch": batches.rows(), "context": batches.context(), "dtype": model.dtype(),
+                "optimizer": training.options.optimizer,
+            }),
+        ),
     }
+}
+
+/// Named only where rows hold documents: a checkpoint of rows that do not has no such entry.
+fn with_separator(separator: Option<u32>, mut other: Value) -> Value {
+    if let Some(token) = separator {
+        other["documents end in token"] = json!(token);
+    }
+    other
 }
 
 fn belongs(found: &State, run: &State, dir: &std::path::Path) -> Result<()> {

@@ -314,9 +314,11 @@ impl Stage<'_> {
             }
             At::Validation(_) => self.training.model.clone(),
         };
+        let documents = self.half(micro, false).documents(self.stages.rows);
+        let model = model.with_documents(documents);
         let is_last = part + 1 == self.plan.parts();
-        let tokens = (part == 0).then(|| self.half(micro, false));
-        let labels = is_last.then(|| self.half(micro, true));
+        let tokens = (part == 0).then(|| self.batch(micro, false));
+        let labels = is_last.then(|| self.batch(micro, true));
         let scope = match self.at {
             At::Step(_) => "forward",
             At::Validation(_) => "evaluate",
@@ -336,33 +338,34 @@ impl Stage<'_> {
             let labels = labels.expect("the last part has labels");
             let sum = model.losses_of(chip, logits, &labels).sum();
             match self.at {
-                At::Step(_) => sum.scale(1.0 / (batches.rows() * batches.context()) as f32),
+                At::Step(step) => sum.scale(1.0 / batches.labels(step) as f32),
                 _ => sum,
             }
         })
     }
 
-    /// Tokens or labels of a micro-batch, placed as a batch is.
-    fn half(&self, micro: usize, labels: bool) -> Sharded {
-        let (rows, batches) = (self.stages.rows, &self.training.batches);
-        let first = micro * rows;
-        let rows_of = match self.at {
+    /// Tokens or labels of a micro-batch.
+    fn half(&self, micro: usize, labels: bool) -> Half<'_> {
+        let first = micro * self.stages.rows;
+        let rows = match self.at {
             At::Step(step) => Rows::Training { step, first },
             At::Validation(window) => Rows::Validation {
                 first: window + first,
             },
         };
-        let contents = Half {
-            batches,
-            rows: rows_of,
+        Half {
+            batches: &self.training.batches,
+            rows,
             labels,
-        };
-        let (name, shape) = (
-            if labels { "labels" } else { "tokens" },
-            [rows, batches.context()],
-        );
-        let model = &self.training.model;
-        model.batch(self.chip, name, shape, &contents)
+        }
+    }
+
+    /// The same, placed as a batch is.
+    fn batch(&self, micro: usize, labels: bool) -> Sharded {
+        let name = if labels { "labels" } else { "tokens" };
+        let shape = [self.stages.rows, self.training.batches.context()];
+        let contents = self.half(micro, labels);
+        self.training.model.batch(self.chip, name, shape, &contents)
     }
 }
 

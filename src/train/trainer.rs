@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
 use crate::model::{Transformer, nearest_divisor};
 use crate::pipeline::Schedule;
-use crate::spmd::{Chip, Ghost, Run, Sharded, Threads, Zero};
+use crate::spmd::{BUCKET_BYTES, Chip, Ghost, Run, Sharded, Threads, Zero};
 use crate::trace::Trace;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -34,6 +34,8 @@ pub struct Options {
     /// What is split of parameters and what belongs to them: over mesh axis fsdp if there is one, else over dp. If none, all
     /// of it over fsdp and nothing over dp.
     pub zero: Option<Zero>,
+    /// Bytes of gradients that one all-reduce sums in the backward; 0 for each by itself. See [`Chip::reduce_in_buckets`].
+    pub bucket_bytes: u64,
     /// Learning rate of each step.
     pub learning_rate: LearningRate,
     /// The optimizer's constants.
@@ -58,6 +60,7 @@ impl Default for Options {
             schedule: Schedule::default(),
             virtual_stages: None,
             zero: None,
+            bucket_bytes: BUCKET_BYTES,
             learning_rate: LearningRate::Constant { lr: 1e-3 },
             optimizer: AdamW::default(),
             eval_every: None,
@@ -170,6 +173,7 @@ impl Training {
                 ),
             ));
         }
+        self.check_collective_matmul(mesh)?;
         self.check_batch(mesh)?;
         let (zero, axis) = self.zero(mesh);
         if self.options.zero.is_some() && zero != Zero::Nothing && mesh.size_of(axis) == 1 {
@@ -202,6 +206,33 @@ impl Training {
             ));
         }
         Stages::new(self, mesh).map(drop)
+    }
+
+    fn check_collective_matmul(&self, mesh: &Mesh) -> Result<()> {
+        if !self.model.is_collective_matmul() {
+            return Ok(());
+        }
+        let refuse = |why: String| Err(Error::new(ErrorKind::Mesh, why));
+        let (tp, tokens) = (mesh.size_of("tp"), self.batches.context());
+        if !self.model.is_sequence_parallel() {
+            return refuse(
+                "a collective matmul runs beside the transfers of sequence parallelism; give --sequence-parallel too".into(),
+            );
+        }
+        if mesh.size_of("cp") > 1 {
+            return refuse(format!(
+                "a collective matmul cuts a chip's tokens into one chunk for each chip of tp, and mesh axis cp={} cuts them too; \
+                 leave one of the two out",
+                mesh.size_of("cp")
+            ));
+        }
+        if !tokens.is_multiple_of(tp) {
+            return refuse(format!(
+                "mesh axis tp={tp} does not divide the {tokens} tokens of a sequence, as a collective matmul has to; tp={} does",
+                nearest_divisor(tokens, tp)
+            ));
+        }
+        Ok(())
     }
 
     pub(super) fn micro_batch(&self, mesh: &Mesh) -> usize {
@@ -251,6 +282,7 @@ impl Training {
     fn split_parameters(&self, chip: &Chip) {
         let (zero, axis) = self.zero(chip.mesh());
         chip.split_parameters(zero, axis);
+        chip.reduce_in_buckets(self.options.bucket_bytes);
     }
 
     /// Trains on a mesh of chips of this machine. `observe` is told what happens, by one chip; setting `stop` ends the run

@@ -11,19 +11,19 @@ use supernode::spmd::{Chip, World};
 use supernode::train::data::Sampler;
 use supernode::train::{Generate, Trained, Training};
 
-fn mesh(text: &str) -> Mesh {
+pub(crate) fn mesh(text: &str) -> Mesh {
     Mesh::parse(text).expect("a mesh")
 }
 
 /// Rows of token numbers of different lengths.
-fn texts() -> Vec<Vec<u32>> {
+pub(crate) fn texts() -> Vec<Vec<u32>> {
     let text = |first: u32, len: u32| (0..len).map(|i| (first * 7 + i * i + 3 * i) % 29).collect();
     vec![text(1, 5), text(2, 9), text(3, 2), text(4, 9)]
 }
 
 /// Logits behind every token from a prompt's last to its text's, of the sequences in `texts`: with a cache, or by the whole
 /// forward for each.
-fn logits(model: &Transformer, chip: &Chip, cached: bool) -> Vec<Vec<Vec<f32>>> {
+pub(crate) fn logits(model: &Transformer, chip: &Chip, cached: bool) -> Vec<Vec<Vec<f32>>> {
     let vocab = model.config().vocab;
     let texts = texts();
     let prompts: Vec<usize> = texts.iter().map(|t| t.len().min(4)).collect();
@@ -111,9 +111,12 @@ pub(crate) fn check_on(device: &supernode::spmd::Device) {
     }
 }
 
-/// The models that decode: dense, with latents, with experts. Decoding drops no token.
+/// The models that decode: dense, with latents, with experts. Decoding drops no token, and makes keys of latents each time.
 fn decoders() -> [(&'static str, Transformer); 5] {
-    let model = |config: Config| tiny::transformer(config).without_capacity();
+    let model = |config: Config| {
+        let model = tiny::transformer(config).without_capacity();
+        model.with_absorbed_latents(false)
+    };
     [
         ("gpt2", model(gpt2())),
         ("llama", model(llama())),
@@ -123,7 +126,7 @@ fn decoders() -> [(&'static str, Transformer); 5] {
     ]
 }
 
-fn on(what: &str, at: &str, model: &Transformer, cached: bool) -> Vec<Vec<Vec<f32>>> {
+pub(crate) fn on(what: &str, at: &str, model: &Transformer, cached: bool) -> Vec<Vec<Vec<f32>>> {
     let run = world(&mesh(at)).run(|chip| logits(model, chip, cached));
     let run = run.unwrap_or_else(|e| panic!("{what} on {at}: {e}"));
     let all = run.into_outputs();
@@ -132,7 +135,7 @@ fn on(what: &str, at: &str, model: &Transformer, cached: bool) -> Vec<Vec<Vec<f3
 }
 
 /// Asserts that logits agree as those of two meshes do: they are of size 1, of some hundred roundings.
-fn assert_near(got: &[Vec<Vec<f32>>], want: &[Vec<Vec<f32>>], what: &str) {
+pub(crate) fn assert_near(got: &[Vec<Vec<f32>>], want: &[Vec<Vec<f32>>], what: &str) {
     assert_eq!(got.len(), want.len(), "{what}");
     for (got, want) in got.iter().flatten().zip(want.iter().flatten()) {
         assert_eq!(got.len(), want.len(), "{what}");
@@ -200,14 +203,14 @@ fn a_cache_whose_tokens_chips_share_gives_the_same_logits() {
     }
 }
 
-fn trained(dir: &Path, at: &str, plain: &Training) {
+pub(crate) fn trained(dir: &Path, at: &str, plain: &Training) {
     let mut plain = plain.clone();
     plain.options.checkpoint = Some(dir.into());
     let run = plain.run(&world(&mesh(at)), &|_| (), &AtomicBool::new(false));
     run.unwrap_or_else(|e| panic!("on {at}: {e}"));
 }
 
-fn generate(
+pub(crate) fn generate(
     dir: &Path,
     at: &str,
     prompts: &[Vec<u32>],

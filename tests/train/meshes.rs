@@ -83,7 +83,7 @@ fn meshes_of_three_and_of_other_shapes() {
 }
 
 /// Losses and the checkpoint's bytes: parameters and all state.
-fn everything(training: &Training, mesh: &Mesh, threads: usize) -> (Vec<u64>, Vec<u8>) {
+pub(crate) fn everything(training: &Training, mesh: &Mesh, threads: usize) -> (Vec<u64>, Vec<u8>) {
     let dir = tempfile::tempdir().expect("a directory");
     let mut training = training.clone();
     training.options.checkpoint = Some(dir.path().into());

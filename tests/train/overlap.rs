@@ -3,11 +3,13 @@
 
 use crate::tiny::{llama, training};
 use std::collections::BTreeMap;
+use supernode::DType;
 use supernode::World;
 use supernode::mesh::Mesh;
-use supernode::model::Config;
+use supernode::model::{Config, ContextMethod};
 use supernode::spmd::Zero;
 use supernode::trace::{ChipTrace, EventKind, Stream, Trace};
+use supernode::train::Training;
 
 const LAYERS: usize = 3;
 
@@ -18,9 +20,14 @@ fn config() -> Config {
     }
 }
 
-fn traced(mesh: &str, zero: Option<usize>, recompute: bool) -> Trace {
-    let mut training = training(config(), 4, 1);
+fn split(config: Config, zero: Option<usize>) -> Training {
+    let mut training = training(config, 4, 1);
     training.options.zero = zero.map(|n| Zero::stage(n).expect("a stage"));
+    training
+}
+
+fn traced(mesh: &str, zero: Option<usize>, recompute: bool) -> Trace {
+    let mut training = split(config(), zero);
     training.model = training.model.with_recompute(recompute);
     let ghost = World::ghost(&Mesh::parse(mesh).expect("a mesh"));
     training.trace(&ghost).expect("a trace")
@@ -69,20 +76,44 @@ fn gradients_of_a_replicated_model_are_reduced_as_their_blocks_end() {
     assert_eq!(beside, early / 2);
 }
 
+/// Calls of collectives that sum gradients over an axis, and their bytes.
+fn reductions(trace: &Trace, axis: &str) -> (u64, u64) {
+    let sums = ["all-reduce", "reduce-scatter"];
+    let found = trace.collectives().iter();
+    let found = found.filter(|c| sums.contains(&&*c.op) && c.axis == axis);
+    found.fold((0, 0), |sum, c| (sum.0 + c.calls, sum.1 + c.bytes))
+}
+
 #[test]
 fn only_the_last_micro_batch_reduces() {
-    let mut training = training(config(), 4, 1);
-    training.options.micro_batch = Some(1);
-    let ghost = World::ghost(&Mesh::parse("dp=2").expect("a mesh"));
-    let several = training.trace(&ghost).expect("a trace");
-    assert_eq!(
-        sent(&several, "all-reduce"),
-        sent(&traced("dp=2", None, false), "all-reduce")
-    );
+    let methods = [
+        ContextMethod::Ring,
+        ContextMethod::Ulysses,
+        ContextMethod::Usp { exchange: Some(2) },
+    ];
+    let cases = [("dp", "dp=2", None, None), ("dp", "dp=2", Some(1), None)];
+    let over_cp = methods.map(|method| ("cp", "cp=4", None, Some(method)));
+    for (axis, mesh, zero, method) in cases.into_iter().chain(over_cp) {
+        // In bf16 a product's weight is a cast parameter, whose gradient is the parameter's.
+        for dtype in [DType::F32, DType::Bf16] {
+            let mut training = split(config(), zero);
+            let model = training.model.with_dtype(dtype);
+            training.model = model.with_context_method(method);
+            let mut of = |micro: usize| {
+                training.options.micro_batch = Some(micro);
+                let ghost = World::ghost(&Mesh::parse(mesh).expect("a mesh"));
+                let trace = training.trace(&ghost).expect("a trace");
+                reductions(&trace, axis)
+            };
+            let once = of(if axis == "dp" { 2 } else { 4 });
+            assert!(once.0 > 0, "{mesh}");
+            assert_eq!(of(1), once, "{mesh}, ZeRO {zero:?}, {method:?} in {dtype}");
+        }
+    }
 }
 
 /// Floating-point operations between the start and the wait of each started transfer, by ticket.
-fn flops_beside(chip: &ChipTrace) -> BTreeMap<u64, u64> {
+pub(crate) fn flops_beside(chip: &ChipTrace) -> BTreeMap<u64, u64> {
     let (mut done, mut began, mut beside) = (0, BTreeMap::new(), BTreeMap::new());
     for event in chip.events() {
         match (event.kind, event.ticket) {
@@ -103,7 +134,10 @@ fn flops_beside(chip: &ChipTrace) -> BTreeMap<u64, u64> {
 #[test]
 fn there_is_work_beside_what_travels() {
     for (mesh, zero) in [("fsdp=2", None), ("dp=2", None), ("dp=2", Some(2))] {
-        let trace = traced(mesh, zero, false);
+        let mut training = split(config(), zero);
+        training.options.bucket_bytes = 0;
+        let ghost = World::ghost(&Mesh::parse(mesh).expect("a mesh"));
+        let trace = training.trace(&ghost).expect("a trace");
         let beside = flops_beside(trace.chip(0));
         assert!(beside.len() > 9 * (LAYERS - 1), "{mesh}: {beside:?}");
         // All but those of the first block, which end with the backward.

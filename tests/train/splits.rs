@@ -73,13 +73,16 @@ pub(crate) fn split(training: &Training, (_, zero, sequence): Case) -> Training 
 
 /// Losses within `bound` of one chip's, and events, bytes and memory as the ghost has them.
 pub(crate) fn agree(name: &str, plain: &Training, cases: &[Case], bound: f64) {
+    agree_on(name, plain, cuts(cases.iter().copied()), bound);
+}
+
+/// The same for any cuts.
+pub(crate) fn agree_on(name: &str, plain: &Training, cuts: impl Iterator<Item = Cut>, bound: f64) {
     let single = losses(plain, &world(&Mesh::single()));
     let learnt = single[0] - single[single.len() - 1];
     assert!(learnt > 0.05, "{name} learns: {single:?}");
-    for case in cases {
-        let mesh = Mesh::parse(case.0).expect("a mesh");
-        let training = split(plain, *case);
-        let what = format!("{name} on {case:?}");
+    for (mesh, what, training) in cuts.map(|cut| cut(plain)) {
+        let what = format!("{name} on {what}");
         assert_close(&losses(&training, &world(&mesh)), &single, bound, &what);
         let once = Training {
             options: supernode::train::Options {

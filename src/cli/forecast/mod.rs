@@ -62,6 +62,9 @@ pub(super) struct Arguments {
     /// Split norms and dropout over tp
     #[arg(long)]
     sequence_parallel: bool,
+    /// With --sequence-parallel: multiply chunk by chunk while the next tokens, or sums, travel over tp
+    #[arg(long)]
+    collective_matmul: bool,
     /// How attention meets the tokens of other chips of cp; by default ring
     #[arg(long, value_parser = ["ring", "all-gather", "ulysses", "usp"])]
     cp_method: Option<String>,
@@ -170,6 +173,7 @@ impl Arguments {
             ("--virtual-stages is of", self.virtual_stages.is_some()),
             ("--recompute is of", self.recompute != "none"),
             ("--zero is of", self.zero != 0),
+            ("--collective-matmul is of", self.collective_matmul),
         ];
         if let Some((name, _)) = refused.iter().find(|(_, given)| *given) {
             let why = format!(
@@ -270,6 +274,7 @@ impl Arguments {
             },
             zero: self.zero,
             sequence_parallel: self.sequence_parallel,
+            collective_matmul: self.collective_matmul,
             context_parallel: self.context_parallel(&mesh)?,
             dtype: self.dtype.clone(),
             ..Setting::new(model, mesh, self.global_batch)

@@ -27,8 +27,7 @@ impl Shape<'_> {
         let (q, kv, o) = self.widths();
         let mut tasks = vec![];
         if backward {
-            tasks.extend(self.before_pair());
-            tasks.extend(self.gradients(tokens, (c, o), vec![]));
+            tasks.extend(self.scattered_backward(c, o));
             tasks.extend(self.core(true));
             tasks.extend(self.rotary());
             match self.model.latent {
@@ -37,7 +36,7 @@ impl Shape<'_> {
                     // Gradients of queries, keys and values are put side by side.
                     tasks.extend(self.apart(4.0, q + kv));
                     tasks.extend(self.bias_gradient(q + kv));
-                    tasks.extend(self.gradients(tokens, (q + kv, c), self.back_into_pair()));
+                    tasks.extend(self.gathered_backward(q + kv, c));
                 }
             }
             return tasks;
@@ -45,9 +44,8 @@ impl Shape<'_> {
         match self.model.latent {
             Some(_) => tasks.extend(self.latent_forward()),
             None => {
-                tasks.extend(self.before_pair());
                 tasks.extend(self.cast((tokens * c) as f64));
-                tasks.push(self.product(tokens, q + kv, c));
+                tasks.extend(self.gathered(q + kv, c));
                 tasks.extend(self.add_bias(q + kv));
             }
         }
@@ -56,8 +54,7 @@ impl Shape<'_> {
         // From heads apart to a token's heads side by side.
         tasks.extend(self.apart(4.0, o));
         tasks.extend(self.cast((tokens * o) as f64));
-        tasks.push(self.product(tokens, c, o));
-        tasks.extend(self.out_of_pair());
+        tasks.extend(self.scattered(c, o));
         tasks
     }
 

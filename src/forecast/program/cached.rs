@@ -23,11 +23,7 @@ impl Shape<'_> {
         tasks.extend([self.join(false), self.norm(false)]);
         match self.model.has_experts(block) {
             true => tasks.extend(self.experts()),
-            false => {
-                tasks.extend(self.before_pair());
-                tasks.extend(self.dense(self.model.ffn));
-                tasks.extend(self.out_of_pair());
-            }
+            false => tasks.extend(self.dense(self.model.ffn)),
         }
         tasks.push(self.join(false));
         tasks

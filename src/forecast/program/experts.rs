@@ -119,15 +119,15 @@ impl Shape<'_> {
         if m.shared_ffn == 0 {
             return vec![];
         }
-        let mut tasks = self.before_pair();
+        // Mixtures go on as without.
+        let plain = Shape {
+            collective_matmul: false,
+            ..self.clone()
+        };
         match backward {
-            false => {
-                tasks.extend(self.dense(m.shared_ffn));
-                tasks.extend(self.out_of_pair());
-            }
-            true => tasks.extend(self.dense_backward(m.shared_ffn, self.back_into_pair())),
+            false => plain.dense(m.shared_ffn),
+            true => plain.dense_backward(m.shared_ffn),
         }
-        tasks
     }
 
     pub(super) fn experts(&self) -> Vec<Task> {

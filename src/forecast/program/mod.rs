@@ -7,6 +7,7 @@
 
 mod attention;
 mod cached;
+mod chunks;
 mod ends;
 mod experts;
 
@@ -111,6 +112,8 @@ pub struct Shape<'a> {
     pub exchange: usize,
     /// Whether norms and dropout are split over the tokens.
     pub sequence_parallel: bool,
+    /// Whether products of dense blocks run beside the transfers of sequence parallelism.
+    pub collective_matmul: bool,
     /// Whether attention is one kernel.
     pub fused: bool,
     /// Whether there is dropout.
@@ -329,11 +332,7 @@ impl Shape<'_> {
         let mut forward = vec![self.norm(false)];
         match self.model.has_experts(block) {
             true => forward.extend(self.experts()),
-            false => {
-                forward.extend(self.before_pair());
-                forward.extend(self.dense(self.model.ffn));
-                forward.extend(self.out_of_pair());
-            }
+            false => forward.extend(self.dense(self.model.ffn)),
         }
         forward.push(self.join(false));
         vec![attention, forward]
@@ -344,10 +343,7 @@ impl Shape<'_> {
         let mut forward = vec![self.join(true)];
         match self.model.has_experts(block) {
             true => forward.extend(self.experts_backward()),
-            false => {
-                forward.extend(self.before_pair());
-                forward.extend(self.dense_backward(self.model.ffn, self.back_into_pair()));
-            }
+            false => forward.extend(self.dense_backward(self.model.ffn)),
         }
         forward.push(self.norm(true));
         let mut attention = vec![self.join(true)];
@@ -372,19 +368,19 @@ impl Shape<'_> {
     fn dense(&self, ffn: usize) -> Vec<Task> {
         let (tokens, c, f) = (self.tokens(), self.model.hidden, ffn.div_ceil(self.tp));
         let mut tasks = self.cast((tokens * c) as f64);
-        tasks.push(self.product(tokens, self.gates() * f, c));
+        tasks.extend(self.gathered(self.gates() * f, c));
         tasks.push(self.activation((tokens * f) as f64, false));
         tasks.extend(self.cast((tokens * f) as f64));
-        tasks.push(self.product(tokens, c, f));
+        tasks.extend(self.scattered(c, f));
         tasks
     }
 
-    fn dense_backward(&self, ffn: usize, out: Vec<Task>) -> Vec<Task> {
+    fn dense_backward(&self, ffn: usize) -> Vec<Task> {
         let (tokens, c, f) = (self.tokens(), self.model.hidden, ffn.div_ceil(self.tp));
-        let mut tasks = self.gradients(tokens, (c, f), vec![]);
+        let mut tasks = self.scattered_backward(c, f);
         tasks.push(self.activation((tokens * f) as f64, true));
         tasks.extend(self.bias_gradient(f));
-        tasks.extend(self.gradients(tokens, (self.gates() * f, c), out));
+        tasks.extend(self.gathered_backward(self.gates() * f, c));
         tasks
     }
 
@@ -436,7 +432,8 @@ impl Shape<'_> {
         }
         let masks = if self.dropout { 2.0 } else { 0.0 };
         // Two norms' inputs and two inputs of column-split products, and the masks.
-        let whole = (8.0 + masks) * width / split;
+        let gathered = 2.0 * self.kept_whole(!c.has_experts(block)) as f64;
+        let whole = (8.0 - gathered + masks) * width / split + gathered * width;
         let (q, kv, o) = c.widths();
         let kv = kv as f64 * self.kv_share() * t;
         let values = if c.gated { 3.0 } else { 2.0 };

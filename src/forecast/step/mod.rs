@@ -46,6 +46,8 @@ pub struct Setting {
     pub zero: u8,
     /// Whether norms and dropout are split over `tp`.
     pub sequence_parallel: bool,
+    /// Whether products of dense blocks run beside the transfers of sequence parallelism, chunk by chunk.
+    pub collective_matmul: bool,
     /// How attention meets the tokens of other chips of `cp`.
     pub context_parallel: ContextParallel,
     /// Type of matmuls: `bf16`, `fp8`, ...
@@ -96,6 +98,7 @@ impl Setting {
             recompute: Recompute::None,
             zero: 0,
             sequence_parallel: false,
+            collective_matmul: false,
             context_parallel: ContextParallel::Ring,
             dtype: "bf16".into(),
         }
@@ -207,6 +210,17 @@ impl Setting {
                 self.context.next_multiple_of(tp)
             ));
         }
+        if self.collective_matmul && !self.sequence_parallel {
+            return wrong(
+                "a collective matmul runs beside the transfers of sequence parallelism; give --sequence-parallel too".into(),
+            );
+        }
+        if self.collective_matmul && cp > 1 {
+            return wrong(format!(
+                "a collective matmul cuts a chip's tokens into one chunk for each chip of tp, and cp={cp} cuts them too; leave one \
+                 of the two out"
+            ));
+        }
         if cp > self.context {
             return wrong(format!(
                 "cp={cp} is more than {} tokens; each chip needs one",
@@ -280,6 +294,7 @@ impl Setting {
             // What was checked.
             exchange: self.exchange().unwrap_or(1),
             sequence_parallel: self.sequence_parallel && self.along("tp") > 1,
+            collective_matmul: self.collective_matmul && self.along("tp") > 1,
             fused: is("stack.attention", "fused"),
             dropout: is("stack.dropout", "yes"),
             gradient: self.gradient_bytes(machine),

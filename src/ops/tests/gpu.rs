@@ -76,6 +76,7 @@ the_same! {
     optimizer::clipping,
     shapes::embeddings_and_parts_of_them,
     shapes::rotary_positions,
+    shapes::rotary_positions_of_documents,
     shapes::transposes,
     shapes::slices_and_what_they_join_to,
     shapes::concatenations,

@@ -142,6 +142,65 @@ pub(super) fn rotary_positions() {
     }
 }
 
+/// Every token at its own position: as one long sequence whose table has a line for each token.
+#[test]
+pub(super) fn rotary_positions_of_documents() {
+    let (shape @ [b, t, h, d], textbook) = ([2, 5, 3, 8], reference::RotaryStyle::Halves);
+    let positions: [u32; 10] = [0, 1, 2, 0, 1, 0, 0, 1, 2, 3];
+    let frequencies = reference::rotary_frequencies(d, 10_000.0, reference::RotaryScaling::None);
+    let (cos, sin) = reference::rotary_table(0, t, &frequencies);
+    let lines = |table: &[f64]| -> Vec<f64> {
+        let line = |p: &u32| table[*p as usize * d / 2..][..d / 2].to_vec();
+        positions.iter().flat_map(line).collect()
+    };
+    let (cos, sin) = (lines(&cos), lines(&sin));
+    let row = [1, b * t, h, d];
+    // Each result is two products of numbers that are each rounded, and a sum; both factors are at most 1.
+    let size = |x: &[f64]| -> Vec<f64> {
+        let pairs = x.chunks(d).flat_map(|head| {
+            let pair = |i: usize| head[i % (d / 2)].abs() + head[i % (d / 2) + d / 2].abs();
+            (0..d).map(pair).collect::<Vec<_>>()
+        });
+        pairs.map(|both| gamma(4, U) * both).collect()
+    };
+    for dtype in FLOATS {
+        let op = Rotary {
+            positions: RotaryPositions::Each(positions.into()),
+            ..Default::default()
+        };
+        Case::new(&op, vec![Array::normal("x", &shape, dtype)]).check(
+            |x| {
+                let y = reference::rotary(row, &x[0].values, &cos, &sin, textbook);
+                vec![(y, size(&x[0].values))]
+            },
+            |_, _, dy| {
+                let dx = reference::rotary_backward(row, dy, &cos, &sin, textbook);
+                vec![Some((dx, size(dy)))]
+            },
+        );
+    }
+    let op = Rotary {
+        positions: RotaryPositions::Each(vec![0; 9].into()),
+        ..Default::default()
+    };
+    let x = TensorType::new(shape, DType::F32);
+    let message = op.infer(&[x]).expect_err("refused");
+    assert!(
+        message.contains("as many tokens as positions, 9"),
+        "{message}"
+    );
+}
+
+#[test]
+#[should_panic(expected = "of 1 sequences of 2 tokens are as many numbers below 2, not 2 up to 2")]
+fn rotary_positions_lie_in_a_row() {
+    let op = Rotary {
+        positions: RotaryPositions::Each(vec![0, 2].into()),
+        ..Default::default()
+    };
+    Case::new(&op, vec![Array::normal("x", &[1, 2, 1, 4], DType::F32)]).run();
+}
+
 #[test]
 pub(super) fn transposes() {
     for (shape, order) in [

@@ -2,6 +2,7 @@
 
 use super::tokens::Tokens;
 use crate::error::{Error, ErrorKind, Result};
+use crate::model::Documents;
 use crate::random::Stream;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -45,7 +46,7 @@ impl Split {
 /// Rows of `context` tokens, b of them per step, and the windows that cover the validation split.
 ///
 /// Row `r` of step `s` starts at a token drawn uniformly from the training split, from the seed's stream "batch" at index
-/// `s b + r`. Label `i` of a row is the token after token `i`.
+/// `s b + r`. Label `i` of a row is the token after token `i`. With [`Batches::with_separator`] a row holds several documents.
 #[derive(Clone, Debug)]
 pub struct Batches {
     tokens: Arc<Tokens>,
@@ -53,6 +54,10 @@ pub struct Batches {
     context: usize,
     rows: usize,
     stream: Stream,
+    /// The token that ends a document.
+    separator: Option<u32>,
+    /// Labels in the validation split.
+    validation_labels: usize,
 }
 
 impl Batches {
@@ -98,12 +103,75 @@ impl Batches {
             );
         }
         Ok(Batches {
+            validation_labels: split.validation.len().saturating_sub(1),
+            separator: None,
             tokens,
             split,
             context,
             rows,
             stream: Stream::new(seed, "batch"),
         })
+    }
+
+    /// The same rows as documents that each end in token `separator`: attention stays inside of each, positions begin at 0 in each, and
+    /// the last token of a document has no label.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`] if it is not a token of the vocabulary, or if no token of a split has a label then.
+    pub fn with_separator(self, separator: u32) -> Result<Self> {
+        let refuse = |why: String| Err(Error::new(ErrorKind::Input, why));
+        let (origin, len) = (self.tokens.origin(), self.tokens.vocabulary().len());
+        if separator as usize >= len {
+            return refuse(format!(
+                "documents of {origin} cannot end in token {separator}: its vocabulary has {len}; take one below"
+            ));
+        }
+        let labels = |split: &Range<usize>| {
+            let mut tokens = vec![0; split.len().saturating_sub(1)];
+            self.tokens.copy(split.start, &mut tokens);
+            tokens.iter().filter(|t| **t != separator).count()
+        };
+        let (train, validation) = (labels(&self.split.train), labels(&self.split.validation));
+        for (name, split, labels) in [
+            ("training", &self.split.train, train),
+            ("validation", &self.split.validation, validation),
+        ] {
+            if labels == 0 && !split.is_empty() {
+                return refuse(format!(
+                    "every document in the {} tokens of the {name} split of {origin} is token {separator} by itself, which has no \
+                     label; name another end",
+                    split.len()
+                ));
+            }
+        }
+        Ok(Batches {
+            separator: Some(separator),
+            validation_labels: validation,
+            ..self
+        })
+    }
+
+    /// The token that ends a document, if rows hold several.
+    pub fn separator(&self) -> Option<u32> {
+        self.separator
+    }
+
+    /// The documents of rows of these tokens; none if a row is one.
+    pub fn documents(&self, tokens: &[u32]) -> Option<Documents> {
+        let separator = self.separator?;
+        let ends: Vec<bool> = tokens.iter().map(|t| *t == separator).collect();
+        Some(Documents::ending_at(self.context, &ends))
+    }
+
+    /// Labels in the batch of `step`, over which its loss is a mean; 1 if there are none, whose sum is 0.
+    pub fn labels(&self, step: u64) -> usize {
+        let all = self.rows * self.context;
+        if self.separator.is_none() {
+            return all;
+        }
+        let (mut tokens, mut labels) = (vec![0; all], vec![0; all]);
+        self.fill(step, 0..self.rows, &mut tokens, &mut labels);
+        labels.iter().filter(|l| **l != IGNORED).count().max(1)
     }
 
     /// Tokens per row: t.
@@ -145,18 +213,31 @@ impl Batches {
             let start = self.start(step, row);
             self.tokens.copy(start, tokens);
             self.tokens.copy(start + 1, labels);
+            self.ignore_ends(tokens, labels);
         }
     }
 
-    /// Number of labels in the validation split: each of its tokens but the first. The validation loss is the sum of the
-    /// losses of all windows divided by this.
+    /// The last token of a document has no label.
+    fn ignore_ends(&self, tokens: &[u32], labels: &mut [u32]) {
+        let ends = |(token, _): &(&u32, &mut u32)| Some(**token) == self.separator;
+        let last = tokens.iter().zip(labels).filter(ends);
+        last.for_each(|(_, label)| *label = IGNORED);
+    }
+
+    /// Number of labels in the validation split: each of its tokens but the first of a document. The validation loss is the sum of
+    /// the losses of all windows divided by this.
     pub fn validation_labels(&self) -> usize {
+        self.validation_labels
+    }
+
+    /// Tokens of the validation split that have another one behind them.
+    fn followed(&self) -> usize {
         self.split.validation.len().saturating_sub(1)
     }
 
-    /// Number of windows that cover the validation split: `ceil(validation_labels / t)`.
+    /// Number of windows that cover the validation split: one for each t of its tokens but the last, rounded up.
     pub fn validation_windows(&self) -> usize {
-        self.validation_labels().div_ceil(self.context)
+        self.followed().div_ceil(self.context)
     }
 
     /// Fills validation `windows`: `tokens` and `labels` are [windows, t].
@@ -170,15 +251,14 @@ impl Batches {
             .chunks_exact_mut(self.context)
             .zip(labels.chunks_exact_mut(self.context));
         for (window, (tokens, labels)) in windows.zip(outputs) {
-            let first = window
-                .saturating_mul(self.context)
-                .min(self.validation_labels());
-            let there = (self.validation_labels() - first).min(self.context);
+            let first = window.saturating_mul(self.context).min(self.followed());
+            let there = (self.followed() - first).min(self.context);
             let start = self.split.validation.start + first;
             // Nothing is copied past the last window, where an empty split has no token after its start.
             if there > 0 {
                 self.tokens.copy(start, &mut tokens[..there]);
                 self.tokens.copy(start + 1, &mut labels[..there]);
+                self.ignore_ends(&tokens[..there], &mut labels[..there]);
             }
             tokens[there..].fill(0);
             labels[there..].fill(IGNORED);
@@ -344,6 +424,58 @@ mod tests {
         );
         assert!(sentence(100, 0.9, 0, 2).contains("2 rows of 0 tokens"));
         assert!(sentence(100, 0.9, 2, 0).contains("0 rows of 2 tokens"));
+    }
+
+    #[test]
+    fn the_last_token_of_a_document_has_no_label() {
+        // Token i of the text is i: documents end in 103, of which there is one.
+        let tokens = counting(126);
+        let split = Split {
+            train: 0..100,
+            validation: 100..126,
+        };
+        let plain = Batches::new(tokens, split, 5, 4, 3).unwrap();
+        assert_eq!((plain.separator(), plain.labels(0)), (None, 20));
+        assert!(plain.documents(&[0; 5]).is_none());
+        let b = plain.clone().with_separator(103).unwrap();
+        assert_eq!(b.separator(), Some(103));
+        assert_eq!((b.validation_labels(), b.validation_windows()), (24, 5));
+        let (mut t, mut l) = ([0; 5], [0; 5]);
+        b.fill_validation(0..1, &mut t, &mut l);
+        assert_eq!(
+            (t, l),
+            ([100, 101, 102, 103, 104], [101, 102, 103, IGNORED, 105])
+        );
+        let documents = b.documents(&t).unwrap();
+        assert_eq!(documents.numbers(), [0, 0, 0, 0, 1]);
+        assert_eq!(documents.positions(), [0, 1, 2, 3, 0]);
+        let end = plain.start(0, 1) as u32 + 2;
+        let b = plain.with_separator(end).unwrap();
+        let (mut t, mut l) = ([0; 20], [0; 20]);
+        b.fill(0, 0..4, &mut t, &mut l);
+        assert_eq!((t[7], l[7]), (end, IGNORED));
+        let there = l.iter().filter(|l| **l != IGNORED).count();
+        assert_eq!(
+            (b.labels(0), t.iter().filter(|t| **t != end).count()),
+            (there, there)
+        );
+    }
+
+    #[test]
+    fn an_end_that_leaves_no_label_is_refused() {
+        let all_alike = Tokens::from_text(&[7; 40], Alphabet::Bytes, "sevens").unwrap();
+        let split = Split::new(40, 0.5).unwrap();
+        let b = Batches::new(Arc::new(all_alike), split, 4, 1, 0).unwrap();
+        let sentence = b.clone().with_separator(7).unwrap_err().to_string();
+        assert!(
+            sentence.contains("20 tokens of the training split of sevens is token 7 by itself"),
+            "{sentence}"
+        );
+        let sentence = b.with_separator(256).unwrap_err().to_string();
+        assert!(
+            sentence.contains("sevens cannot end in token 256: its vocabulary has 256"),
+            "{sentence}"
+        );
     }
 
     #[test]

@@ -5,6 +5,10 @@
 //! Everything here is arithmetic on strides; nothing grows with the number of chips, since a ghost mesh may have
 //! half a million.
 
+mod group;
+
+pub use group::Group;
+
 use crate::error::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -223,14 +227,7 @@ impl Mesh {
     #[track_caller]
     pub fn group_along(&self, rank: usize, axis: usize) -> Group {
         self.check(rank);
-        let (stride, size) = (self.stride(axis), self.axes[axis].size);
-        let index = rank / stride % size;
-        Group {
-            start: rank - index * stride,
-            stride,
-            size,
-            index,
-        }
+        Group::around(rank, self.stride(axis), self.axes[axis].size)
     }
 
     /// The rank `offset` chips further along `axis`, cyclic: -1 is the chip before, and beyond the last is the
@@ -324,96 +321,6 @@ fn pairs(
     f.pad(&text.join(","))
 }
 
-/// The chips along one axis, seen from one of them: `start, start + stride, ...`, `size` of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Group {
-    start: usize,
-    stride: usize,
-    size: usize,
-    index: usize,
-}
-
-impl Group {
-    /// Rank of the first member.
-    pub fn start(&self) -> usize {
-        self.start
-    }
-
-    /// Ranks between one member and the next.
-    pub fn stride(&self) -> usize {
-        self.stride
-    }
-
-    /// Number of members, at least 1.
-    pub fn size(&self) -> usize {
-        self.size
-    }
-
-    /// The position of the chip that asked, `0..size`.
-    pub fn index(&self) -> usize {
-        self.index
-    }
-
-    /// Rank of member `index`. Panics if there is no such member.
-    #[track_caller]
-    pub fn rank(&self, index: usize) -> usize {
-        assert!(
-            index < self.size,
-            "member {index} of a group of {}",
-            self.size
-        );
-        self.start + index * self.stride
-    }
-
-    /// The members' ranks in order.
-    pub fn ranks(&self) -> impl ExactSizeIterator<Item = usize> + DoubleEndedIterator + Clone {
-        let group = *self;
-        (0..group.size).map(move |index| group.start + index * group.stride)
-    }
-
-    /// The members that lie with the chip that asked in one block of `size` neighbours. Panics unless `size` divides the group.
-    #[track_caller]
-    pub fn block(&self, size: usize) -> Group {
-        self.check_part(size);
-        let index = self.index % size;
-        Group {
-            start: self.start + (self.index - index) * self.stride,
-            stride: self.stride,
-            size,
-            index,
-        }
-    }
-
-    /// The members at the same place as the chip that asked in the blocks of `size` neighbours. Panics unless `size` divides
-    /// the group.
-    #[track_caller]
-    pub fn across(&self, size: usize) -> Group {
-        self.check_part(size);
-        Group {
-            start: self.start + self.index % size * self.stride,
-            stride: self.stride * size,
-            size: self.size / size,
-            index: self.index / size,
-        }
-    }
-
-    #[track_caller]
-    fn check_part(&self, size: usize) {
-        assert!(
-            size > 0 && self.size.is_multiple_of(size),
-            "blocks of {size} in a group of {}",
-            self.size
-        );
-    }
-
-    /// Rank of the member `offset` places further on, cyclic.
-    pub fn peer(&self, offset: isize) -> usize {
-        let size = self.size as i128;
-        let index = (self.index as i128 + offset as i128).rem_euclid(size);
-        self.start + index as usize * self.stride
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -432,40 +339,6 @@ mod tests {
         assert_eq!(mesh.coordinates(17).along("ep"), 0);
         assert_eq!((mesh.size_of("tp"), mesh.size_of("ep")), (3, 1));
         assert!(mesh.has("pp") && !mesh.has("ep"));
-    }
-
-    #[test]
-    fn groups_partition_the_mesh() {
-        let mesh = Mesh::new([("dp", 2), ("tp", 3), ("pp", 4)]);
-        for (axis, name) in [(0, "dp"), (1, "tp"), (2, "pp")] {
-            for rank in 0..24 {
-                let group = mesh.group(rank, name);
-                let here = mesh.coordinates(rank);
-                let expected: Vec<usize> = (0..24)
-                    .filter(|&other| {
-                        let there = mesh.coordinates(other);
-                        (0..3).all(|i| i == axis || there[i] == here[i])
-                    })
-                    .collect();
-                assert_eq!(group.ranks().collect::<Vec<_>>(), expected);
-                assert_eq!(group.rank(group.index()), rank);
-                assert_eq!(group.index(), here[axis]);
-                assert_eq!(group, mesh.group_along(rank, axis));
-            }
-        }
-    }
-
-    #[test]
-    fn peers_are_cyclic() {
-        let mesh = Mesh::new([("dp", 2), ("tp", 3)]);
-        assert_eq!(mesh.peer(3, "tp", 1), 4);
-        assert_eq!(mesh.peer(3, "tp", -1), 5);
-        assert_eq!(mesh.peer(3, "tp", -7), 5);
-        assert_eq!(mesh.peer(3, "dp", 5), 0);
-        assert_eq!(mesh.peer(3, "tp", isize::MIN), {
-            let steps = (isize::MIN as i128).rem_euclid(3) as usize;
-            3 + steps
-        });
     }
 
     #[test]
@@ -534,21 +407,5 @@ mod tests {
     #[should_panic(expected = "rank 4 on the mesh dp=2,tp=2 of 4 chips")]
     fn a_rank_outside_panics() {
         Mesh::new([("dp", 2), ("tp", 2)]).coordinates(4);
-    }
-
-    #[test]
-    fn groups_have_blocks_and_rows_across_them() {
-        let mesh = Mesh::new([("cp", 6), ("tp", 2)]);
-        let group = mesh.group(9, "cp");
-        assert_eq!((group.index(), group.rank(4)), (4, 9));
-        let (block, across) = (group.block(2), group.across(2));
-        assert_eq!(
-            (block.ranks().collect::<Vec<_>>(), block.index()),
-            (vec![9, 11], 0)
-        );
-        assert_eq!(
-            (across.ranks().collect::<Vec<_>>(), across.index()),
-            (vec![1, 5, 9], 2)
-        );
     }
 }

@@ -1,0 +1,132 @@
+//! A new token attends over the latents of a cache as they are: the logits and texts are those with keys and values, for the
+//! operations that its formula says.
+
+use super::generate::{assert_near, generate, logits, mesh, on, texts, trained};
+use crate::tiny::{self, CONTEXT, VOCAB, deepseek, latent, training, world};
+use supernode::DType;
+use supernode::model::{Config, Latent, Transformer};
+use supernode::trace::Trace;
+
+const MESHES: [&str; 9] = [
+    "single",
+    "tp=2",
+    "tp=4",
+    "dp=2",
+    "dp=3",
+    "dp=2,tp=2",
+    "pp=2,tp=2",
+    "ep=2,tp=2",
+    "fsdp=2",
+];
+
+/// DeepSeek-V3's sizes of a head and a latent, on four heads: 576 elements a head of latents, where kernels have 256 at most.
+fn wide() -> Config {
+    let sizes = Latent {
+        q_rank: Some(24),
+        kv_rank: 512,
+        rope_dim: 64,
+        nope_dim: 128,
+        v_dim: 128,
+    };
+    Config {
+        latent: Some(sizes),
+        ffn: 64,
+        ..Config::llama(1, 32, 4, 4, VOCAB, CONTEXT)
+    }
+}
+
+fn models() -> [(&'static str, Config); 4] {
+    let straight = Latent {
+        q_rank: None,
+        v_dim: 6,
+        ..latent().latent.expect("it has one")
+    };
+    let straight = Config {
+        latent: Some(straight),
+        ..latent()
+    };
+    [
+        ("latent", latent()),
+        ("without a query latent", straight),
+        ("deepseek", deepseek()),
+        ("wide", wide()),
+    ]
+}
+
+fn model(config: &Config, absorbed: bool) -> Transformer {
+    let model = tiny::transformer(config.clone()).without_capacity();
+    model.with_absorbed_latents(absorbed)
+}
+
+#[test]
+fn logits_are_those_with_keys_and_values() {
+    for (name, config) in models() {
+        let want = on(name, "single", &model(&config, false), true);
+        let meshes = MESHES.into_iter();
+        let fits = |at: &&str| {
+            let stages = !at.contains("pp=") || config.layers > 1;
+            stages && (config.mixture.is_some() || !at.contains("ep="))
+        };
+        for at in meshes.filter(fits) {
+            let got = on(name, at, &model(&config, true), true);
+            assert_near(&got, &want, &format!("{name} on {at}"));
+            assert_ne!(got, want, "{name} on {at}: sums run in other orders");
+        }
+    }
+}
+
+#[test]
+fn in_bf16_they_agree_within_its_rounding() {
+    for (name, config) in models() {
+        let of = |absorbed| model(&config, absorbed).with_dtype(DType::Bf16);
+        let want = on(name, "single", &of(false), true);
+        for at in ["single", "tp=2"] {
+            let got = on(name, at, &of(true), true);
+            for (a, b) in got.iter().flatten().zip(want.iter().flatten()) {
+                for (a, b) in a.iter().zip(b) {
+                    // 8 bits of numbers of size 1, rounded at every product.
+                    assert!((a - b).abs() <= 0.02, "{name} on {at}: {a} {b}");
+                }
+            }
+        }
+    }
+}
+
+/// Operations of a chip's products.
+fn products(trace: &Trace) -> u64 {
+    let mut ops = trace.chip(0).ops.iter();
+    ops.find(|o| &*o.op == "matmul").expect("products").flops
+}
+
+#[test]
+fn a_token_costs_what_the_formula_says() {
+    let config = latent();
+    let l = config.latent.expect("it has one");
+    for (at, tp) in [("single", 1), ("tp=2", 2)] {
+        let of = |absorbed| {
+            let model = model(&config, absorbed);
+            let run = world(&mesh(at)).run(|chip| logits(&model, chip, true));
+            products(run.expect("a run").trace())
+        };
+        let (b, h, s) = (texts().len(), config.heads / tp, CONTEXT);
+        // With r + 1 elements of turned parts: one says whether a key is there.
+        let with = s * (2 * l.kv_rank + l.rope_dim + 1) + l.kv_rank * (l.nope_dim + l.v_dim);
+        let without = s * l.kv_rank * (l.nope_dim + l.v_dim);
+        // Five steps of one token behind the prompts.
+        let saved = 2 * 5 * config.layers * b * h * (without - with);
+        assert_eq!(of(false) - of(true), saved as u64, "{at}");
+    }
+}
+
+#[test]
+fn greedy_texts_are_the_same() {
+    for config in [latent(), deepseek()] {
+        let dir = tempfile::tempdir().expect("a directory");
+        trained(dir.path(), "single", &training(config, 8, 30));
+        // Over cp keys and values are made of each chip's part of the cache.
+        let want = generate(dir.path(), "cp=2", &texts(), 5, 0.0);
+        for at in ["single", "tp=2", "dp=2", "dp=2,tp=2"] {
+            assert_eq!(generate(dir.path(), at, &texts(), 5, 0.0), want, "{at}");
+        }
+    }
+}
