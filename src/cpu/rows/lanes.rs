@@ -129,7 +129,7 @@ pub(crate) fn fold<S: Simd, const N: usize, const M: usize>(
         let mut group = [&[0.0; GROUP]; N];
         for (group, x) in group.iter_mut().zip(whole) {
             *group = &x[at];
-            ahead::<S, GROUP, _>(s, x[at].as_ptr());
+            ahead_by::<S, GROUP, _>(s, x[at].as_ptr(), AHEAD_OF_FOLD);
         }
         fold_group(s, group, &mut sums, &f);
     }
@@ -184,10 +184,20 @@ fn groups<T, const N: usize>(n: usize, x: [&[T]; N]) -> ([&[[T; GROUP]]; N], [&[
 /// fast, bf16 GELU 1.8 times. What is widened to, or narrowed from, mostly lies in the first cache, and is not asked for.
 const AHEAD: usize = 4096;
 
+/// The same for folds, which only read: there half as far is better (the sum of exponentials of 128k columns 1.0 instead of 1.2
+/// times a stream from memory; half of that again 1.1, and so is not asking at all).
+const AHEAD_OF_FOLD: usize = 2048;
+
 /// Asks for the cache lines of `N` elements, `AHEAD` bytes behind `p`; they need not exist.
 #[inline(always)]
 pub(crate) fn ahead<S: Simd, const N: usize, T>(s: S, p: *const T) {
-    let p = p.cast::<u8>().wrapping_add(AHEAD);
+    ahead_by::<S, N, T>(s, p, AHEAD);
+}
+
+/// [`ahead`] by a distance of its own.
+#[inline(always)]
+fn ahead_by<S: Simd, const N: usize, T>(s: S, p: *const T, bytes: usize) {
+    let p = p.cast::<u8>().wrapping_add(bytes);
     for line in (0..N * size_of::<T>()).step_by(64) {
         s.prefetch(p.wrapping_add(line));
     }

@@ -71,7 +71,7 @@ impl Data {
             Data::F16(x) => x.iter().map(|x| x.to_f64()).collect(),
         }
     }
-    fn f32(&self) -> Vec<f32> {
+    pub(crate) fn f32(&self) -> Vec<f32> {
         self.f64().iter().map(|&x| x as f32).collect()
     }
     fn roundoff(&self) -> f64 {
