@@ -77,7 +77,8 @@
 //! # The order of sums
 //!
 //! It is part of the contract: an element of a matrix product is one chain of fused multiply-adds over ascending k, row sums
-//! use 32 virtual lanes and a fixed tree, sums over chips a fixed binary tree over ranks. So a run repeats bit for bit on any
+//! use 32 virtual lanes and a fixed tree, the gradients of a norm's parameters add the sums of 32 rows each (fewer where rows have more
+//! than 2048 elements), sums over chips follow a fixed binary tree over ranks. So a run repeats bit for bit on any
 //! number of threads and any instruction set.
 //!
 //! One exception: where the processor has a matrix unit (Intel's AMX), products of bf16 by bf16 run there and are summed

@@ -18,7 +18,8 @@ pub(crate) mod simd;
 pub enum Accum {
     /// The result replaces them; they are never read.
     Replace,
-    /// The sum resumes from them: the same bits as one longer sum.
+    /// The sum resumes from them: the same bits as one longer sum (for parameters of norms, where it resumes at a multiple of 32
+    /// rows).
     Add,
 }
 

@@ -10,22 +10,29 @@ use crate::cpu::simd::{Kernel, Simd, dispatch, isa};
 use crate::dtype::{Slice, SliceMut};
 use std::ops::Range;
 
-/// Elements of x in a block of rows, about: x, dy and dx stay in the second cache between the gradients of inputs and those of
+/// Elements of x in a block of rows at most: x, dy and dx stay in the second cache between the gradients of inputs and those of
 /// parameters.
-const NEAR: usize = 32 * 1024;
-/// Rows of a block at least, beside which its sums are few.
-const FEWEST: usize = 16;
-/// Blocks whose sums wait for one another at a time.
-const WAITING: usize = 64;
+const NEAR: usize = 64 * 1024;
+/// Rows of a block, where they are not too long: the tokens of a micro-batch are mostly a multiple, and its sums few beside it.
+const ROWS: usize = 32;
+/// Elements of blocks whose sums wait for one another.
+const WAITING: usize = 1 << 21;
 
-/// Rows of a block: from the width alone, since they decide the order of sums.
+/// Rows of a block: from the width alone, since they decide the order of sums. A power of two from 4 to 32.
 fn block_rows(c: usize) -> usize {
-    (NEAR / c).max(FEWEST) / STRIP * STRIP
+    let fits = (NEAR / c).clamp(STRIP, ROWS);
+    1 << fits.ilog2()
+}
+
+/// Blocks whose sums wait for one another at a time.
+fn waiting(c: usize) -> usize {
+    (WAITING / (block_rows(c) * c)).max(1)
 }
 
 /// All gradients, in one pass over memory: blocks of rows, for each block first dx by rows, then the sums by columns. A parameter's
-/// sum adds those of the blocks in ascending order, each of them one chain over its rows. (One chain over all rows would have
-/// the threads meet twice a block: on two of them it took 1.6 times a stream.)
+/// sum adds those of the blocks in ascending order, each of them one chain over its rows; so [`Accum::Add`] gives the bits of one
+/// call where it resumes at a multiple of [`block_rows`]. (One chain over all rows had the threads meet twice a block: on
+/// two of them it took 1.6 times a stream.)
 #[allow(clippy::too_many_arguments)]
 pub(super) fn backward(
     dy: Slice,
@@ -84,8 +91,9 @@ pub(super) fn backward(
 /// dx, and the gradients of the weight and, if M is 2, of the bias, added to `sums`.
 fn by_blocks<const M: usize>(all: &Backward, mut dx: Option<SliceMut>, mut sums: [&mut [f32]; M]) {
     let (c, rows, block) = (all.c, all.rstd.len(), block_rows(all.c));
-    for first in (0..rows).step_by(WAITING * block) {
-        let part_of_all = first..rows.min(first + WAITING * block);
+    let step = waiting(c) * block;
+    for first in (0..rows).step_by(step) {
+        let part_of_all = first..rows.min(first + step);
         let count = part_of_all.len().div_ceil(block);
         let kernel = Blocks::<M> {
             rows: block,
@@ -341,7 +349,7 @@ mod tests {
     fn gradients_of_parameters_add_the_sums_of_blocks_in_order() {
         let c = 2050;
         let block = block_rows(c);
-        let r = (WAITING + 1) * block + 3;
+        let r = (waiting(c) + 1) * block + 3;
         let [x, dy] = ["x", "dy"].map(|name| Data::random(DType::F32, name, r * c, 1.0));
         let [mean, rstd] =
             ["mean", "rstd"].map(|name| Data::random(DType::F32, name, r, 1.0).f32());
@@ -384,7 +392,7 @@ mod tests {
                 "column {j}"
             );
         }
-        for (threads, cut) in [(2, r), (3, r), (2, 2 * block), (1, WAITING * block)] {
+        for (threads, cut) in [(2, r), (3, r), (2, 2 * block), (1, waiting(c) * block)] {
             assert!(
                 got == run(threads, cut),
                 "{threads} threads, cut before row {cut}"
