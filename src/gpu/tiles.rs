@@ -8,6 +8,7 @@ use super::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Kinds of adapters that want shapes of their own.
@@ -27,6 +28,14 @@ impl Class {
             "software" => Class::Software,
             "discrete" => Class::Discrete,
             _ => Class::Integrated,
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Class::Software => "software",
+            Class::Discrete => "discrete",
+            Class::Integrated => "integrated",
         }
     }
 }
@@ -218,29 +227,50 @@ impl fmt::Display for Shape {
     }
 }
 
-impl Tiles {
-    /// The table's shapes for a device: those of the user's file, if a file is named.
-    pub(super) fn of(device: &Device) -> Result<Arc<Self>> {
-        let table = match std::env::var_os(FILE) {
-            None => Table::built_in(),
-            Some(path) => {
-                let wrong = |why: String| {
-                    let what = format!(
-                        "{FILE} names {}, which is no table of tiles: {why}; `supernode bench --backend gpu --tune` writes one",
-                        path.display()
-                    );
-                    Error::new(ErrorKind::Input, what)
-                };
-                let text = std::fs::read_to_string(&path).map_err(|e| wrong(e.to_string()))?;
-                Table::read(&text).map_err(wrong)?
-            }
-        };
-        Ok(Arc::new(table.class(Class::of(&device.about)).clone()))
+/// A table's part for one device, and where the table is written.
+pub(super) struct Chosen {
+    pub(super) tiles: Arc<Tiles>,
+    pub(super) table: String,
+}
+
+impl Chosen {
+    /// For a device: of the user's file, if a file is named.
+    pub(super) fn of(device: &Device) -> Result<Self> {
+        let class = Class::of(&device.about);
+        match std::env::var_os(FILE) {
+            None => Ok(Self::built_in(class)),
+            Some(path) => Self::in_file(Path::new(&path), class),
+        }
     }
 
+    pub(super) fn built_in(class: Class) -> Self {
+        Chosen {
+            tiles: Arc::new(Table::built_in().class(class).clone()),
+            table: "built in".into(),
+        }
+    }
+
+    fn in_file(path: &Path, class: Class) -> Result<Self> {
+        let wrong = |why: String| {
+            let what = format!(
+                "{FILE} names {}, which is no table of tiles: {why}; `supernode bench --backend gpu --tune` writes one",
+                path.display()
+            );
+            Error::new(ErrorKind::Input, what)
+        };
+        let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
+        let table = Table::read(&text).map_err(wrong)?;
+        Ok(Chosen {
+            tiles: Arc::new(table.class(class).clone()),
+            table: path.display().to_string(),
+        })
+    }
+}
+
+impl Tiles {
     #[cfg(test)]
     pub(crate) fn known(class: Class) -> Arc<Self> {
-        Arc::new(Table::built_in().class(class).clone())
+        Chosen::built_in(class).tiles
     }
 
     fn check(&self) -> std::result::Result<(), String> {
