@@ -6,7 +6,7 @@
 //! | `chip` | memory, and the commands recorded until somebody asks for a value |
 //! | `shader`, `template`, `library` | WGSL sources by element type; this crate's own |
 //! | `launch`, `watch` | running a kernel, a user's own too; how long it took |
-//! | `tiles`, `tune`, `choices` | how products are cut up, by kind of adapter, and how they were |
+//! | `tiles`, `written`, `tune`, `choices` | how products are cut up, by kind of adapter, and how they were |
 //! | `kept` | compiled pipelines on disk |
 //! | `limits` | what a device could do at best |
 //! | `rows`, `products`, `matrices`, `attention`, `mixture` | what ops call |
@@ -34,6 +34,7 @@ mod tests;
 mod tiles;
 mod tune;
 mod watch;
+mod written;
 
 pub use adapter::{Adapter, adapters, advice};
 pub(crate) use attention::*;
