@@ -154,7 +154,9 @@ mod tests {
             "grup",
             "unknown field",
         );
-        wrong("tiles = [", "tiles = []\n# [", "tiles", "at least one");
+        let at = BUILT_IN.find("tiles = [").expect("tiles");
+        let end = at + BUILT_IN[at..].find("\n]").expect("their end") + 2;
+        wrong(&BUILT_IN[at..end], "tiles = []", "tiles", "at least one");
     }
 
     #[test]

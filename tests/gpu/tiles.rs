@@ -14,7 +14,7 @@ fn program(chip: &Chip) {
         ("long", [8, 4096, 8]),
     ] {
         let loss = chip.record(|| {
-            let x = chip.input(name, [m, k], [Shard(0)], &FromIndex(|i| (i % 5) as f32));
+            let x = chip.input("x", [m, k], [Shard(0)], &FromIndex(|i| (i % 5) as f32));
             let w = chip.parameter(name, [k, n], [Replicate], Init::ones());
             x.matmul(&w).sum()
         });
@@ -121,7 +121,7 @@ mod command {
     use std::process::{Command, Output};
     use supernode::trace::Trace;
 
-    const ONE: &str = "fill = 4\npart = 512\nlanes = []\ntiles = [\n    { group = [8, 8], each = [1, 1], depth = 8, rate = 1.0 },\n]\n";
+    const ONE: &str = "fill = 4\npart = 512\nlanes = []\ntiles = [\n    { group = [8, 8], each = [2, 1], depth = 32, rate = 1.0 },\n]\n";
 
     /// A table with the same tile for every adapter.
     fn table() -> String {
@@ -186,7 +186,7 @@ mod command {
         let table = |trace: &Trace| trace.chip(0).tiles.clone().expect("a table");
         assert_eq!(table(&plain).table, "built in");
         assert_eq!(table(&named).table, "one.toml");
-        let one = "tile 32x32, group 8x8, depth 8";
+        let one = "tile 64x32, group 8x8, depth 32";
         let products = &named.chip(0).products;
         assert!(products.len() > 5, "{products:?}");
         assert!(products.iter().all(|p| p.tile == one), "{products:?}");
@@ -218,13 +218,13 @@ mod command {
         let folder = folder();
         for (from, to, says) in [
             (
-                "depth = 8",
-                "deep = 8",
+                "depth = 32",
+                "deep = 32",
                 "line 6, field 'deep': unknown field `deep`",
             ),
             (
-                "depth = 8",
-                "depth = 6",
+                "depth = 32",
+                "depth = 30",
                 "line 6, field 'tiles': group [8, 8]",
             ),
             ("fill = 4", "fill = four", "line 2, field 'fill': "),
