@@ -2,10 +2,12 @@
 //!
 //! A machine without one leaves these cases out and says so; where `SUPERNODE_REQUIRE_GPU` is set, that is a failure.
 
+mod tiles;
+
 use crate::parity::models::check_on;
 use crate::tiny::{
-    assert_close, batches, bits, deepseek, gpt2, llama, losses, mixture, models, models_of_three,
-    training, world, world_on,
+    assert_close, batches, bits, deepseek, gpt2, latent, llama, losses, mixture, models,
+    models_of_three, training, world, world_on,
 };
 use supernode::mesh::Mesh;
 use supernode::model::{Config, ContextMethod};
@@ -166,6 +168,66 @@ fn rings_agree_with_the_textbook() {
 fn decoding_over_a_cache_has_the_processors_logits() {
     let Some(gpu) = gpu() else { return };
     crate::train::generate::check_on(&gpu);
+}
+
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn decoding_over_latents_has_the_processors_logits_with_keys_and_values() {
+    let Some(gpu) = gpu() else { return };
+    crate::train::absorbed::check_on(&gpu);
+}
+
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn packed_documents_have_the_processors_losses_and_see_no_other() {
+    let Some(gpu) = gpu() else { return };
+    crate::train::documents::check_on(&gpu);
+}
+
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn packed_documents_train_as_one_chip_does() {
+    let cut =
+        |method| move |t: &mut Training| t.model = t.model.clone().with_context_method(method);
+    for (name, config) in [("llama", llama()), ("latent", latent())] {
+        let plain = crate::train::documents::packed(config, 4, 6);
+        for mesh in ["single", "dp=2", "tp=2"] {
+            split_agrees(&format!("packed {name}"), &plain, mesh, cut(None));
+        }
+        for method in [ContextMethod::Ring, ContextMethod::Ulysses] {
+            let what = format!("packed {name} by {method}");
+            split_agrees(&what, &plain, "cp=2", cut(Some(method)));
+        }
+    }
+}
+
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn collective_matmuls_train_as_one_chip_does() {
+    let Some(gpu) = gpu() else { return };
+    let beside = crate::train::collective_matmul::beside;
+    for (name, config) in [("gpt2", gpt2()), ("llama", llama())] {
+        let plain = training(config, 4, 6);
+        for mesh in ["tp=2", "dp=2,tp=2"] {
+            let what = format!("collective matmul, {name}");
+            split_agrees(&what, &plain, mesh, |t| *t = beside(t));
+        }
+        let mesh = Mesh::new([("tp", 2)]);
+        let run = || losses(&beside(&plain), &world_on(&mesh, gpu.clone()));
+        assert_eq!(bits(&run()), bits(&run()), "two runs of {name}");
+    }
 }
 
 #[test]

@@ -42,11 +42,11 @@ mod spmd {
 }
 
 mod train {
-    mod absorbed;
+    pub(crate) mod absorbed;
     mod buckets;
-    mod collective_matmul;
+    pub(crate) mod collective_matmul;
     mod context;
-    mod documents;
+    pub(crate) mod documents;
     pub(crate) mod generate;
     mod gradients;
     mod latent;

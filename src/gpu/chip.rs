@@ -5,8 +5,9 @@
 //! numbers of dispatches, which have a buffer of their own that is written once, as a whole, before each submission.
 
 use super::adapter::{self, Adapter};
+use super::choices::Choice;
 use super::device::Device;
-use super::tiles::Tiles;
+use super::tiles::{Chosen, Tiles};
 use super::watch::Watch;
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::BTreeMap;
@@ -50,6 +51,10 @@ pub(super) struct Inner {
     watch: Mutex<Option<Watch>>,
     /// How products and attention are cut up here.
     tiles: Arc<Tiles>,
+    /// Where that is written.
+    pub(super) table: String,
+    /// How products were cut up, where that is kept.
+    pub(super) choices: Mutex<Option<Vec<Choice>>>,
 }
 
 impl Drop for Inner {
@@ -108,21 +113,24 @@ impl Chip {
     /// [`ErrorKind::Device`] if there is no such adapter or it cannot be opened.
     pub fn open(index: usize) -> Result<Self> {
         let device = adapter::open(index)?;
-        let tiles = Tiles::of(&device)?;
+        let tiles = Chosen::of(&device)?;
         Ok(Self::with_tiles(device, tiles))
     }
 
     /// The same with products and attention cut up as on another kind of adapter.
     #[cfg(test)]
     pub(crate) fn open_as(index: usize, class: super::tiles::Class) -> Result<Self> {
-        Ok(Self::with_tiles(adapter::open(index)?, Tiles::known(class)))
+        Ok(Self::with_tiles(
+            adapter::open(index)?,
+            Chosen::built_in(class),
+        ))
     }
 
     /// A chip on a device that nobody else has.
     #[cfg(test)]
     pub(crate) fn open_alone(index: usize) -> Result<Self> {
         let device = adapter::open_anew(index)?;
-        let tiles = Tiles::of(&device)?;
+        let tiles = Chosen::of(&device)?;
         Ok(Self::with_tiles(Arc::new(device), tiles))
     }
 
@@ -132,7 +140,7 @@ impl Chip {
         self.device().device.destroy();
     }
 
-    fn with_tiles(device: Arc<Device>, tiles: Arc<Tiles>) -> Self {
+    fn with_tiles(device: Arc<Device>, chosen: Chosen) -> Self {
         let numbers = device.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("numbers"),
             size: (GATHERED * SLOT) as u64,
@@ -145,7 +153,9 @@ impl Chip {
             recording: Mutex::default(),
             pool: Mutex::default(),
             watch: Mutex::default(),
-            tiles,
+            tiles: chosen.tiles,
+            table: chosen.table,
+            choices: Mutex::default(),
         }))
     }
 

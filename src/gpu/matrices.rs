@@ -33,6 +33,11 @@ pub(super) fn fit([m, n, k]: [usize; 3], a: &Matrix, b: &Matrix) -> bool {
     whole && k > 0 && halves(a) && halves(b)
 }
 
+/// The kernel's name in a trace.
+pub(super) fn described() -> String {
+    format!("cooperative matrices {COVERS}x{COVERS} of {LISTED}")
+}
+
 /// sums = a b, in f32.
 pub(super) fn product(
     batch: usize,

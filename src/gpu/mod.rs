@@ -6,7 +6,8 @@
 //! | `chip` | memory, and the commands recorded until somebody asks for a value |
 //! | `shader`, `template`, `library` | WGSL sources by element type; this crate's own |
 //! | `launch`, `watch` | running a kernel, a user's own too; how long it took |
-//! | `tiles`, `tune`, `kept` | how products are cut up, by kind of adapter; compiled pipelines on disk |
+//! | `tiles`, `written`, `tune`, `choices` | how products are cut up, by kind of adapter, and how they were |
+//! | `kept` | compiled pipelines on disk |
 //! | `limits` | what a device could do at best |
 //! | `rows`, `products`, `matrices`, `attention`, `mixture` | what ops call |
 //!
@@ -16,6 +17,7 @@
 mod adapter;
 mod attention;
 mod chip;
+mod choices;
 mod device;
 mod kept;
 mod launch;
@@ -32,11 +34,13 @@ mod tests;
 mod tiles;
 mod tune;
 mod watch;
+mod written;
 
 pub use adapter::{Adapter, adapters, advice};
 pub(crate) use attention::*;
 pub use chip::Chip;
 pub(crate) use chip::{Block, fail};
+pub(crate) use choices::Choice;
 pub use launch::{Launch, Number, Operand};
 pub(crate) use mixture::*;
 pub(crate) use products::*;

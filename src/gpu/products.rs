@@ -73,10 +73,12 @@ pub(crate) fn matmul(
     if matrices::fit([m, n, k], &a, &b)
         && let Some(subgroup) = chip.device().matrices(&chip)
     {
+        chip.chose(batch, [m, n, k], None);
         return by_matrices(subgroup, batch, [m, n, k], [a, b], c, add, after);
     }
     let shapes = chip.tiles().shapes(chip.device());
     let plan = chip.tiles().plan(&shapes, batch, [m, n, k]);
+    chip.chose(batch, [m, n, k], Some(&plan));
     matmul_as(plan, batch, [m, n, k], a, b, c, add, after);
 }
 

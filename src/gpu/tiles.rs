@@ -6,8 +6,9 @@
 use super::adapter::Adapter;
 use super::device::Device;
 use crate::error::{Error, ErrorKind, Result};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Kinds of adapters that want shapes of their own.
@@ -29,10 +30,18 @@ impl Class {
             _ => Class::Integrated,
         }
     }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Class::Software => "software",
+            Class::Discrete => "discrete",
+            Class::Integrated => "integrated",
+        }
+    }
 }
 
 /// A tile through workgroup memory.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Tile {
     /// Invocations of a group, down and across.
@@ -56,15 +65,21 @@ impl Tile {
         if side(0) && side(1) && deep && self.rate > 0.0 && self.rate.is_finite() {
             return Ok(());
         }
+        let Tile {
+            group,
+            each,
+            depth,
+            rate,
+        } = self;
         Err(format!(
-            "{self:?}: fours along a side are a power of two, `depth` a multiple of 4, and the group's invocations divide \
-             depth / 4 times the fours of each side; the rate is above 0"
+            "group {group:?}, each {each:?}, depth {depth}, rate {rate}: fours along a side are a power of two, `depth` a \
+             multiple of 4, and the group's invocations divide depth / 4 times the fours of each side; the rate is above 0"
         ))
     }
 }
 
 /// A tile of one subgroup.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Strip {
     /// Rows of sums by LANES.
@@ -74,9 +89,22 @@ pub(crate) struct Strip {
     pub(crate) rate: f64,
 }
 
+impl Strip {
+    /// A sentence if no kernel can take it.
+    pub(crate) fn check(&self) -> std::result::Result<(), String> {
+        let known = matches!((self.down, self.across), (1 | 4, 1 | 2));
+        if known && self.rate > 0.0 && self.rate.is_finite() {
+            return Ok(());
+        }
+        let Strip { down, across, rate } = self;
+        Err(format!(
+            "down {down}, across {across}, rate {rate}: down is 1 or 4, across 1 or 2, the rate above 0"
+        ))
+    }
+}
+
 /// How products are cut up on one kind of adapter.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Tiles {
     /// Groups that keep the adapter busy.
     pub(crate) fill: usize,
@@ -87,8 +115,7 @@ pub(crate) struct Tiles {
 }
 
 /// The whole table.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Table {
     pub(crate) software: Tiles,
     pub(crate) discrete: Tiles,
@@ -138,18 +165,6 @@ pub(crate) struct Plan {
 }
 
 impl Table {
-    pub(crate) fn read(text: &str) -> std::result::Result<Self, String> {
-        let table: Table = toml::from_str(text).map_err(|e| e.to_string())?;
-        for (name, tiles) in [
-            ("software", &table.software),
-            ("discrete", &table.discrete),
-            ("integrated", &table.integrated),
-        ] {
-            tiles.check().map_err(|why| format!("{name}: {why}"))?;
-        }
-        Ok(table)
-    }
-
     pub(crate) fn built_in() -> Self {
         Self::read(BUILT_IN).unwrap_or_else(|e| panic!("src/gpu/tiles.toml: {e}"))
     }
@@ -218,51 +233,50 @@ impl fmt::Display for Shape {
     }
 }
 
-impl Tiles {
-    /// The table's shapes for a device: those of the user's file, if a file is named.
-    pub(super) fn of(device: &Device) -> Result<Arc<Self>> {
-        let table = match std::env::var_os(FILE) {
-            None => Table::built_in(),
-            Some(path) => {
-                let wrong = |why: String| {
-                    let what = format!(
-                        "{FILE} names {}, which is no table of tiles: {why}; `supernode bench --backend gpu --tune` writes one",
-                        path.display()
-                    );
-                    Error::new(ErrorKind::Input, what)
-                };
-                let text = std::fs::read_to_string(&path).map_err(|e| wrong(e.to_string()))?;
-                Table::read(&text).map_err(wrong)?
-            }
-        };
-        Ok(Arc::new(table.class(Class::of(&device.about)).clone()))
+/// A table's part for one device, and where the table is written.
+pub(super) struct Chosen {
+    pub(super) tiles: Arc<Tiles>,
+    pub(super) table: String,
+}
+
+impl Chosen {
+    /// For a device: of the user's file, if a file is named.
+    pub(super) fn of(device: &Device) -> Result<Self> {
+        let class = Class::of(&device.about);
+        match std::env::var_os(FILE) {
+            None => Ok(Self::built_in(class)),
+            Some(path) => Self::in_file(Path::new(&path), class),
+        }
     }
 
+    pub(super) fn built_in(class: Class) -> Self {
+        Chosen {
+            tiles: Arc::new(Table::built_in().class(class).clone()),
+            table: "built in".into(),
+        }
+    }
+
+    fn in_file(path: &Path, class: Class) -> Result<Self> {
+        let wrong = |why: String| {
+            let what = format!(
+                "{FILE} names {}, which is no table of tiles: {why}; `supernode bench --backend gpu --tune` writes one",
+                path.display()
+            );
+            Error::new(ErrorKind::Input, what)
+        };
+        let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
+        let table = Table::read(&text).map_err(wrong)?;
+        Ok(Chosen {
+            tiles: Arc::new(table.class(class).clone()),
+            table: path.display().to_string(),
+        })
+    }
+}
+
+impl Tiles {
     #[cfg(test)]
     pub(crate) fn known(class: Class) -> Arc<Self> {
-        Arc::new(Table::built_in().class(class).clone())
-    }
-
-    fn check(&self) -> std::result::Result<(), String> {
-        let fine = |rate: f64| rate > 0.0 && rate.is_finite();
-        if self.fill == 0 || self.part == 0 || !self.part.is_multiple_of(4) {
-            return Err(format!(
-                "fill {} and part {}: at least 1, and a multiple of 4",
-                self.fill, self.part
-            ));
-        }
-        for s in &self.lanes {
-            if !matches!((s.down, s.across), (1 | 4, 1 | 2)) || !fine(s.rate) {
-                return Err(format!(
-                    "{s:?}: down is 1 or 4, across 1 or 2, the rate above 0"
-                ));
-            }
-        }
-        self.tiles.iter().try_for_each(Tile::check)?;
-        if self.tiles.is_empty() {
-            return Err("at least one tile is needed".into());
-        }
-        Ok(())
+        Chosen::built_in(class).tiles
     }
 
     /// The shapes that a device can run: strips need subgroups of a known size, tiles room in workgroup memory.
@@ -320,20 +334,5 @@ mod tests {
         let deep = tiles.plan(&all, 1, [64, 64, 65536]);
         assert_eq!((deep.shape.covers(), deep.parts), ([32, 32], 66));
         assert_eq!(tiles.plan(&all, 0, [0, 0, 0]).parts, 1);
-    }
-
-    #[test]
-    fn a_table_that_no_kernel_can_follow_is_refused() {
-        let wrong = |from: &str, to: &str, says: &str| {
-            let why = Table::read(&BUILT_IN.replacen(from, to, 1)).expect_err(to);
-            assert!(why.contains(says), "{why}");
-        };
-        wrong("fill = 4", "fill = 0", "fill 0");
-        wrong("part = 512", "part = 511", "multiple of 4");
-        wrong("down = 4", "down = 3", "down is 1 or 4");
-        wrong("depth = 32", "depth = 30", "multiple of 4");
-        wrong("group = [16, 16]", "group = [12, 16]", "power of two");
-        wrong("rate = 1.0", "rate = -1.0", "above 0");
-        wrong("fill = 4", "fil = 4", "fil");
     }
 }

@@ -3,7 +3,7 @@
 
 use super::resolve::{Resolved, resolve};
 use super::sharded::Tracked;
-use super::{Chip, Sharded};
+use super::{Chip, Sharded, products};
 use crate::dtype::TensorType;
 use crate::ops::{self, Cost, Local, Op, Site};
 use crate::placement::Placements;
@@ -151,6 +151,7 @@ impl Chip {
             duration_ns: end - start_ns,
         });
         let mut recorder = self.recorder();
+        let products = products::since_the_event_before(self.memory(), &mut recorder);
         let event = Event {
             kind: told.kind,
             op: told.op,
@@ -167,6 +168,7 @@ impl Chip {
             memory,
             ticket: told.ticket,
             time,
+            products,
         };
         recorder.push(event);
     }

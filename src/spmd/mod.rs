@@ -21,7 +21,7 @@
 //! | `bucket` | gradients of several small parameters in one all-reduce |
 //! | `execute` | walks a collective's list of steps over a wire |
 //! | `exchange` | the wire between threads: messages, waits, diagnosis |
-//! | `device` | what a chip computes on |
+//! | `device`, `products` | what a chip computes on; how products were cut up there |
 //! | `threads`, `ghost` | the worlds |
 
 mod apply;
@@ -41,6 +41,7 @@ mod message;
 mod mixed;
 mod overlap;
 mod parameter;
+mod products;
 mod recompute;
 mod redistribute;
 mod reshape;

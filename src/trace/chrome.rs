@@ -1,7 +1,7 @@
 //! Events in Chrome's trace format ("Trace Event Format"), which Perfetto opens too: a process per chip, a thread per
 //! stream. A ghost has no times; its events are a microsecond long, one after another, so that their order can be seen.
 
-use super::{ChipTrace, Stream, Trace};
+use super::{ChipTrace, Product, Stream, Trace};
 use crate::mesh::Axis;
 use serde_json::{Value as Json, json};
 
@@ -23,6 +23,10 @@ impl Trace {
             out.push(
                 json!({"ph": "M", "name": "process_name", "pid": number, "args": {"name": name}}),
             );
+            if let Some(tiles) = &class.chip.tiles {
+                let labels = tiles.to_string();
+                out.push(json!({"ph": "M", "name": "process_labels", "pid": number, "args": {"labels": labels}}));
+            }
             chip_events(&class.chip, number, &mut out);
         }
         out
@@ -48,6 +52,10 @@ fn chip_events(chip: &ChipTrace, pid: usize, out: &mut Vec<Json>) {
         if let Some(t) = &event.traffic {
             args["axis"] = json!(t.axis);
             args["sent_bytes"] = json!(t.bytes);
+        }
+        if !event.products.is_empty() {
+            let cut: Vec<String> = chip.products_of(event).map(Product::to_string).collect();
+            args["products"] = json!(cut);
         }
         let thread = match event.stream {
             Stream::Compute => 0,

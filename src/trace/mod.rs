@@ -9,9 +9,11 @@
 
 mod chrome;
 mod file;
+mod products;
 mod recorder;
 mod summary;
 
+pub use products::{Product, Shape, Tiles};
 pub use recorder::Recorder;
 pub use summary::{CollectiveTotal, OpTotal};
 
@@ -146,10 +148,13 @@ pub struct Event {
     pub ticket: Option<u64>,
     /// When it ran; none in a ghost.
     pub time: Option<Time>,
+    /// Indices into [`ChipTrace::products`]: its products, in order, where the chip's device chooses how they are cut up.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub products: Vec<u32>,
 }
 
 impl Event {
-    /// True if both did the same, whenever they did it.
+    /// True if both did the same, whenever they did it and however its products were cut up.
     pub fn same(&self, other: &Event) -> bool {
         let key = |e: &Event| {
             (
@@ -198,6 +203,12 @@ pub struct ChipTrace {
     pub peak_bytes: u64,
     /// Largest scratch of any op, in bytes.
     pub peak_scratch_bytes: u64,
+    /// What products are cut up by on a graphics processor; none on a processor and in a ghost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tiles: Option<Tiles>,
+    /// The products of the whole run by their sizes, with the tile that each took; empty where `tiles` is none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub products: Vec<Product>,
 }
 
 impl ChipTrace {
@@ -217,7 +228,8 @@ impl ChipTrace {
         &self.sites[event.site as usize]
     }
 
-    /// The first place where two chips' kept events differ, as a sentence.
+    /// The first place where two chips' kept events differ, as a sentence. How products were cut up is compared where both
+    /// chips have a table of tiles: a ghost stands for any device and has none.
     pub fn difference(&self, other: &ChipTrace) -> Option<String> {
         let (a, b) = (self.events().count(), other.events().count());
         for (i, (x, y)) in self.events().zip(other.events()).enumerate() {
@@ -232,6 +244,9 @@ impl ChipTrace {
                     named(self, x),
                     named(other, y)
                 ));
+            }
+            if let Some(tiles) = self.difference_of_tiles(x, other, y) {
+                return Some(format!("event {i} differs: {tiles}"));
             }
         }
         if a != b {

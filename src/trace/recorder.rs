@@ -1,6 +1,6 @@
 //! Writes one chip's trace while it runs.
 
-use super::{ChipTrace, Event, EventKind, Step, Time};
+use super::{ChipTrace, Event, EventKind, Product, Step, Tiles, Time};
 use std::collections::HashMap;
 use std::panic::Location;
 use std::sync::Arc;
@@ -11,6 +11,7 @@ pub struct Recorder {
     trace: ChipTrace,
     scopes: HashMap<Arc<str>, u32>,
     sites: HashMap<(&'static str, u32), u32>,
+    products: HashMap<Product, u32>,
     open_scopes: Vec<u32>,
     in_step: bool,
 }
@@ -88,6 +89,27 @@ impl Recorder {
     /// The name of a place in the source.
     pub fn site_name(&self, site: u32) -> Arc<str> {
         self.trace.sites[site as usize].clone()
+    }
+
+    /// Says what the chip's products are cut up by.
+    pub fn cut_up_by(&mut self, tiles: Tiles) {
+        self.trace.tiles = Some(tiles);
+    }
+
+    /// Index of a product, with its calls added to those before.
+    pub fn product(&mut self, product: Product) -> u32 {
+        let calls = product.calls;
+        let key = Product {
+            calls: 0,
+            ..product
+        };
+        let all = &mut self.trace.products;
+        let id = *self.products.entry(key).or_insert_with_key(|key| {
+            all.push(key.clone());
+            all.len() as u32 - 1
+        });
+        all[id as usize].calls += calls;
+        id
     }
 
     /// Starts step `number` of a loop; the step before it ends.

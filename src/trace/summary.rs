@@ -111,8 +111,8 @@ pub(crate) fn short(n: u64) -> String {
 }
 
 impl Trace {
-    /// A table of what ran and what moved: for the class of rank 0 the ops by time (or flops), then for each collective
-    /// and axis calls, bytes, floor bytes and the overlapped share, then each class's peak memory.
+    /// A table of what ran and what moved: for the class of rank 0 the ops by time (or flops), on a graphics processor its
+    /// products by sizes with the tile that they took, then for each collective and axis calls, bytes, floor bytes and the overlapped share, then each class's peak memory.
     pub fn summary(&self) -> String {
         let mut out = String::new();
         let chip = self.chip(0);
@@ -142,6 +142,7 @@ impl Trace {
                 short(o.bytes)
             );
         }
+        chip.list_products(&mut out);
         if !chip.collectives.is_empty() {
             let head = [
                 "moved (chip 0)",

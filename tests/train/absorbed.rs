@@ -92,6 +92,26 @@ fn in_bf16_they_agree_within_its_rounding() {
     }
 }
 
+/// On chips of another kind the logits are those of the processor with keys and values, from the products of latents.
+#[cfg(feature = "gpu")]
+pub(crate) fn check_on(device: &supernode::spmd::Device) {
+    for (name, config) in models() {
+        let keys = world(&mesh("single")).run(|chip| logits(&model(&config, false), chip, true));
+        let want = &keys.expect("it runs on cpu").into_outputs()[0];
+        for at in ["single", "tp=2", "dp=2"] {
+            let absorbed = model(&config, true);
+            let run = |device| {
+                let world = tiny::world_on(&mesh(at), device);
+                let run = world.run(|chip| logits(&absorbed, chip, true));
+                run.unwrap_or_else(|e| panic!("{name} on {at}: {e}"))
+            };
+            let (got, same) = (run(device.clone()), run(supernode::spmd::Device::cpu()));
+            assert_near(&got.outputs()[0], want, &format!("{name} on {at}"));
+            assert_eq!(got.trace().difference(same.trace()), None, "{name} on {at}");
+        }
+    }
+}
+
 /// Operations of a chip's products.
 fn products(trace: &Trace) -> u64 {
     let mut ops = trace.chip(0).ops.iter();

@@ -35,7 +35,7 @@ fn parsed(mesh: &str) -> Mesh {
 }
 
 /// Sequence parallelism with products beside its transfers.
-fn beside(plain: &Training) -> Training {
+pub(crate) fn beside(plain: &Training) -> Training {
     let mut training = split(plain, ("", None, true));
     training.model = training.model.with_collective_matmul(true);
     training

@@ -9,7 +9,7 @@ use crate::tiny::{
 use supernode::mesh::Mesh;
 use supernode::model::{Config, ContextMethod, Documents};
 use supernode::pipeline::Schedule;
-use supernode::spmd::Chip;
+use supernode::spmd::{Chip, Threads};
 use supernode::train::Training;
 use supernode::train::data::IGNORED;
 
@@ -19,7 +19,7 @@ fn separator() -> u32 {
     batches.tokens().vocabulary().encode(" ").expect("a blank")[0]
 }
 
-fn packed(config: Config, rows: usize, steps: u64) -> Training {
+pub(crate) fn packed(config: Config, rows: usize, steps: u64) -> Training {
     let plain = training(config, rows, steps);
     let batches = plain.batches.clone().with_separator(separator());
     Training {
@@ -44,6 +44,16 @@ fn rows(count: usize) -> [Vec<u32>; 2] {
 
 /// Losses of rows [n, t], of which each is one document, or several.
 fn losses_of(config: &Config, rows: usize, halves: &[Vec<u32>; 2], several: bool) -> Vec<f32> {
+    losses_on(&world(&Mesh::single()), config, rows, halves, several)
+}
+
+fn losses_on(
+    world: &Threads,
+    config: &Config,
+    rows: usize,
+    halves: &[Vec<u32>; 2],
+    several: bool,
+) -> Vec<f32> {
     let model = transformer(config.clone());
     let ends: Vec<bool> = halves[0].iter().map(|t| *t == separator()).collect();
     let documents = several.then(|| Documents::ending_at(CONTEXT, &ends));
@@ -55,7 +65,7 @@ fn losses_of(config: &Config, rows: usize, halves: &[Vec<u32>; 2], several: bool
         let losses = model.losses(chip, &tokens, &labels).read();
         losses.expect("a real run").into_iter().collect()
     };
-    let run = world(&Mesh::single()).run(program).expect("a run");
+    let run = world.run(program).expect("a run");
     run.into_outputs().swap_remove(0)
 }
 
@@ -100,6 +110,10 @@ fn a_packed_rows_losses_are_those_of_its_documents_in_rows_of_their_own() {
 
 #[test]
 fn no_document_sees_another() {
+    no_document_sees_another_on(&world(&Mesh::single()));
+}
+
+fn no_document_sees_another_on(world: &Threads) {
     let before = rows(1);
     let first_end = before[0].iter().position(|t| *t == separator());
     let first_end = first_end.expect("several documents");
@@ -107,11 +121,36 @@ fn no_document_sees_another() {
     other[0][..first_end].reverse();
     assert_ne!(other[0], before[0]);
     for (name, config) in models() {
-        let [a, b] = [&before, &other].map(|halves| losses_of(&config, 1, halves, true));
+        let of = |halves| losses_on(world, &config, 1, halves, true);
+        let [a, b] = [&before, &other].map(of);
         assert_ne!(a[..first_end], b[..first_end], "{name}");
         let (a, b) = (&a[first_end + 1..], &b[first_end + 1..]);
         assert_eq!(a, b, "{name}: other documents do not change");
         assert!(a.iter().any(|x| *x > 0.0));
+    }
+}
+
+/// On a chip of another kind the losses are the processor's, and no document sees another.
+#[cfg(feature = "gpu")]
+pub(crate) fn check_on(device: &supernode::spmd::Device) {
+    let cpu = world(&Mesh::single());
+    let other = crate::tiny::world_on(&Mesh::single(), device.clone());
+    no_document_sees_another_on(&other);
+    let packed = rows(4);
+    for (name, config) in models() {
+        let of = |world, several| losses_on(world, &config, 4, &packed, several);
+        let want = of(&cpu, true);
+        let got = of(&other, true);
+        assert_eq!(got.len(), want.len());
+        for (i, (a, b)) in got.iter().zip(&want).enumerate() {
+            assert!((a - b).abs() <= 1e-5, "{name} token {i}: {a} and {b}");
+        }
+        let as_one = of(&other, false);
+        let apart = as_one
+            .iter()
+            .zip(&want)
+            .filter(|(a, b)| (*a - *b).abs() > 1e-4);
+        assert!(apart.count() > CONTEXT, "{name}: documents change losses");
     }
 }
 
