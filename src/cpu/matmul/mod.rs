@@ -34,7 +34,7 @@ mod unit;
 #[cfg(target_arch = "x86_64")]
 mod unit_stream;
 
-use super::simd::{Isa, PairUnit, isa};
+use super::simd::{Isa, isa};
 use super::{Accum, Activation};
 use crate::dtype::{DType, Slice, SliceMut};
 use pack::Terms;
@@ -378,15 +378,12 @@ impl Product {
         (needed > 0).then(|| product.folded())
     }
 
-    /// The terms of its chains on an instruction set, and the unit that multiplies pairs.
-    fn terms(&self, isa: Isa) -> (Terms, Option<PairUnit>) {
+    /// The terms of its chains on an instruction set.
+    fn terms(&self, isa: Isa) -> Terms {
         if (self.a.dtype, self.b.dtype) != (DType::Bf16, DType::Bf16) {
-            return (Terms::Ascending, None);
+            return Terms::Ascending;
         }
-        match isa.pair_unit() {
-            None => (Terms::OddFirst, None),
-            unit => (Terms::Pairs, unit),
-        }
+        isa.pair_unit().map_or(Terms::OddFirst, Terms::Pairs)
     }
 
     /// A batch that shares B and whose rows follow one another is one taller matrix.

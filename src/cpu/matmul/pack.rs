@@ -9,21 +9,21 @@
 
 #![allow(unsafe_code)]
 
-use super::super::simd::{Kernel, Simd};
+use super::super::simd::{Kernel, PairUnit, Simd};
 use super::pack_pairs::{PackPairs, copy_pairs};
 use crate::dtype::{DType, Float};
 use half::{bf16, f16};
 use std::marker::PhantomData;
 
 /// What follows what in a chain, and so what packed panels hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Terms {
     /// k in ascending order.
     Ascending,
     /// Of k and k + 1, k even, the odd one first: the order of the instruction that multiplies pairs of bf16.
     OddFirst,
     /// Pairs for that instruction, 4 bytes each, the even one lower in memory.
-    Pairs,
+    Pairs(PairUnit),
 }
 
 impl Terms {
@@ -31,7 +31,15 @@ impl Terms {
     pub(super) fn packed(self, k: usize) -> usize {
         match self {
             Terms::Ascending | Terms::OddFirst => k,
-            Terms::Pairs => k.div_ceil(2),
+            Terms::Pairs(_) => k.div_ceil(2),
+        }
+    }
+
+    /// What multiplies pairs.
+    pub(super) fn pairs(self) -> Option<PairUnit> {
+        match self {
+            Terms::Pairs(unit) => Some(unit),
+            _ => None,
         }
     }
 }
@@ -79,7 +87,7 @@ pub(super) unsafe fn pack_rows<S: Simd, const R: usize>(
             s.run(PackRows::<bf16, R, false>(block, to, PhantomData))
         }
         (DType::Bf16, Terms::OddFirst) => s.run(PackRows::<bf16, R, true>(block, to, PhantomData)),
-        (DType::Bf16, Terms::Pairs) => s.run(PackPairs::<R>(block, to)),
+        (DType::Bf16, Terms::Pairs(_)) => s.run(PackPairs::<R>(block, to)),
         (DType::U32, _) => unreachable!("checked on entry"),
     }
 }
@@ -105,7 +113,7 @@ pub(super) unsafe fn pack_columns<S: Simd, const V: usize>(
             s.run(PackColumns::<bf16, V, true>(block, to, PhantomData))
         }
         // The instruction's tile is 32 columns wide.
-        (DType::Bf16, Terms::Pairs) => s.run(PackPairs::<32>(block, to)),
+        (DType::Bf16, Terms::Pairs(_)) => s.run(PackPairs::<32>(block, to)),
         (DType::U32, _) => unreachable!("checked on entry"),
     }
 }
@@ -343,7 +351,7 @@ pub(super) unsafe fn copy_rows<S: Simd>(
         (DType::Bf16, Terms::Ascending) => s.run(CopyRows::<bf16>(block, pitch, to, PhantomData)),
         (DType::Bf16, Terms::OddFirst) => s.run(CopyOddFirst(block, pitch, to)),
         // SAFETY: the caller's promise.
-        (DType::Bf16, Terms::Pairs) => unsafe { copy_pairs(block, pitch, to) },
+        (DType::Bf16, Terms::Pairs(_)) => unsafe { copy_pairs(block, pitch, to) },
         (DType::U32, _) => unreachable!("checked on entry"),
     }
 }

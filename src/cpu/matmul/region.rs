@@ -26,7 +26,7 @@
 
 use super::super::Accum;
 use super::super::memory::with_scratch_f32;
-use super::super::simd::{Isa, Kernel, PairUnit, Simd, TileKernel, dispatch};
+use super::super::simd::{Isa, Kernel, Simd, TileKernel, dispatch};
 use super::Product;
 use super::blocks::*;
 use super::microkernel::{Ahead, Columns, Rows, Sums, finish, keep, tile, widen_output};
@@ -43,8 +43,6 @@ pub(super) struct Region<'p> {
     rows: Range<usize>,
     cols: Range<usize>,
     terms: Terms,
-    /// What multiplies [`Terms::Pairs`].
-    pairs: Option<PairUnit>,
     /// [`scratch_f32`] of them.
     scratch: &'p mut [f32],
 }
@@ -80,7 +78,7 @@ impl TileKernel for Region<'_> {
         let in_place = p.b.dtype == DType::F32 && p.b.col_stride == 1;
         let pack_b = !in_place || (m > FEW_ROWS && m * n * p.k > SMALL);
         let (deep, wide) = block_sizes();
-        let deep = if self.terms == Terms::Pairs {
+        let deep = if self.terms.pairs().is_some() {
             // As many bytes.
             2 * deep
         } else if pack_b || m > FEW_ROWS || n * p.k <= SHALLOW_FROM {
@@ -103,7 +101,6 @@ impl TileKernel for Region<'_> {
                     s,
                     product: p,
                     terms: self.terms,
-                    pairs: self.pairs,
                     batch: self.batch,
                     rows: rows.clone(),
                     cols,
@@ -129,7 +126,7 @@ impl Region<'_> {
         if m == 0 || n == 0 {
             return;
         }
-        let (terms, pairs) = product.terms(isa);
+        let terms = product.terms(isa);
         // Outside of `dispatch`: the closure of a function that does not inline is compiled without the token's features.
         with_scratch_f32(scratch_f32(m, n, product.k, product.c.dtype), |scratch| {
             for batch in batch {
@@ -139,7 +136,6 @@ impl Region<'_> {
                     rows: rows.clone(),
                     cols: cols.clone(),
                     terms,
-                    pairs,
                     scratch,
                 };
                 dispatch(isa, region);
@@ -224,7 +220,6 @@ struct Strip<'p, S, const MR: usize, const V: usize> {
     s: S,
     product: &'p Product,
     terms: Terms,
-    pairs: Option<PairUnit>,
     batch: usize,
     rows: Range<usize>,
     cols: Range<usize>,
@@ -254,7 +249,7 @@ impl Left {
         let aliased = (p.a.row_stride * p.a.dtype.size()).is_multiple_of(ALIAS);
         // Pairs are read in place only where all are whole and rows are a number of pairs apart.
         let ready = match terms {
-            Terms::Pairs => p.k.is_multiple_of(2) && p.a.row_stride.is_multiple_of(2),
+            Terms::Pairs(_) => p.k.is_multiple_of(2) && p.a.row_stride.is_multiple_of(2),
             _ => p.a.dtype == DType::F32,
         };
         if p.a.col_stride == 1 && (n <= 2 * NC || !big) {
@@ -446,7 +441,7 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
         let a = &self.product.a;
         let data = a.at(self.batch, self.rows.start + i, depth.start);
         match self.left {
-            Left::InPlace if self.terms == Terms::Pairs => Rows {
+            Left::InPlace if self.terms.pairs().is_some() => Rows {
                 data: data.cast(),
                 row_stride: a.row_stride / 2,
                 k_stride: 1,
@@ -529,11 +524,11 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
         // SAFETY: a and b are packed panels or lie in A and B; C's whole tiles, kept sums and the scratch tile hold
         // shape.0 rows of NR columns. Where from and to are one place, all is read before it is written.
         unsafe {
-            let (with, k) = ((s, self.pairs), self.terms.packed(depth.len()));
-            if shape.1 <= S::LANES && self.pairs.is_none() {
-                tile::<S, MR, 1>(with, shape.0, k, (a, b), (from, to), ahead)
+            let (pairs, k) = (self.terms.pairs(), self.terms.packed(depth.len()));
+            if shape.1 <= S::LANES && pairs.is_none() {
+                tile::<S, MR, 1>((s, pairs), shape.0, k, (a, b), (from, to), ahead)
             } else {
-                tile::<S, MR, V>(with, shape.0, k, (a, b), (from, to), ahead)
+                tile::<S, MR, V>((s, pairs), shape.0, k, (a, b), (from, to), ahead)
             }
         }
         if last && !(whole && p.c.is_plain()) {

@@ -124,16 +124,18 @@ fn generated_steps_are_what_ghosts_trace() {
         )
     };
     let ulysses = (ContextMethod::Ulysses, ContextParallel::Ulysses);
-    for (axes, method) in [
-        (("dp", 1), None),
-        (("dp", 4), None),
-        (("tp", 4), None),
-        (("cp", 4), Some(ulysses)),
-        (("cp", 4), Some(usp(Some(2)))),
-        (("cp", 4), Some(usp(None))),
+    for (axes, method, rows) in [
+        (("dp", 1), None, 8),
+        (("dp", 4), None, 8),
+        (("tp", 4), None, 8),
+        (("cp", 4), Some(ulysses), MICRO),
+        (("cp", 4), Some(usp(Some(2))), MICRO),
+        (("cp", 4), Some(usp(None)), MICRO),
+        (("cp", 4), Some(ulysses), 8),
+        (("cp", 4), Some(usp(Some(2))), 8),
+        (("cp", 4), Some(usp(None)), 8),
     ] {
         let mesh = Mesh::new([axes]);
-        let rows = 8;
         let trace = traced(&mesh, rows, |m| m.with_context_method(method.map(|m| m.0)));
         let setting = Setting {
             micro_batch: MICRO,
@@ -176,9 +178,16 @@ fn generated_steps_are_what_ghosts_trace() {
         );
         let error = priced.seconds() / said.step_seconds - 1.0;
         println!("  {:+.1} %", 100.0 * error);
-        // Merging a ring's parts, and adding up its gradients, are kernels of the traced program alone.
-        let bound = if axes.0 == "cp" { 0.2 } else { 0.15 };
-        assert!(error.abs() <= bound, "{axes:?} {method:?}: {error}");
+        // With several micro-batches over cp USP's ring is off by 16 %, for a reason that is not known.
+        let bound = if axes.0 == "cp" && rows > MICRO {
+            0.2
+        } else {
+            0.15
+        };
+        assert!(
+            error.abs() <= bound,
+            "{axes:?} {method:?}, {rows} sequences: {error}"
+        );
     }
 }
 

@@ -247,8 +247,9 @@ const SHARES: std::ops::RangeInclusive<usize> = 8..=17;
 /// | and a share for softmax and loss alone | 4.3 % | 8.3, 5.8 % | 6.5, 6.1 % |
 /// | and GELU as any element-wise kernel | 4.2 % | 7.9, 6.2 % | 6.6, 6.2 % |
 ///
-/// These rows come from a sketch that simplifies pipelines, the embedding's gradient and the optimizer; the prices here, made as its
-/// last row says, miss 7.3 and 6.2 %, and 5.6 and 4.5 % back.
+/// These rows come from a sketch that simplifies pipelines, the embedding's gradient and the optimizer, and whose last two rows give some
+/// kernels that add to earlier micro-batches' gradients a wrong price (on 2048, and in the head on 1024); the prices here, made as
+/// its last row says, do not, and miss 7.3 and 6.2 %, and 5.6 and 4.5 % back.
 #[test]
 #[ignore = "needs measured curves: SUPERNODE_CALIBRATION=DIR"]
 fn single_node_steps() {

@@ -256,11 +256,6 @@ impl Case {
         }
     }
 
-    /// [`Case::check`] on an instruction set.
-    pub(super) fn check_on(&self, isa: Isa) {
-        with_isa(isa, || self.check());
-    }
-
     /// The bits of c and of the preactivation on every instruction set and on 1 to 3 threads.
     pub(super) fn same_everywhere(&self) {
         let run = |isa, threads| {

@@ -79,6 +79,7 @@ pub(super) fn backward(
     match (dweight, dbias) {
         (Some((w, _)), Some((b, _))) => by_blocks(&kernel, dx, [w, b]),
         (Some((w, _)), None) => by_blocks(&kernel, dx, [w]),
+        // The bias's sums have one order, whether the weight's are wanted or not.
         (None, Some((b, _))) => by_blocks(&kernel, dx, [&mut vec![0.0; c], b]),
         (None, None) => {
             if let Some(data) = dx {
