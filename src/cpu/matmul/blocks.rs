@@ -45,7 +45,7 @@ pub(super) const STREAM_SUMS: usize = 4096;
 pub(super) fn block_sizes() -> (usize, usize) {
     match second_cache() >> 20 {
         0 => (256, 320),
-        1 => (384, 448),
+        1 => (512, 256),
         _ => (KC, NC),
     }
 }

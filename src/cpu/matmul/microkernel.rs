@@ -112,7 +112,8 @@ fn some_rows<S: Simd, const R: usize, const V: usize, const WHOLE: bool>(
             from_row: 4 * from.map_or(0, |from| from.row_stride),
             to: to.data,
             to_row: 4 * to.row_stride,
-            next: to.data.wrapping_add(V * S::LANES),
+            next: ahead.rows,
+            next_row: ahead.row_stride,
             ahead: ahead.at,
             ahead_turns: ahead.bytes / 128,
         };
@@ -137,11 +138,14 @@ fn some_rows<S: Simd, const R: usize, const V: usize, const WHOLE: bool>(
     s.run(tile);
 }
 
-/// Bytes that will be read soon, to be asked for meanwhile where the loop has room for it.
+/// Bytes that will be used soon, to be asked for meanwhile where the loop has room for it.
 #[derive(Clone, Copy)]
 pub(super) struct Ahead {
     pub at: *const u8,
     pub bytes: usize,
+    /// As many rows of up to 128 bytes as the tile has, `row_stride` bytes apart.
+    pub rows: *const u8,
+    pub row_stride: usize,
 }
 
 /// The arguments of [`tile`], whose promise holds wherever one is made.
@@ -412,12 +416,27 @@ struct Finish<'c> {
 
 impl Kernel for Finish<'_> {
     type Output = ();
+    /// The type is asked for once, not at each vector: for k of 768 that was 3 % of a product.
     #[inline(always)]
     fn call<S: Simd>(self, s: S) {
+        match self.c.dtype {
+            DType::F32 => self.typed::<S, f32>(s),
+            DType::Bf16 => self.typed::<S, bf16>(s),
+            DType::F16 => self.typed::<S, f16>(s),
+            DType::U32 => unreachable!("checked on entry"),
+        }
+    }
+}
+
+impl Finish<'_> {
+    /// For C of type T.
+    #[inline(always)]
+    fn typed<S: Simd, T: Float>(self, s: S) {
         let Finish { c, from, .. } = self;
         let (batch, i, j) = self.at;
         let (rows, cols) = self.shape;
         for r in 0..rows {
+            let to = c.at((batch, i + r, j));
             for x in (0..cols).step_by(S::LANES) {
                 let n = S::LANES.min(cols - x);
                 // SAFETY: the promise of `finish`; n columns from x lie within `cols`. Bias and preactivation have C's
@@ -435,7 +454,7 @@ impl Kernel for Finish<'_> {
                     if let Some(activation) = c.activation {
                         v = activation.apply(s, v);
                     }
-                    store(s, (c.at((batch, i + r, j)), c.dtype), x, n, v);
+                    store(s, (to, T::DTYPE), x, n, v);
                 }
             }
         }

@@ -282,9 +282,9 @@ struct Wanted {
 }
 
 impl Wanted {
-    /// What to ask for beside the next tile.
+    /// What to ask for beside the next tile: where, and how many bytes.
     #[inline(always)]
-    fn some(&mut self) -> Ahead {
+    fn some(&mut self) -> (*const u8, usize) {
         if self.next.1 >= self.lines {
             self.next = (self.next.0 + 1, 0);
         }
@@ -295,10 +295,7 @@ impl Wanted {
             0
         };
         self.next.1 += lines;
-        Ahead {
-            at: self.at.wrapping_add(at),
-            bytes: lines * LINE,
-        }
+        (self.at.wrapping_add(at), lines * LINE)
     }
 }
 
@@ -484,7 +481,7 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
         (i, j): (usize, usize),
         shape: (usize, usize),
         (a, b): (Rows, Columns),
-        ahead: Ahead,
+        (wanted, bytes): (*const u8, usize),
         places: Places,
     ) {
         let (s, p) = (self.s, self.product);
@@ -520,6 +517,22 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
             (false, true) if whole => c,
             (true, true) if whole && p.c.is_plain() => c,
             _ => places.tile,
+        };
+        // Sums that stay where they are, or narrowed at once: the next tile's place, or this one's.
+        let ends_in_c = last && to.data != c.data;
+        let ahead = Ahead {
+            at: wanted,
+            bytes,
+            rows: if ends_in_c {
+                p.c.at(at).cast_const()
+            } else {
+                to.data.wrapping_add(Self::NR).cast_const().cast()
+            },
+            row_stride: if ends_in_c {
+                p.c.row_stride * p.c.dtype.size()
+            } else {
+                4 * to.row_stride
+            },
         };
         // SAFETY: a and b are packed panels or lie in A and B; C's whole tiles, kept sums and the scratch tile hold
         // shape.0 rows of NR columns. Where from and to are one place, all is read before it is written.

@@ -7,8 +7,8 @@
 //!
 //! An element of 4 bytes is an f32, or a pair of bf16 of neighbouring k (`PAIRS`): only the instruction that multiplies differs.
 //!
-//! While it runs it asks for the lines of C that the next tile begins from: 28 lines that come one after another from the
-//! third cache would take as long as a tenth of a tile.
+//! While it runs it asks for the lines of C that the next tile begins from, or that this one will be narrowed to: 28 lines that
+//! come one after another from the third cache would take as long as a tenth of a tile.
 
 use super::TileLoop;
 use core::arch::asm;
@@ -150,9 +150,9 @@ macro_rules! tile_of {
                     $begin,
                     "mov rcx, [rdi + {k}]",
                     "shr rcx",
-                    // First a line of each of the next tile's rows in each turn, then two of A that will be wanted.
+                    // First two lines of each of the rows wanted next, one row a turn, then two a turn of A.
                     "mov r13, [rdi + {next}]",
-                    "mov r14, [rdi + {to_row}]",
+                    "mov r14, [rdi + {next_row}]",
                     "mov r15d, {rows}",
                     "3:",
                     "cmp r15, rcx",
@@ -204,6 +204,7 @@ macro_rules! tile_of {
                     to = const offset_of!(TileLoop, to),
                     to_row = const offset_of!(TileLoop, to_row),
                     next = const offset_of!(TileLoop, next),
+                    next_row = const offset_of!(TileLoop, next_row),
                     ahead = const offset_of!(TileLoop, ahead),
                     ahead_turns = const offset_of!(TileLoop, ahead_turns),
                     in("rdi") tile,

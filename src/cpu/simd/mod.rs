@@ -102,10 +102,12 @@ pub(crate) struct TileLoop {
     pub from_row: usize,
     /// May be `from`.
     pub to: *mut f32,
-    /// From row to row, here and of the next tile.
+    /// From row to row.
     pub to_row: usize,
-    /// Where the next tile will be; need not exist.
-    pub next: *const f32,
+    /// Rows of 128 bytes that will be wanted next, as many as the tile has; need not exist.
+    pub next: *const u8,
+    /// From row to row.
+    pub next_row: usize,
     /// What else will be read soon, so many times 128 bytes; need not exist.
     pub ahead: *const u8,
     pub ahead_turns: usize,
