@@ -11,7 +11,7 @@ pub(super) const MC: usize = 1092;
 /// Columns in a strip at most.
 pub(super) const NC: usize = 640;
 /// Rows and columns whose sums are kept in scratch where C is narrow and k takes several blocks.
-pub(super) const KEPT: (usize, usize) = (504, 512);
+pub(super) const KEPT: (usize, usize) = (MC, 512);
 /// Distance between the rows of a copied panel: no two in the same set of the first cache.
 pub(super) const COPIED: usize = KC + 16;
 /// Bytes of a cache line.

@@ -221,7 +221,6 @@ impl Output {
     }
 
     /// Whether sums need but be narrowed to bf16.
-    #[cfg(target_arch = "x86_64")]
     fn is_only_narrow(&self) -> bool {
         self.dtype == DType::Bf16 && self.is_bare()
     }

@@ -24,9 +24,7 @@
 use super::super::Accum;
 use super::super::memory::with_scratch;
 use super::super::simd::Simd;
-use super::super::simd::amx::{
-    Amx, BLOCK, DEPTH, Lines, SIDE, Tiles, narrow, pack_left, pack_right,
-};
+use super::super::simd::amx::{Amx, BLOCK, DEPTH, Lines, SIDE, Tiles, pack_left, pack_right};
 use super::microkernel::{Sums, finish, widen_output};
 use super::unit_stream::{is_streamed, stream};
 use super::{Operand, Product};
@@ -250,7 +248,7 @@ impl Strip<'_> {
                     // The unit's sums are never subnormal, so the CPU's rounding is the one of `finish`.
                     let to = (p.c.at(at).cast(), p.c.row_stride);
                     let from = (sums.data.cast_const(), sums.row_stride);
-                    narrow(self.unit, [shape.0, shape.1], from, to);
+                    self.unit.pairs().narrow([shape.0, shape.1], from, to);
                 } else {
                     finish(s, &p.c, at, shape, sums);
                 }

@@ -9,6 +9,7 @@ use core::arch::x86_64::*;
 use core::hint::black_box;
 use core::mem::transmute;
 use core::ops::Range;
+use half::bf16;
 
 /// Proof that this CPU has AVX-512 and AVX512-BF16.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +85,23 @@ impl Avx512Bf16 {
         }
     }
 
+    /// Narrows rows of f32 to bf16 as the CPU does: to the nearest, ties to even, subnormal numbers to 0.
+    ///
+    /// # Safety
+    /// `cols` elements of `rows` rows are readable `from_row` apart and writable `to_row` apart.
+    pub(crate) unsafe fn narrow(
+        self,
+        [rows, cols]: [usize; 2],
+        (from, from_row): (*const f32, usize),
+        (to, to_row): (*mut bf16, usize),
+    ) {
+        for i in 0..rows {
+            let (from, to) = (from.wrapping_add(i * from_row), to.wrapping_add(i * to_row));
+            // SAFETY: the caller's promise; the token proves the features.
+            unsafe { narrow_row(cols, from, to) }
+        }
+    }
+
     /// Floating-point operations of one step of [`Avx512Bf16::chains`]: two products and two sums in each of 16 lanes.
     pub(crate) const FLOPS_PER_STEP: u64 = 4 * 16 * CHAINS as u64;
 
@@ -100,6 +118,25 @@ impl Avx512Bf16 {
 fn as_pairs(x: __m512i) -> __m512bh {
     // SAFETY: both are 64 bytes, and all bit patterns are valid.
     unsafe { transmute::<__m512i, __m512bh>(x) }
+}
+
+/// # Safety
+/// `cols` elements are readable and writable; the CPU has the features.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn narrow_row(cols: usize, from: *const f32, to: *mut bf16) {
+    for j in (0..cols).step_by(2 * TILE) {
+        let here = cols - j;
+        let mask = |from: usize| ((1u32 << here.saturating_sub(from).min(TILE)) - 1) as u16;
+        // SAFETY: masked elements are not touched; both types are 64 bytes of any bits.
+        unsafe {
+            let from = from.wrapping_add(j);
+            let low = _mm512_maskz_loadu_ps(mask(0), from);
+            let high = _mm512_maskz_loadu_ps(mask(TILE), from.wrapping_add(TILE));
+            let both = transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+            let mask = u32::from(mask(TILE)) << TILE | u32::from(mask(0));
+            _mm512_mask_storeu_epi16(to.wrapping_add(j).cast(), mask, both);
+        }
+    }
 }
 
 const CHAINS: usize = 28;

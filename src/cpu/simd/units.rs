@@ -25,6 +25,19 @@ impl PairUnit {
     pub(crate) unsafe fn tile_loop<const R: usize>(self, _: &super::TileLoop) {
         match self {}
     }
+
+    /// Never called.
+    ///
+    /// # Safety
+    /// None is needed.
+    pub(crate) unsafe fn narrow(
+        self,
+        _: [usize; 2],
+        _: (*const f32, usize),
+        _: (*mut half::bf16, usize),
+    ) {
+        match self {}
+    }
 }
 
 /// What the environment asks for.

@@ -24,15 +24,15 @@ mod pack;
 #[cfg(test)]
 mod tests;
 
-use super::Avx512;
 use super::units::Wanted;
+use super::{Avx512, Avx512Bf16};
 use core::arch::asm;
 use core::arch::x86_64::*;
 use core::marker::PhantomData;
 use half::bf16;
 use std::sync::OnceLock;
 
-pub(crate) use pack::{Lines, narrow, pack_left, pack_right};
+pub(crate) use pack::{Lines, pack_left, pack_right};
 
 /// Rows of a panel of A, columns of a panel of B.
 pub(crate) const SIDE: usize = 32;
@@ -52,6 +52,11 @@ impl Amx {
     pub(crate) fn new() -> Option<Self> {
         static UNIT: OnceLock<Option<Amx>> = OnceLock::new();
         *UNIT.get_or_init(|| (Wanted::get() == Wanted::On).then(Self::tried).flatten())
+    }
+
+    /// The instruction for pairs, and that which narrows.
+    pub(crate) fn pairs(self) -> Avx512Bf16 {
+        Avx512Bf16::new().expect("this token proves it")
     }
 
     /// The token, if a product of the unit has the bits that it should have.

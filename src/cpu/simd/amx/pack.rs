@@ -108,45 +108,6 @@ const fn interleaved(first: u16) -> [u16; 32] {
     x
 }
 
-/// Narrows rows of f32 to bf16 as the CPU does: to the nearest, ties to even, subnormal numbers to 0.
-///
-/// # Safety
-/// `cols` elements of `rows` rows are readable `from_row` apart and writable `to_row` apart.
-pub(crate) unsafe fn narrow(
-    unit: Amx,
-    [rows, cols]: [usize; 2],
-    (from, from_row): (*const f32, usize),
-    (to, to_row): (*mut bf16, usize),
-) {
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn row(cols: usize, from: *const f32, to: *mut bf16) {
-        for j in (0..cols).step_by(2 * TILE) {
-            let here = cols - j;
-            let mask = |from: usize| ((1u32 << here.saturating_sub(from).min(TILE)) - 1) as u16;
-            // SAFETY: masked elements are not touched; both types are 64 bytes of any bits.
-            unsafe {
-                let from = from.wrapping_add(j);
-                let low = _mm512_maskz_loadu_ps(mask(0), from);
-                let high = _mm512_maskz_loadu_ps(mask(TILE), from.wrapping_add(TILE));
-                let both: __m512i = core::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
-                let mask = u32::from(mask(TILE)) << TILE | u32::from(mask(0));
-                _mm512_mask_storeu_epi16(to.wrapping_add(j).cast(), mask, both);
-            }
-        }
-    }
-    let _ = unit;
-    for i in 0..rows {
-        // SAFETY: the caller's promise; the token proves AVX512-BF16 too.
-        unsafe {
-            row(
-                cols,
-                from.wrapping_add(i * from_row),
-                to.wrapping_add(i * to_row),
-            )
-        }
-    }
-}
-
 /// # Safety
 /// As [`pack_left`].
 #[inline(always)]
