@@ -123,31 +123,33 @@ pub(crate) struct Many {
 }
 
 impl Many {
-    /// The four words at each of the counters `c..c + COUNTERS`: [`Stream::words`] in loops over counters, which a compiler
-    /// makes vectors of. Inlined, so that they are those of the caller's instruction set.
+    /// Counters from c on, for [`Many::next`].
+    #[inline(always)]
+    pub(crate) fn from(&self, c: u64) -> Counters {
+        Counters(std::array::from_fn(|i| c.wrapping_add(i as u64)))
+    }
+
+    /// The four words at each of the next `COUNTERS` counters: [`Stream::words`] in loops over counters, which a compiler makes
+    /// vectors of. Inlined, so that they are those of the caller's instruction set.
     ///
     /// A word lies in 64 bits, of which a multiplication reads the lower half: the upper one may hold anything, and a round
     /// is two multiplications, two shifts and two operations on bits, without a move between lanes.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
-    pub(crate) fn words(&self, c: u64) -> [[u32; 4]; COUNTERS] {
-        let mut x = [[0u64; COUNTERS]; 4];
+    pub(crate) fn next(&self, counters: &mut Counters) -> [[u32; 4]; COUNTERS] {
+        let mut x = [
+            counters.0,
+            [0; COUNTERS],
+            [self.name; COUNTERS],
+            [self.name >> 32; COUNTERS],
+        ];
         for i in 0..COUNTERS {
-            let c = c.wrapping_add(i as u64);
-            (x[0][i], x[1][i]) = (c, c >> 32);
-            (x[2][i], x[3][i]) = (self.name, self.name >> 32);
+            x[1][i] = x[0][i] >> 32;
+            counters.0[i] = x[0][i].wrapping_add(COUNTERS as u64);
         }
-        for key in &self.keys {
-            let mut next = [[0; COUNTERS]; 4];
-            for i in 0..COUNTERS {
-                let p0 = x[0][i] as u32 as u64 * MULTIPLIERS[0];
-                let p1 = x[2][i] as u32 as u64 * MULTIPLIERS[1];
-                next[0][i] = (p1 >> 32) ^ x[1][i] ^ key[0];
-                next[1][i] = p1;
-                next[2][i] = (p0 >> 32) ^ x[3][i] ^ key[1];
-                next[3][i] = p0;
-            }
-            x = next;
+        // Two at a time: one round's result is the next one's operand, in other registers.
+        for [even, odd] in self.keys.as_chunks().0 {
+            x = round(&round(&x, even), odd);
         }
         let mut words = [[0; 4]; COUNTERS];
         for (i, words) in words.iter_mut().enumerate() {
@@ -157,6 +159,27 @@ impl Many {
     }
 }
 
+/// One word of each counter.
+type Words = [u64; COUNTERS];
+
+/// Counters that follow one another; kept, because they are vectors from one call to the next.
+pub(crate) struct Counters(Words);
+
+#[inline(always)]
+#[allow(clippy::needless_range_loop)]
+fn round(x: &[Words; 4], key: &[u64; 2]) -> [Words; 4] {
+    let mut next = [[0; COUNTERS]; 4];
+    for i in 0..COUNTERS {
+        let p0 = x[0][i] as u32 as u64 * MULTIPLIERS[0];
+        let p1 = x[2][i] as u32 as u64 * MULTIPLIERS[1];
+        next[0][i] = (p1 >> 32) ^ x[1][i] ^ key[0];
+        next[1][i] = p1;
+        next[2][i] = (p0 >> 32) ^ x[3][i] ^ key[1];
+        next[3][i] = p0;
+    }
+    next
+}
+
 /// The Fowler-Noll-Vo hash (1a, 64 bits): fixed for ever, unlike the standard library's hashers.
 fn fnv1a(text: &str) -> u64 {
     text.bytes().fold(0xcbf29ce484222325, |h, b| {
@@ -164,8 +187,8 @@ fn fnv1a(text: &str) -> u64 {
     })
 }
 
-/// Counters of [`Many::words`].
-pub(crate) const COUNTERS: usize = 16;
+/// Counters of [`Many::next`]: enough for four vectors of AVX-512, as a round is a chain of five or six cycles.
+pub(crate) const COUNTERS: usize = 32;
 
 /// Philox4x32's factors.
 const MULTIPLIERS: [u64; 2] = [0xD2511F53, 0xCD9E8D57];
@@ -198,8 +221,10 @@ mod tests {
     fn many_counters_give_the_words_of_each() {
         let stream = Stream::new(7, "many");
         for c in [0, 5, u32::MAX as u64 - 3, u64::MAX - 2] {
-            let many = stream.many().words(c);
-            for (i, words) in many.iter().enumerate() {
+            let many = stream.many();
+            let mut counters = many.from(c);
+            let all = [many.next(&mut counters), many.next(&mut counters)];
+            for (i, words) in all.as_flattened().iter().enumerate() {
                 assert_eq!(*words, stream.words(c.wrapping_add(i as u64)), "{c} + {i}");
             }
         }

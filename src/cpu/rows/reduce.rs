@@ -30,6 +30,10 @@ pub(crate) fn column_sum(x: Slice, out: &mut [f32], accum: Accum) {
 /// whole before a strip is added made this 1.6 times slower.)
 const STRIP: usize = 8;
 
+/// Columns up to which whole rows are added one by one: their sums stay in the first cache, and memory is read as a single stream
+/// (1024 columns on one core of a Zen 5: 1.25 times that stream, 1.5 in strips, also with their memory asked for a strip ahead).
+const SHORT: usize = 4096;
+
 struct ColumnSum<'a> {
     c: usize,
     rows: usize,
@@ -40,7 +44,11 @@ impl<'a> Run<&'a mut [f32]> for ColumnSum<'_> {
     #[inline(always)]
     fn run<S: Simd>(&self, s: S, columns: Range<usize>, out: &'a mut [f32], scratch: &mut [f32]) {
         let elements = |row: usize| row * self.c + columns.start..row * self.c + columns.end;
-        let strips = self.rows / STRIP * STRIP;
+        let strips = if columns.len() == self.c && self.c <= SHORT {
+            0
+        } else {
+            self.rows / STRIP * STRIP
+        };
         for row in (0..strips).step_by(STRIP) {
             let mut wide = scratch.chunks_exact_mut(columns.len().max(1));
             let mut x = [&[][..]; STRIP];

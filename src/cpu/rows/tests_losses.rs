@@ -2,6 +2,7 @@
 
 use super::tests::{Data, U, bits, check, everywhere};
 use super::*;
+use crate::cpu::memory::Buffer;
 use crate::dtype::{DType, Slice, SliceMut};
 use crate::random::Stream;
 
@@ -426,6 +427,39 @@ fn strided_copies_move_every_element_and_nothing_else() {
         }
         assert_eq!(y, want, "{shape:?} from {sx:?} to {sy:?}");
     }
+}
+
+#[test]
+fn a_large_transpose_goes_past_the_caches_and_is_whole() {
+    // Edges that are no whole tiles; the target's rows begin with a cache line and end before the next one's.
+    let (rows, columns, pitch) = (2053, 2059, 2064);
+    let x: Vec<f32> = (0..rows * columns).map(|i| i as f32).collect();
+    everywhere(
+        || {
+            let mut y = Buffer::new(4 * rows * pitch);
+            let to: &mut [f32] = bytemuck::cast_slice_mut(y.as_bytes_mut());
+            to.fill(-1.0);
+            let shape = [rows, columns];
+            copy_strided(
+                Slice::F32(&x),
+                &[1, rows],
+                SliceMut::F32(to),
+                &[pitch, 1],
+                &shape,
+            );
+            for (i, line) in to.chunks(pitch).enumerate() {
+                for (j, y) in line.iter().enumerate() {
+                    let want = if j < columns {
+                        (j * rows + i) as f32
+                    } else {
+                        -1.0
+                    };
+                    assert_eq!(*y, want, "row {i}, column {j}");
+                }
+            }
+        },
+        |()| Vec::new(),
+    );
 }
 
 #[test]

@@ -268,6 +268,15 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn store_past_ptr(self, p: *mut f32, v: Self::V) {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_stream_ps(p, v) }
+    }
+    #[inline(always)]
+    fn fence_past(self) {
+        avx!(_mm_sfence())
+    }
+    #[inline(always)]
     unsafe fn store_ptr<T: Float>(self, p: *mut T, v: Self::V) {
         // SAFETY: the caller vouches for 16 elements of T; unaligned stores.
         unsafe {

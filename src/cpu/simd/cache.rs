@@ -1,4 +1,5 @@
-//! How large the second cache of this CPU is: what blocks of a product are cut by. It decides no bit.
+//! How large the second cache of this CPU is, what blocks of a product are cut by; and how far ahead of a loop that only reads
+//! memory is asked for. Neither decides a bit.
 
 use std::sync::OnceLock;
 
@@ -6,6 +7,16 @@ use std::sync::OnceLock;
 pub(crate) fn second_cache() -> usize {
     static BYTES: OnceLock<usize> = OnceLock::new();
     *BYTES.get_or_init(|| found().unwrap_or(512 << 10))
+}
+
+/// Bytes ahead of its use for which a loop that only reads asks.
+///
+/// Farther than a page helps where its requests do not drive out one another: on a Zen 5 the sum of exponentials of 50k columns
+/// takes 1.03 times a stream from memory with 8 KiB, 1.2 with 4, 1.4 with 2 and without; on a Xeon of 2024 2 KiB gave 1.0, 4 KiB
+/// 1.2, without 1.1.
+pub(crate) fn ahead_of_reads() -> usize {
+    static BYTES: OnceLock<usize> = OnceLock::new();
+    *BYTES.get_or_init(|| if is_intel() { 2048 } else { 8192 })
 }
 
 /// From the leaf that Intel (4) or AMD (0x8000_001d) describes caches in, in one format (Intel's manual, volume 2A, CPUID).
@@ -42,6 +53,21 @@ fn found() -> Option<usize> {
 #[cfg(not(target_arch = "x86_64"))]
 fn found() -> Option<usize> {
     None
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) fn is_intel() -> bool {
+    // Unsafe only in older compilers.
+    #[allow(unused_unsafe)]
+    // SAFETY: every 64-bit x86 has cpuid, whose leaf 0 names the maker.
+    let x = unsafe { core::arch::x86_64::__cpuid(0) };
+    let name = [x.ebx, x.edx, x.ecx].map(u32::to_le_bytes);
+    name.as_flattened() == b"GenuineIntel"
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn is_intel() -> bool {
+    false
 }
 
 #[cfg(test)]

@@ -25,6 +25,7 @@ mod cache;
 mod emulated;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod past;
 mod portable;
 #[cfg(test)]
 mod tests;
@@ -41,11 +42,12 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512_bf16::Avx512Bf16;
-pub(crate) use cache::second_cache;
+pub(crate) use cache::{ahead_of_reads, second_cache};
 #[cfg(test)]
 use emulated::{Emulated4, Emulated16};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
+pub(crate) use past::{Past, past_caches};
 pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use tiles::{OnTiles, TileUnit, Tiles};
@@ -216,6 +218,19 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// n elements are writable from p.
     unsafe fn store_first_ptr<T: Float>(self, p: *mut T, n: usize, v: Self::V);
+
+    /// Writes `LANES` f32 past the caches, where there is such a store ([`Past`]).
+    ///
+    /// # Safety
+    /// They are writable from p, which `LANES` f32 divide; [`Simd::fence_past`] follows before another thread looks.
+    #[inline(always)]
+    unsafe fn store_past_ptr(self, p: *mut f32, v: Self::V) {
+        // SAFETY: the caller's promise.
+        unsafe { self.store_ptr(p, v) }
+    }
+    /// Waits for the stores past the caches.
+    #[inline(always)]
+    fn fence_past(self) {}
 
     /// All lanes 0.
     #[inline(always)]

@@ -3,6 +3,7 @@
 //! `SUPERNODE_MATRIX_UNITS` is `on` (as if unset: the fastest), `off` (products in f32) or `pairs` (the instruction for pairs of bf16
 //! in place of a matrix unit, also where it is slower).
 
+use super::cache::is_intel;
 #[cfg(target_arch = "x86_64")]
 use super::{TileUnit, amx::Amx, isa};
 use std::sync::OnceLock;
@@ -78,21 +79,6 @@ pub(super) fn pairs_are_wanted() -> bool {
         Wanted::Off => false,
         Wanted::Pairs => true,
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn is_intel() -> bool {
-    // Unsafe only in older compilers.
-    #[allow(unused_unsafe)]
-    // SAFETY: every 64-bit x86 has cpuid, whose leaf 0 names the maker.
-    let x = unsafe { core::arch::x86_64::__cpuid(0) };
-    let name = [x.ebx, x.edx, x.ecx].map(u32::to_le_bytes);
-    name.as_flattened() == b"GenuineIntel"
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn is_intel() -> bool {
-    false
 }
 
 /// The unit that multiplies tiles of bf16, where this machine has one and it is not turned off. A test's choice of an
