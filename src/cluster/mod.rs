@@ -106,7 +106,7 @@ static SYSTEM: [Field; 21] = {
     ]
 };
 
-static STACK: [Field; 22] = [
+static STACK: [Field; 27] = [
     ("stack.attention", Holds::Word(&["fused", "unfused"])),
     ("stack.dropout", Holds::Word(&["yes", "no"])),
     (
@@ -118,6 +118,20 @@ static STACK: [Field; 22] = [
     ("stack.gradient", Holds::Word(&["f32", "bf16"])),
     // Whether the product that gives a weight's gradient adds to the sum itself (if nothing is said), or a kernel does after it.
     ("stack.accumulation", Holds::Option(&["fused", "apart"])),
+    // What selective recomputation makes again beside the core of unfused attention (with latent attention norms and up-projections if
+    // nothing is said), and in what type inputs of narrow products are kept: see `forecast::Again`.
+    ("stack.recompute_norms", Holds::Option(&["yes", "no"])),
+    (
+        "stack.recompute_up_projections",
+        Holds::Option(&["yes", "no"]),
+    ),
+    (
+        "stack.recompute_activations",
+        Holds::Option(&["no", "experts", "all"]),
+    ),
+    ("stack.stored", Holds::Option(&["wide", "inputs", "narrow"])),
+    // The optimizer's two moments; f32 if nothing is said.
+    ("stack.moments", Holds::Option(&["f32", "bf16"])),
     ("stack.launch", Holds::Number(Dimension::Time)),
     // Whether the host runs ahead from one part of a layer to the next (if nothing is said), or each part begins on an idle chip and
     // is waited for, as where parts are timed alone.

@@ -91,8 +91,15 @@ impl Shape<'_> {
         let mut tasks = self.cast((near * self.model.hidden) as f64);
         tasks.push(self.product(near, width, self.model.hidden));
         tasks.push(stream(Rows::Norm, 4.0 * (near * width) as f64));
+        tasks.extend(self.up_projections());
+        tasks
+    }
+
+    /// Queries, keys and values from the latent vectors, which are gathered first if tokens are split.
+    pub(super) fn up_projections(&self) -> Vec<Task> {
+        let mut tasks = vec![];
         if self.sequence_parallel {
-            tasks.extend(self.transfer_of(width, Kind::AllGather, Beside::Never));
+            tasks.extend(self.transfer_of(self.latent_width(), Kind::AllGather, Beside::Never));
         }
         let up = self.latent_products();
         tasks.extend(
