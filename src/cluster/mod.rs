@@ -27,7 +27,7 @@ const STATUS: Field = (
     Holds::Word(&["shipping", "announced", "reported"]),
 );
 
-static CHIP: [Field; 36] = {
+static CHIP: [Field; 37] = {
     use Dimension::{Bandwidth, Bytes, Power, Pure, Rate};
     [
         STATUS,
@@ -57,6 +57,8 @@ static CHIP: [Field; 36] = {
         ("kernel.activation.memory", Holds::Number(Pure)),
         // Of products of narrow types, of attention's gradients, and of attention that reads a cache.
         ("kernel.matmul.narrow", Holds::Extra(Pure)),
+        // Share of these that is left where products follow one another without end, and a chip meets its power limit.
+        ("kernel.matmul.sustained", Holds::Extra(Pure)),
         ("kernel.attention.backward", Holds::Extra(Pure)),
         ("kernel.attention.memory", Holds::Extra(Pure)),
         // Within which 80 % of the measurements lie that a class was fitted to: of any product, of all of a layer's together, and
