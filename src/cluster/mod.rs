@@ -432,8 +432,13 @@ fn read(
         Some((_, text)) => Sheet::read(name, &format!("{what}s/{name}.toml"), text, fields, grade),
         None => {
             let names: Vec<_> = shelf.iter().map(|(n, _)| *n).collect();
+            let chip = what == "system" && CHIPS.iter().any(|(chip, _)| *chip == name);
+            let wrong = match chip {
+                true => format!("'{name}' is a chip, and no system that joins it is described"),
+                false => format!("there is no {what} '{name}'"),
+            };
             let why = format!(
-                "there is no {what} '{name}'; there are {}, or a file by its path",
+                "{wrong}; there are {}, or a file by its path",
                 names.join(", ")
             );
             Err(Error::new(ErrorKind::Input, why))
