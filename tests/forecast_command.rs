@@ -517,6 +517,22 @@ fn what_does_not_fit_is_refused() {
             "such as a power of two",
         ),
         (
+            "plan --machine dgx-a100 --model gpt3-175b --tokens-per-batch -4M".into(),
+            "--tokens-per-batch -4M: write a number",
+        ),
+        (
+            "plan --machine ascend-970 --model llama3-8b --tokens-per-batch 4M".into(),
+            "'ascend-970' is a chip, and no system that joins it is described",
+        ),
+        (
+            format!("{gpt} --mesh dp=8 --set stack.recompute_norms=maybe"),
+            "'maybe' is none of yes, no",
+        ),
+        (
+            format!("{gpt} --mesh dp=8 --set kernel.matmul.sustained=2"),
+            "above 0 and up to 1",
+        ),
+        (
             "machines cloudmatrix-384:900".into(),
             "there is no '900'; there are 626, 800, die",
         ),
@@ -526,6 +542,20 @@ fn what_does_not_fit_is_refused() {
         assert!(err.contains(says), "{line}: {err}");
         assert_eq!(err.trim_end().matches('\n').count(), 0, "{line}: {err}");
     }
+}
+
+/// DeepSeek-V3's split fits on the chips that it ran on if norms and up-projections are made again and values are kept narrow, as by
+/// default on H800s, and in no other way.
+#[test]
+fn a_latent_mixture_fits_as_its_report_says() {
+    let line = "forecast --machine dgx-h800 --model deepseek-v3 --mesh pp=16,dp=2,ep=64 --global-batch 15360 --context 4096 \
+                --schedule dualpipe --zero 1 --dtype fp8 --json";
+    let fits = |more: &str| object(&format!("{line} {more}"))["fits"].clone();
+    assert_eq!(fits("--recompute selective"), true);
+    assert_eq!(fits(""), false);
+    assert_eq!(fits("--recompute selective --set stack.stored=wide"), false);
+    let all = "--recompute selective --set stack.recompute_up_projections=no";
+    assert_eq!(fits(all), false);
 }
 
 /// What looks odd and is right: uneven tokens, a padded vocabulary, heads that take their share of another width, neighbours that

@@ -17,7 +17,7 @@ pub(super) struct Arguments {
     #[command(flatten)]
     model: Model,
     /// Tokens of a step, such as 16M: 16 x 1024 x 1024
-    #[arg(long, value_name = "N[K|M]")]
+    #[arg(long, value_name = "N[K|M]", allow_hyphen_values = true)]
     tokens_per_batch: String,
     /// Tokens of a sequence; by default the model's
     #[arg(long, value_name = "N")]
@@ -166,20 +166,17 @@ fn table(found: &Found) {
     for (s, f) in &found.best {
         let share = |seconds: f64| format!("{:.1} %", 100.0 * seconds / f.step_seconds);
         let kernels: f64 = f.compute_seconds.values().sum();
-        let waits: Vec<String> = f
-            .exposed
-            .iter()
-            .map(|(k, v)| format!("{k} {}", share(*v)))
-            .collect();
+        let bubble = format!("bubble {}", share(f.bubble_seconds));
+        let waits = f.exposed.iter().map(|(k, v)| format!("{k} {}", share(*v)));
+        let waits: Vec<String> = std::iter::once(bubble).chain(waits).collect();
         let [_, _, _, _, micro, schedule, chunks, recompute, zero] = choices(s).map(|c| c.1);
         print_text(&format!(
-            "{:<34} {micro:>5} {schedule:>8} {chunks:>6} {recompute:>9} {zero:>4} {:>10.4} {:>5.1}% {:>8.1}  {}, bubble {}, {}\n",
+            "{:<34} {micro:>5} {schedule:>8} {chunks:>6} {recompute:>9} {zero:>4} {:>10.4} {:>5.1}% {:>8.1}  {}, {}\n",
             s.mesh.to_string(),
             f.step_seconds,
             f.mfu * 100.0,
             f.memory.total() / 1e9,
             share(kernels),
-            share(f.bubble_seconds),
             waits.join(", ")
         ));
     }

@@ -27,7 +27,7 @@ const STATUS: Field = (
     Holds::Word(&["shipping", "announced", "reported"]),
 );
 
-static CHIP: [Field; 36] = {
+static CHIP: [Field; 37] = {
     use Dimension::{Bandwidth, Bytes, Power, Pure, Rate};
     [
         STATUS,
@@ -57,6 +57,8 @@ static CHIP: [Field; 36] = {
         ("kernel.activation.memory", Holds::Number(Pure)),
         // Of products of narrow types, of attention's gradients, and of attention that reads a cache.
         ("kernel.matmul.narrow", Holds::Extra(Pure)),
+        // Share of these that is left where products follow one another without end, and a chip meets its power limit.
+        ("kernel.matmul.sustained", Holds::Extra(Pure)),
         ("kernel.attention.backward", Holds::Extra(Pure)),
         ("kernel.attention.memory", Holds::Extra(Pure)),
         // Within which 80 % of the measurements lie that a class was fitted to: of any product, of all of a layer's together, and
@@ -106,7 +108,7 @@ static SYSTEM: [Field; 21] = {
     ]
 };
 
-static STACK: [Field; 22] = [
+static STACK: [Field; 27] = [
     ("stack.attention", Holds::Word(&["fused", "unfused"])),
     ("stack.dropout", Holds::Word(&["yes", "no"])),
     (
@@ -118,6 +120,20 @@ static STACK: [Field; 22] = [
     ("stack.gradient", Holds::Word(&["f32", "bf16"])),
     // Whether the product that gives a weight's gradient adds to the sum itself (if nothing is said), or a kernel does after it.
     ("stack.accumulation", Holds::Option(&["fused", "apart"])),
+    // What selective recomputation makes again beside the core of unfused attention (with latent attention norms and up-projections if
+    // nothing is said), and in what type inputs of narrow products are kept: see `forecast::Again`.
+    ("stack.recompute_norms", Holds::Option(&["yes", "no"])),
+    (
+        "stack.recompute_up_projections",
+        Holds::Option(&["yes", "no"]),
+    ),
+    (
+        "stack.recompute_activations",
+        Holds::Option(&["no", "experts", "all"]),
+    ),
+    ("stack.stored", Holds::Option(&["wide", "inputs", "narrow"])),
+    // The optimizer's two moments; f32 if nothing is said.
+    ("stack.moments", Holds::Option(&["f32", "bf16"])),
     ("stack.launch", Holds::Number(Dimension::Time)),
     // Whether the host runs ahead from one part of a layer to the next (if nothing is said), or each part begins on an idle chip and
     // is waited for, as where parts are timed alone.
@@ -416,8 +432,13 @@ fn read(
         Some((_, text)) => Sheet::read(name, &format!("{what}s/{name}.toml"), text, fields, grade),
         None => {
             let names: Vec<_> = shelf.iter().map(|(n, _)| *n).collect();
+            let chip = what == "system" && CHIPS.iter().any(|(chip, _)| *chip == name);
+            let wrong = match chip {
+                true => format!("'{name}' is a chip, and no system that joins it is described"),
+                false => format!("there is no {what} '{name}'"),
+            };
             let why = format!(
-                "there is no {what} '{name}'; there are {}, or a file by its path",
+                "{wrong}; there are {}, or a file by its path",
                 names.join(", ")
             );
             Err(Error::new(ErrorKind::Input, why))

@@ -76,7 +76,7 @@ pub(super) fn outside(field: &str, value: f64) -> Option<&'static str> {
     let (kernel, level) = (field.starts_with("kernel."), field.starts_with("level."));
     let share = field == "exchange.share"
         || level && last == "efficiency"
-        || kernel && ["efficiency", "memory", "narrow", "backward"].contains(&last);
+        || kernel && ["efficiency", "memory", "narrow", "backward", "sustained"].contains(&last);
     let count = ["chip.cores", "system.chips"].contains(&field) || level && last == "chips";
     let (fine, why) = match field {
         "stack.interference" => (

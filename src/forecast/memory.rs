@@ -13,7 +13,7 @@ pub struct Memory {
     pub parameters: f64,
     /// Gradients.
     pub gradients: f64,
-    /// Master weights and two moments in f32.
+    /// Master weights in f32 and two moments.
     pub optimizer: f64,
     /// What forwards keep for backwards.
     pub activations: f64,
@@ -115,11 +115,11 @@ fn one(
         true => 2.0 * split(3) + 2.0 * (dense + experts),
         false => 2.0 * (dense + experts),
     };
-    // Two directions need two copies.
-    let copies = if setting.pipeline == Pipeline::DualPipe {
-        2.0
-    } else {
-        1.0
+    // Two directions need two copies of a layer (DeepSeek-V3, arXiv:2412.19437, table 2), and gradients of both add up before they meet; first
+    // and last stage share a chip at either end, so of embedding, head and what predicts each such chip has one.
+    let copies = match setting.pipeline {
+        Pipeline::DualPipe => 2.0 - setting.end_parameters(layers, stage) / (dense + experts),
+        _ => 1.0,
     };
     let gradients_split = if zero == 3 && !setting.reshards(machine) {
         split(4)
@@ -128,8 +128,8 @@ fn one(
     };
     let mut memory = Memory {
         parameters: copies * parameters,
-        gradients: gradient * gradients_split,
-        optimizer: 12.0 * split(1),
+        gradients: copies * gradient * gradients_split,
+        optimizer: setting.state_bytes(machine) * split(1),
         activations: live as f64 * kept / chunks as f64 + open,
         logits,
         cache: 0.0,

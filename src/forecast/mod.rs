@@ -49,7 +49,7 @@ pub use measured::{account as measured_account, curves as measured_curves, gap a
 pub use memory::Memory;
 pub use models::{named as model_named, names as model_names};
 pub use network::{Network, closed_form, walk};
-pub use program::{Beside, ContextParallel, Recompute, Shape, Task};
+pub use program::{Activations, Again, Beside, ContextParallel, Recompute, Shape, Stored, Task};
 pub use schedule::{Pipeline, makespan};
 pub use search::{Found, Search, choices};
 pub use step::{AXES, Forecast, Setting};

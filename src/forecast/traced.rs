@@ -100,7 +100,7 @@ pub fn price_trace(trace: &Trace, machine: &Machine, dtype: &str) -> Result<Trac
             for work in Work::of_event(event) {
                 launches += work.axis().is_none() as usize;
                 let moves = network.seconds(&trace.mesh, &work)?;
-                match work.axis().map(String::from) {
+                match work.axis().map(axis_of) {
                     Some(axis) if beside(event) => {
                         wire = wire.max(price.seconds) + moves;
                         if let Some(ticket) = event.ticket {
@@ -150,6 +150,11 @@ impl Measured<'_> {
             false => curve.at(amount),
         })
     }
+}
+
+/// The axis of a part of it, `cp[..2]`: where time is waited for.
+fn axis_of(name: &str) -> String {
+    name.split('[').next().unwrap_or(name).into()
 }
 
 fn beside(event: &Event) -> bool {

@@ -168,7 +168,12 @@ impl Work {
     /// a wait.
     pub fn of_event(event: &Event) -> Vec<Work> {
         if let Some(t) = &event.traffic {
-            let (axis, n) = (t.axis.clone(), t.chips as f64);
+            let axis = match t.stride {
+                None => t.axis.clone(),
+                Some(1) => format!("{}[..{}]", t.axis, t.chips),
+                Some(stride) => format!("{}[{stride}..]", t.axis),
+            };
+            let n = t.chips as f64;
             return match t.collective {
                 _ if event.kind == EventKind::Wait => vec![],
                 None => vec![Work::Message {

@@ -216,6 +216,7 @@ impl Chip {
             traffic: Some(Traffic {
                 axis: route.axis.to_string(),
                 chips: self.size_of(route.axis),
+                stride: None,
                 collective: None,
                 offset: Some(route.offset),
                 bytes,

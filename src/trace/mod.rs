@@ -83,8 +83,10 @@ pub struct Value {
 pub struct Traffic {
     /// The mesh axis along which it went.
     pub axis: String,
-    /// Chips along that axis.
+    /// Chips that meet: all along that axis, or a part of them.
     pub chips: usize,
+    /// Where a part of the axis meets, places along it from one of these chips to the next; none where all chips of the axis meet.
+    pub stride: Option<usize>,
     /// The collective and its list of steps; none for a single message.
     pub collective: Option<(Kind, Algorithm, Reduce)>,
     /// For a message: the peer's distance along the axis, cyclic.

@@ -53,7 +53,8 @@ pub(super) struct Arguments {
     /// Chunks of layers on a stage; by default 1, and 2 for interleaved, zb-v and dualpipe
     #[arg(long, value_name = "N")]
     virtual_stages: Option<usize>,
-    /// What is computed again instead of kept: none, selective or full
+    /// What is computed again instead of kept: none, selective (the core of unfused attention; with latent attention norms and
+    /// up-projections; see stack.recompute_*) or full
     #[arg(long, default_value = "none", value_parser = ["none", "selective", "full"])]
     recompute: String,
     /// What is split over the chips with other sequences: 1 optimizer, 2 gradients too, 3 parameters too

@@ -91,8 +91,15 @@ impl Shape<'_> {
         let mut tasks = self.cast((near * self.model.hidden) as f64);
         tasks.push(self.product(near, width, self.model.hidden));
         tasks.push(stream(Rows::Norm, 4.0 * (near * width) as f64));
+        tasks.extend(self.up_projections());
+        tasks
+    }
+
+    /// Queries, keys and values from the latent vectors, which are gathered first if tokens are split.
+    pub(super) fn up_projections(&self) -> Vec<Task> {
+        let mut tasks = vec![];
         if self.sequence_parallel {
-            tasks.extend(self.transfer_of(width, Kind::AllGather, Beside::Never));
+            tasks.extend(self.transfer_of(self.latent_width(), Kind::AllGather, Beside::Never));
         }
         let up = self.latent_products();
         tasks.extend(
@@ -141,6 +148,14 @@ impl Shape<'_> {
     /// (values in and out, a byte of mask), and so does its gradient.
     pub(super) fn core(&self, backward: bool) -> Vec<Task> {
         let mut tasks = self.meet(backward);
+        tasks.extend(self.computed(backward));
+        tasks.extend(self.part(backward));
+        tasks
+    }
+
+    /// The kernels of [`Shape::core`].
+    fn computed(&self, backward: bool) -> Vec<Task> {
+        let mut tasks = vec![];
         let c = self.model;
         let heads = c.heads.div_ceil(self.tp);
         let (query, value) = c.score_width();
@@ -205,6 +220,41 @@ impl Shape<'_> {
         tasks
     }
 
+    /// Tensors of these widths exchanged between tokens and heads among u neighbours, each by itself (DeepSpeed-Ulysses): what each
+    /// sends is little, so its latency counts.
+    fn exchanged(&self, widths: &[f64]) -> Vec<Task> {
+        let u = self.exchange;
+        if u == 1 {
+            return vec![];
+        }
+        let tokens = self.tokens() as f64;
+        let one = |width: &f64| {
+            Task::from(Work::Collective {
+                kind: Kind::AllToAll,
+                axis: format!("cp[..{u}]"),
+                bytes: 2.0 * tokens * width,
+            })
+        };
+        widths.iter().map(one).collect()
+    }
+
+    /// Widths of queries, keys and values, and results.
+    fn exchanged_widths(&self) -> ([f64; 3], f64) {
+        let (q, kv, o) = self.widths();
+        let (query, value) = self.model.score_width();
+        let k = kv as f64 * query as f64 / (query + value) as f64;
+        ([q as f64, k, kv as f64 - k], o as f64)
+    }
+
+    /// What goes back to the chips of the tokens: results, or gradients of queries, keys and values.
+    fn part(&self, backward: bool) -> Vec<Task> {
+        let (inputs, result) = self.exchanged_widths();
+        match backward {
+            false => self.exchanged(&[result]),
+            true => self.exchanged(&inputs),
+        }
+    }
+
     /// What `cp` moves for the core: keys and values round the ring (and their gradients with them in the backward), gathered, or
     /// everything exchanged for heads among u neighbours, whose blocks a ring joins. A member of that ring has u times the tokens and
     /// 1/u of the heads, so its share of the ring is as large as without exchange, and travels R - 1 times of R = cp / u.
@@ -212,7 +262,7 @@ impl Shape<'_> {
         if self.cp == 1 {
             return vec![];
         }
-        let (q, kv, o) = self.widths();
+        let kv = self.widths().1;
         let tokens = self.tokens() as f64;
         let (u, blocks) = (self.exchange, self.cp / self.exchange);
         let whole = 2.0 * tokens * self.cp as f64 * kv as f64;
@@ -225,11 +275,11 @@ impl Shape<'_> {
                 true => vec![over(Kind::AllGather), over(Kind::ReduceScatter)],
             };
         }
-        let mut tasks = vec![];
-        if u > 1 {
-            let local = 2.0 * tokens * (q + kv + o) as f64;
-            tasks.push(collective(Kind::AllToAll, format!("cp[..{u}]"), local));
-        }
+        let (inputs, result) = self.exchanged_widths();
+        let mut tasks = match backward {
+            false => self.exchanged(&inputs),
+            true => self.exchanged(&[result]),
+        };
         if blocks > 1 {
             let work = Work::Ring {
                 axis: format!("cp[{u}..]"),

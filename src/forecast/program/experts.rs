@@ -5,7 +5,7 @@
 
 use super::{Beside, Shape, Task, stream};
 use crate::collective::Kind;
-use crate::forecast::architecture::Mixture;
+use crate::forecast::architecture::{Block, Mixture};
 use crate::forecast::work::{Rows, Work};
 
 /// Sizes of a chip's share of the experts.
@@ -149,6 +149,25 @@ impl Shape<'_> {
         tasks.push(self.permute(&m, &s));
         tasks.extend(self.whole_again());
         tasks.extend(self.shared(&m, false));
+        tasks
+    }
+
+    /// The activations of a layer once more, from what they read.
+    pub(super) fn activations_again(&self, block: Block) -> Vec<Task> {
+        let of = |rows: usize, ffn: usize| {
+            let mut tasks = vec![self.activation((rows * ffn) as f64, false)];
+            tasks.extend(self.cast((rows * ffn) as f64));
+            tasks
+        };
+        if !self.model.has_experts(block) {
+            return of(self.tokens(), self.model.ffn.div_ceil(self.tp));
+        }
+        let m = self.mixture();
+        let s = self.share(&m);
+        let mut tasks = of(s.experts * s.rows, s.ffn);
+        if m.shared_ffn > 0 {
+            tasks.extend(of(self.tokens(), m.shared_ffn.div_ceil(self.tp)));
+        }
         tasks
     }
 

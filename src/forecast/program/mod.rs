@@ -10,18 +10,21 @@ mod cached;
 mod chunks;
 mod ends;
 mod experts;
+mod kept;
 
 use super::architecture::{Architecture, Block};
 use super::work::{Rows, Work};
 use crate::collective::Kind;
 use crate::error::{Error, ErrorKind, Result};
+pub use kept::{Activations, Again, Stored};
 
 /// What is computed again in the backward instead of kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Recompute {
     /// Nothing.
     None,
-    /// The core of attention: scores, softmax, dropout, and the product with the values.
+    /// The core of attention where it is not fused: scores, softmax, dropout, and the product with the values; and what [`Again`] says,
+    /// with latent attention norms and up-projections if the stack says nothing.
     Selective,
     /// Every layer, from its input.
     Full,
@@ -126,6 +129,8 @@ pub struct Shape<'a> {
     pub size: f64,
     /// Tokens of the busiest expert's chip for those of the mean one.
     pub imbalance: f64,
+    /// What selective recomputation makes again, and in what type values are kept.
+    pub again: Again,
 }
 
 /// When a transfer may run beside kernels instead of before them.
@@ -407,55 +412,5 @@ impl Shape<'_> {
         let moved = (2.0 + 2.0 * self.gradient) * weights as f64;
         let task = || stream(Rows::Elementwise, moved).of_weight();
         self.accumulates.then(task)
-    }
-
-    /// What is computed again for a layer's backward, part by part.
-    pub fn again(&self, recompute: Recompute, block: Block) -> Vec<Vec<Task>> {
-        match recompute {
-            Recompute::None => vec![],
-            Recompute::Selective if self.fused => vec![],
-            Recompute::Selective => vec![self.core(false)],
-            Recompute::Full => self.forward_parts(block),
-        }
-    }
-
-    /// Bytes that a layer keeps for its backward on a chip (Korthikanti et al. 2022, equations 1 to 4, for their model;
-    /// counted the same way for gated, grouped and latent ones and for experts).
-    pub fn activation_bytes(&self, recompute: Recompute, block: Block) -> f64 {
-        let c = self.model;
-        let t = self.tp as f64;
-        let tokens = self.tokens() as f64;
-        let width = tokens * c.hidden as f64;
-        let split = self.sequence_split() as f64;
-        if recompute == Recompute::Full {
-            return 2.0 * width / split;
-        }
-        let masks = if self.dropout { 2.0 } else { 0.0 };
-        // Two norms' inputs and two inputs of column-split products, and the masks.
-        let gathered = 2.0 * self.kept_whole(!c.has_experts(block)) as f64;
-        let whole = (8.0 - gathered + masks) * width / split + gathered * width;
-        let (q, kv, o) = c.widths();
-        let kv = kv as f64 * self.kv_share() * t;
-        let values = if c.gated { 3.0 } else { 2.0 };
-        let feed_forward = match c.mixture {
-            Some(m) if c.has_experts(block) => {
-                // A copy of its input for every expert that a token visits, and what stands between the two products.
-                let rows = tokens * m.per_token as f64 * self.imbalance;
-                let between = rows * m.ffn as f64 + tokens * m.shared_ffn as f64;
-                2.0 * rows * c.hidden as f64 + 2.0 * values * between
-            }
-            _ => 2.0 * values * tokens * c.ffn as f64,
-        };
-        let latent = c
-            .latent
-            .map_or(0.0, |l| 2.0 * tokens * (l.q_rank + l.kv_rank) as f64);
-        let cut = (2.0 * tokens * (q as f64 + kv + o as f64) + feed_forward) / t + latent / split;
-        let scores =
-            (self.batch * c.heads * self.context * self.context) as f64 / (t * self.cp as f64);
-        let kept = match (self.fused, recompute) {
-            (true, _) | (_, Recompute::Selective) => 0.0,
-            _ => scores * if self.dropout { 5.0 } else { 4.0 },
-        };
-        whole + cut + kept
     }
 }

@@ -7,7 +7,7 @@ mod update;
 
 use super::architecture::{Architecture, Block};
 use super::memory::{self, Memory};
-use super::program::{ContextParallel, Recompute, Shape};
+use super::program::{Again, ContextParallel, Recompute, Shape};
 use super::schedule::Pipeline;
 use crate::cluster::Machine;
 use crate::error::{Error, ErrorKind, Result};
@@ -305,6 +305,7 @@ impl Setting {
                 .find("stack.imbalance")
                 .unwrap_or(1.0)
                 .max(1.0),
+            again: Again::of(machine, self.model.latent.is_some()),
         }
     }
 
@@ -319,6 +320,14 @@ impl Setting {
     /// Parameters of embedding or head on a chip.
     pub(super) fn embedding_parameters(&self) -> f64 {
         self.model.embedding_parameters() / self.along("tp") as f64
+    }
+
+    /// Bytes of the optimizer's state for a parameter: master weights in f32, and two moments.
+    pub(super) fn state_bytes(&self, machine: &Machine) -> f64 {
+        match machine.stack.word("stack.moments") {
+            Some("bf16") => 8.0,
+            _ => 12.0,
+        }
     }
 
     /// Bytes of an element of a gradient.

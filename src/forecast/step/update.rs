@@ -4,6 +4,7 @@ use super::{Counts, Prices, Setting, Span};
 use crate::cluster::Machine;
 use crate::collective::Kind;
 use crate::error::Result;
+use crate::forecast::architecture::Block;
 use crate::forecast::work::{Rows, Work};
 use crate::pipeline::Times;
 
@@ -141,24 +142,25 @@ impl Setting {
             };
             span.wait("pp", moves);
         }
-        self.optimize(prices, layers, gradient, span);
+        let state = self.state_bytes(machine);
+        self.optimize(prices, layers, (gradient, state), span);
         Ok(())
     }
 
     /// Passes over the state, each a kernel over all of it: the norm reads gradients; clipping reads and writes them; AdamW reads
-    /// them, and reads and writes master weights and two moments in f32; weights are narrowed to 2 bytes; all gradients are set to
+    /// them, and reads and writes master weights in f32 and two moments; weights are narrowed to 2 bytes; all gradients are set to
     /// zero.
     fn optimize(
         &self,
         prices: &Prices<'_>,
         layers: &[Vec<Counts>],
-        gradient: f64,
+        (gradient, state): (f64, f64),
         span: &mut Span,
     ) {
         let (dense, experts) = self.most_parameters(layers);
         let (dense_shards, expert_shards) = self.shards();
         let share = dense / dense_shards + experts / expert_shards;
-        let passes = gradient + 2.0 * gradient + (gradient + 24.0) + 6.0;
+        let passes = gradient + 2.0 * gradient + (gradient + 2.0 * state) + 6.0;
         let bytes = share * passes + (dense + experts) * gradient;
         let step = prices.rates.seconds(&Work::Stream {
             rows: Rows::Optimizer,
@@ -174,15 +176,29 @@ impl Setting {
         stages.fold((0.0, 0.0), |a, b| if b.0 + b.1 > a.0 + a.1 { b } else { a })
     }
 
+    /// Parameters of a stage's chip that belong to the ends of the model: embedding, head, layers that predict further tokens.
+    pub(in super::super) fn end_parameters(&self, layers: &[Vec<Counts>], stage: usize) -> f64 {
+        let predict: usize = layers[stage].iter().map(|c| c.predict).sum();
+        let (dense, experts) = match predict {
+            0 => (0.0, 0.0),
+            _ => self.block_parameters(Block::Predict),
+        };
+        self.ends(stage) * self.embedding_parameters() + predict as f64 * (dense + experts)
+    }
+
+    /// Embeddings and heads of a stage's chip.
+    fn ends(&self, stage: usize) -> f64 {
+        let ends = (stage == 0) as usize + (stage == self.last_stage()) as usize;
+        (if self.model.tied { ends.min(1) } else { ends }) as f64
+    }
+
     /// Dense parameters and experts' of a stage's chip.
     pub(in super::super) fn stage_parameters(
         &self,
         layers: &[Vec<Counts>],
         stage: usize,
     ) -> (f64, f64) {
-        let ends = (stage == 0) as usize + (stage == self.last_stage()) as usize;
-        let ends = if self.model.tied { ends.min(1) } else { ends };
-        let mut sum = (ends as f64 * self.embedding_parameters(), 0.0);
+        let mut sum = (self.ends(stage) * self.embedding_parameters(), 0.0);
         for (block, count) in layers[stage].iter().flat_map(Counts::each) {
             let (dense, experts) = self.block_parameters(block);
             sum.0 += count as f64 * dense;

@@ -144,6 +144,42 @@ fn residuals_of_a_layer() {
     }
 }
 
+/// What a chip's products keep of their rate under a long load: those of the longest layer that was measured, 4096 tokens on one chip,
+/// against the fit to all. On an A100 the two runs differ by more than that is away from 1.
+#[test]
+#[ignore = "needs measured curves: SUPERNODE_CALIBRATION=DIR"]
+fn long_loads() {
+    let (hidden, keys, ffn) = (8192, 1024, 28672);
+    for (file, machine, apart) in [
+        ("a100_llama2_70b_ops_ms.csv", "dgx-a100", 0.012),
+        ("h100_llama2_70b_ops_ms.csv", "dgx-h100", 1e-3),
+    ] {
+        let mut machine = Machine::named(machine).unwrap();
+        let written = machine.chip.find("kernel.matmul.sustained").unwrap_or(1.0);
+        machine.set("kernel.matmul.sustained", "1").unwrap();
+        let rates = Rates::of(&machine, "bf16").unwrap();
+        let product = |n, k| rates.seconds(&Work::matmul(4096, n, k));
+        let said = product(hidden + 2 * keys, hidden)
+            + product(hidden, hidden)
+            + product(2 * ffn, hidden)
+            + product(hidden, ffn);
+        let rows = measured(file);
+        let longest = rows.iter().filter(|r| (r[0], r[1]) == (1.0, 4096.0));
+        let times: Vec<f64> = longest
+            .map(|r| 1e-3 * (r[2] + r[3] + r[4] + r[6]))
+            .collect();
+        let mean = times.iter().sum::<f64>() / times.len() as f64;
+        let found = said / mean;
+        let scatter = (times[0] / times[1] - 1.0).abs();
+        println!("{file}: {found:.4} of the rate is left, the runs differ by {scatter:.4}");
+        assert!(
+            (found - written).abs() <= apart,
+            "{file}: {found}, {written}"
+        );
+        assert_eq!(written == 1.0, (found - 1.0).abs() <= scatter, "{file}");
+    }
+}
+
 /// A curve fitted to the points that are kept, held against those from 1 MiB up that are left out: positions and errors. First and last
 /// point are always kept.
 fn left_out(points: &[(f64, f64)], out: impl Fn(usize) -> bool) -> Vec<(usize, f64)> {
@@ -250,6 +286,12 @@ const SHARES: std::ops::RangeInclusive<usize> = 8..=17;
 /// These rows come from a sketch that simplifies pipelines, the embedding's gradient and the optimizer, and whose last two rows give some
 /// kernels that add to earlier micro-batches' gradients a wrong price (on 2048, and in the head on 1024); the prices here, made as
 /// its last row says, do not, and miss 7.3 and 6.2 %, and 5.6 and 4.5 % back.
+///
+/// Of these prices two more were tried and refused on hidden 1024, without a look at 2048. As they are they miss 3.8 % where a pair is left
+/// out, and 5.1 % of the largest micro-batches, left out. With norms as any element-wise kernel (apex has another kernel than the one
+/// whose share was measured) that is 5.0 and 6.9 %; with pipelines that fill before each product, a prologue of 64 or 128 as inside a layer,
+/// 4.4 and 5.8, or 4.7 and 6.7 %; with both 4.4 and 5.3, or 4.8 and 6.2 %. What is left are the pairs that wait for the host, which
+/// disagree with each other: tp=8 with one sequence is priced 17 % too fast, tp=2 with four 18 % too slow.
 #[test]
 #[ignore = "needs measured curves: SUPERNODE_CALIBRATION=DIR"]
 fn single_node_steps() {

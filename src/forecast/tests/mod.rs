@@ -6,6 +6,7 @@ mod breadth;
 mod calibration;
 mod inference;
 mod laws;
+mod memory;
 mod published;
 mod tables;
 mod traced;
