@@ -14,15 +14,15 @@
 //! keep on reading alike much.
 //!
 //! Sums run in the orders of the whole forward, so logits are those of the whole text, bit for bit wherever the kernels keep
-//! one order for any number of queries, and but for cp, which merges parts of each softmax, and for latents, which a new token
-//! attends to as they are (see `absorbed`; [`Transformer::with_absorbed_latents`] decides).
+//! one order for any number of queries, and but for cp, which merges parts of each softmax, and for latents, which new tokens
+//! attend to as they are (see `absorbed`; [`Transformer::with_absorbed_latents`] decides).
 
 use super::Transformer;
 use super::documents::by_tokens;
 use crate::dtype::DType;
 use crate::ops;
 use crate::placement::Placement::{Replicate, Shard};
-use crate::placement::{Placements, split};
+use crate::placement::{Placements, TokenOrder, split};
 use crate::spmd::{Chip, Contents, FromIndex, InOrder, Sharded};
 use std::ops::Range;
 use std::sync::Arc;
@@ -53,7 +53,7 @@ impl Past {
     }
 
     /// Tokens of the longest prompt.
-    fn prompt(&self) -> usize {
+    pub(super) fn prompt(&self) -> usize {
         self.prompts.iter().copied().max().unwrap_or(0)
     }
 
@@ -74,6 +74,33 @@ impl Past {
             self.starts
         );
         first
+    }
+
+    /// Whether token j of this forward sees slot s of this chip's part of sequence b's cache, as a function of b, s and j; `order`
+    /// is that of a prompt's tokens over cp.
+    pub(super) fn sight(
+        &self,
+        chip: &Chip,
+        order: TokenOrder,
+    ) -> impl Fn(usize, usize, usize) -> bool + use<> {
+        let (past, chips) = (self.clone(), chip.size_of("cp"));
+        let (here, used) = match chips {
+            1 => (0, 0),
+            _ => {
+                let here = chip.coordinate("cp");
+                (here, self.used(chips, here))
+            }
+        };
+        let prompt = split(self.prompt(), chips, here);
+        let positions = match chips {
+            1 => Vec::new(),
+            _ => order.positions(prompt),
+        };
+        move |b, s, j| match chips {
+            1 => s <= past.starts[b] + j,
+            // Behind the prompt's slots all that are taken are seen; among these not what fills up a shorter prompt.
+            _ => s < used && positions.get(s).is_none_or(|p| *p < past.prompts[b]),
+        }
     }
 
     /// Slots of a chip that are taken when this forward's token is kept.

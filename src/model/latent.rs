@@ -127,7 +127,7 @@ impl Transformer {
         let now = self.attends_now(chip);
         let kept = all.filter(|_| !now).unwrap_or(kept);
         let o = match &self.past {
-            Some(past) if self.absorbs(chip, &q) => {
+            Some(past) if self.absorbs(&q, l) => {
                 self.attend_latents(chip, name, l, &q, &kept, past)
             }
             _ => self.attend_to_keys(chip, name, l, q, kept),

@@ -21,7 +21,7 @@
 //! | `embedding` | tokens and positions become the residual stream |
 //! | `block` | norm, attention, norm, feed-forward; dropout |
 //! | `attention`, `feed_forward` | the two halves of a block |
-//! | `latent`, `absorbed` | multi-head latent attention; of a new token over its cache |
+//! | `latent`, `absorbed` | multi-head latent attention; of new tokens over a cache |
 //! | `mixture`, `experts` | a mixture of experts: what it is made of, and what it does |
 //! | `linear` | weights split by columns and by rows |
 //! | `head` | the last norm, logits and the loss |

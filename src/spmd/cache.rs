@@ -181,12 +181,44 @@ impl Chip {
         );
     }
 
-    /// Frees all caches: the next text begins.
-    pub fn forget_caches(&self) {
-        self.inner().caches.borrow_mut().clear();
+    /// What `make` gives the first time, from then on kept under `name` beside the caches until [`Chip::forget_caches`]: for what
+    /// is made of parameters alone, which do not change while a text grows.
+    ///
+    /// # Panics
+    /// While recording: what was kept has no gradient.
+    #[track_caller]
+    pub fn made_once(&self, name: &str, make: impl FnOnce() -> Sharded) -> Sharded {
+        assert!(
+            self.inner().tape.borrow().is_none(),
+            "'{name}' at {}: what is kept has no gradient; end recording first",
+            Location::caller()
+        );
+        let kept = self.inner().made.borrow_mut().remove(name);
+        let kept = kept.unwrap_or_else(|| {
+            let made = make();
+            Cache {
+                tensor: made.tensor.clone(),
+                global: made.global.clone(),
+                placements: made.placements.clone(),
+            }
+        });
+        let value = Sharded::unrecorded(
+            self,
+            kept.tensor.clone(),
+            kept.global.clone(),
+            kept.placements.clone(),
+        );
+        self.inner().made.borrow_mut().insert(name.into(), kept);
+        value
     }
 
-    /// Bytes of all caches on this chip.
+    /// Frees all caches and what was made once: the next text begins.
+    pub fn forget_caches(&self) {
+        self.inner().caches.borrow_mut().clear();
+        self.inner().made.borrow_mut().clear();
+    }
+
+    /// Bytes of all caches on this chip, without what was made once.
     pub fn cached_bytes(&self) -> u64 {
         let caches = self.inner().caches.borrow();
         let bytes = caches.values().map(|c| TensorType::bytes(c.tensor.ty()));

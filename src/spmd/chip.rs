@@ -58,6 +58,7 @@ pub(super) struct Inner {
     pub(super) open_tickets: RefCell<BTreeSet<u64>>,
     pub(super) zero: Cell<Option<(super::Zero, usize)>>,
     pub(super) caches: RefCell<HashMap<String, super::cache::Cache>>,
+    pub(super) made: RefCell<HashMap<String, super::cache::Cache>>,
     overlap: RefCell<Overlap>,
 }
 
@@ -110,6 +111,7 @@ impl Chip {
             open_tickets: RefCell::default(),
             zero: Cell::new(None),
             caches: RefCell::default(),
+            made: RefCell::default(),
             overlap: RefCell::default(),
         }))
     }

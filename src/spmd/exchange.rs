@@ -13,12 +13,10 @@
 //!
 //! A chip has two lanes: its program, and its transfers that run beside it. Both wait here, each on a bell of its own.
 
-use crate::cpu::memory::Buffer;
+use super::payload::Payload;
 use crate::error::{Error, ErrorKind};
 use crate::mesh::Mesh;
-use crate::tensor::Tensor;
 use std::collections::{HashMap, VecDeque};
-use std::ops::Range;
 use std::panic::Location;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
@@ -64,23 +62,6 @@ impl std::fmt::Display for Whereabouts {
             write!(f, " in {}", self.scope)?;
         }
         write!(f, " at {}:{}", self.site.file(), self.site.line())
-    }
-}
-
-/// What travels.
-pub(super) enum Payload {
-    /// Part of a tensor that nobody writes while it travels, in bytes.
-    Shared(Tensor, Range<usize>),
-    /// A copy.
-    Staged(Buffer, usize),
-}
-
-impl Payload {
-    pub(super) fn bytes(&self) -> &[u8] {
-        match self {
-            Payload::Shared(tensor, range) => &tensor.bytes()[range.clone()],
-            Payload::Staged(buffer, len) => &buffer.as_bytes()[..*len],
-        }
     }
 }
 
@@ -142,6 +123,13 @@ pub(super) struct Lane {
     exchange: Arc<Exchange>,
     pub rank: usize,
     number: usize,
+}
+
+/// A message that is here and that its sender still waits for.
+pub(super) struct Arrived {
+    pub payload: Payload,
+    received: Arc<OnceLock<Instant>>,
+    from: usize,
 }
 
 /// A message on its way.
@@ -422,14 +410,14 @@ impl Lane {
         self.exchange.bells[2 * self.rank].notify_all();
     }
 
-    /// Waits for the next message on `channel` and hands its bytes to `take`; the sender counts it as received when
-    /// `take` has returned.
-    pub(super) fn receive(
+    /// Waits for the next message on `channel`, of `len` bytes. Its sender counts it as received when it is
+    /// [acknowledged](Lane::acknowledge).
+    pub(super) fn take(
         &self,
         channel: Channel,
         header: &Arc<Header>,
-        take: impl FnOnce(&[u8]) -> Result<(), String>,
-    ) -> Result<(), Stopped> {
+        len: usize,
+    ) -> Result<Arrived, Stopped> {
         let mut state = self.wait(
             self.exchange.lock(),
             header.clone(),
@@ -445,38 +433,64 @@ impl Lane {
         if queue.is_empty() {
             state.queues.remove(&channel);
         }
-        if message.header.signature != header.signature {
-            let error = Error::new(
-                ErrorKind::Chip,
-                format!(
-                    "{} is in {} while {} is in {}; every chip must make the same calls in the same order",
-                    self.exchange.name(channel.to),
-                    header,
-                    self.exchange.name(channel.from),
-                    message.header
-                ),
-            );
-            self.exchange.poison(&mut state, error);
-            return Err(Stopped);
-        }
-        drop(state);
-        let taken = take(message.payload.bytes());
+        let (here, there) = (channel.to, channel.from);
+        let wrong = if message.header.signature != header.signature {
+            format!(
+                "{} is in {header} while {} is in {}; every chip must make the same calls in the same order",
+                self.exchange.name(here),
+                self.exchange.name(there),
+                message.header
+            )
+        } else if message.payload.len() != len {
+            format!(
+                "{}: {header}: a message of {} bytes came from {} where {len} were expected",
+                self.exchange.name(here),
+                message.payload.len(),
+                self.exchange.name(there),
+            )
+        } else {
+            return Ok(Arrived {
+                payload: message.payload,
+                received: message.received,
+                from: there,
+            });
+        };
+        self.exchange
+            .poison(&mut state, Error::new(ErrorKind::Chip, wrong));
+        Err(Stopped)
+    }
+
+    /// Lets a message go: its sender counts it as received.
+    pub(super) fn acknowledge(&self, arrived: Arrived) {
         // The payload goes before the sender hears of it, so that the sender is the last to hold the tensor.
-        drop(message.payload);
-        let mut state = self.exchange.lock();
-        if let Err(why) = taken {
-            let error = Error::new(
-                ErrorKind::Chip,
-                format!("{}: {header}: {why}", self.exchange.name(self.rank)),
-            );
-            self.exchange.poison(&mut state, error);
-            return Err(Stopped);
-        }
-        let first = message.received.set(Instant::now());
+        drop(arrived.payload);
+        let state = self.exchange.lock();
+        let first = arrived.received.set(Instant::now());
         first.expect("a message is received once");
-        for number in [2 * channel.from, 2 * channel.from + 1] {
-            self.exchange.bells[number].notify_all();
+        for number in [2 * arrived.from, 2 * arrived.from + 1] {
+            let waiting = &state.lanes[number].waiting;
+            if waiting.as_ref().is_some_and(|w| state.satisfied(&w.until)) {
+                self.exchange.bells[number].notify_all();
+            }
         }
+    }
+
+    /// Waits for the next message on `channel`, of as many bytes as `into` has, and copies it there.
+    pub(super) fn receive(
+        &self,
+        channel: Channel,
+        header: &Arc<Header>,
+        into: &mut [u8],
+    ) -> Result<(), Stopped> {
+        let arrived = self.take(channel, header, into.len())?;
+        let mut rest = into;
+        for number in 0..arrived.payload.parts() {
+            let part = arrived.payload.part(number);
+            let (place, behind) = rest.split_at_mut(part.len());
+            place.copy_from_slice(part);
+            rest = behind;
+        }
+        self.acknowledge(arrived);
         Ok(())
     }
 

@@ -4,7 +4,8 @@
 //! send values and gradients of several chunks to each other, and each receives what it needs next.
 
 use super::apply::Told;
-use super::exchange::{Channel, Header, Payload, Sent, Stopped};
+use super::exchange::{Channel, Header, Sent, Stopped};
+use super::payload::{Payload, Piece};
 use super::redistribute::Site;
 use super::{Chip, Sharded};
 use crate::dtype::{DType, TensorType};
@@ -140,8 +141,7 @@ impl Chip {
             call: self.queue(route),
         };
         let header = Arc::new(self.message_header(route, x.tensor.ty(), site));
-        let bytes = 0..x.tensor.ty().bytes() as usize;
-        let payload = Payload::Shared(x.tensor.clone(), bytes);
+        let payload = Payload::Shared(vec![Piece::whole(&x.tensor)]);
         let sent = lane.start_send(channel, &header, payload);
         let sent = sent.unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
         Some(sent)
@@ -159,11 +159,8 @@ impl Chip {
                 call: self.queue(route),
             };
             let header = Arc::new(self.message_header(route, ty, site));
-            lane.receive(channel, &header, |bytes| {
-                tensor.bytes_mut().copy_from_slice(bytes);
-                Ok(())
-            })
-            .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
+            lane.receive(channel, &header, tensor.bytes_mut())
+                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
         }
         let value = Value {
             ty: ty.clone(),

@@ -19,8 +19,8 @@
 //! | `collective_matmul` | products beside the ring that gathers or scatters for them |
 //! | `overlap` | parameters gathered a block ahead, gradients reduced a block behind |
 //! | `bucket` | gradients of several small parameters in one all-reduce |
-//! | `execute` | walks a collective's list of steps over a wire |
-//! | `exchange` | the wire between threads: messages, waits, diagnosis |
+//! | `execute`, `rooms` | walks a collective's list of steps over a wire; where its elements lie |
+//! | `exchange`, `payload` | the wire between threads: messages, waits, diagnosis |
 //! | `device`, `products` | what a chip computes on; how products were cut up there |
 //! | `threads`, `ghost` | the worlds |
 
@@ -41,11 +41,13 @@ mod message;
 mod mixed;
 mod overlap;
 mod parameter;
+mod payload;
 mod products;
 mod recompute;
 mod redistribute;
 mod reshape;
 mod resolve;
+mod rooms;
 mod segment;
 mod sharded;
 mod started;

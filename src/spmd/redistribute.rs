@@ -10,6 +10,7 @@
 use super::apply::Told;
 use super::exchange::{Header, Stopped};
 use super::execute::Call;
+use super::payload::Piece;
 use super::{Chip, Sharded};
 use crate::collective::{self, Algorithm, Counts, Kind, Reduce};
 use crate::dtype::TensorType;
@@ -20,6 +21,7 @@ use crate::tensor::Tensor;
 use crate::trace::{EventKind, Stream, Traffic, Value};
 use std::ops::Range;
 use std::panic::Location;
+use std::slice;
 use std::sync::Arc;
 
 pub(super) type Site = &'static Location<'static>;
@@ -273,26 +275,25 @@ impl Chip {
     pub(super) fn collective(&self, input: &Tensor, request: &Request) -> Tensor {
         let mut output = self.allocate(&request.result);
         let began = self.now();
-        if let Some(call) = self.call(input, request) {
-            call.run(input, &mut output)
+        if let Some(call) = self.call(input.ty(), request) {
+            call.run(&[Piece::whole(input)], slice::from_mut(&mut output))
                 .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
         }
-        self.tell_collective(input, request, Stream::Compute, None, began);
+        self.tell_collective(input.ty(), request, Stream::Compute, None, began);
         output
     }
 
-    /// This chip's side of a collective call; none in a ghost, which only counts it.
-    pub(super) fn call(&self, input: &Tensor, request: &Request) -> Option<Call> {
+    /// This chip's side of a collective call over a share of type `input`; none in a ghost, which only counts it.
+    pub(super) fn call(&self, input: &TensorType, request: &Request) -> Option<Call> {
         let number = {
             let mut sequence = self.inner().sequence.borrow_mut();
             sequence[request.axis] += 1;
             sequence[request.axis]
         };
         assert!(
-            !request.kind.reduces() || input.dtype().is_float(),
-            "{} of {} at {}: indices cannot be added up",
+            !request.kind.reduces() || input.dtype.is_float(),
+            "{} of {input} at {}: indices cannot be added up",
             request.kind,
-            input.ty(),
             request.site
         );
         let lane = self.inner().lane.clone()?;
@@ -311,20 +312,18 @@ impl Chip {
             header: Arc::new(self.header(request, input)),
             schedule,
             reduce: request.reduce,
-            dtype: input.dtype(),
+            dtype: input.dtype,
             staging: self.inner().staging.clone(),
         })
     }
 
-    fn header(&self, request: &Request, input: &Tensor) -> Header {
+    fn header(&self, request: &Request, input: &TensorType) -> Header {
         let axis = self.mesh().axes()[request.axis].name();
         Header {
             // Shares may differ from chip to chip; their counts, which all chips know, may not.
             signature: format!(
                 "{} over {axis} of {} {:?}",
-                request.kind,
-                input.dtype(),
-                request.counts
+                request.kind, input.dtype, request.counts
             ),
             scope: self.recorder().scope_name(),
             site: request.site,
@@ -333,7 +332,7 @@ impl Chip {
 
     pub(super) fn tell_collective(
         &self,
-        input: &Tensor,
+        input: &TensorType,
         request: &Request,
         stream: Stream,
         ticket: Option<u64>,
@@ -341,9 +340,9 @@ impl Chip {
     ) {
         let axis = &self.mesh().axes()[request.axis];
         let n = request.group.map_or(axis.size(), |g| g.size());
-        let part = request.group.filter(|g| g.size() < axis.size());
+let part = request.group.filter(|g| g.size() < axis.size());
         let whole = self.mesh().group(self.rank(), axis.name());
-        let size = input.dtype().size() as u64;
+        let size = input.dtype.size() as u64;
         // The mean over the group: shares may be uneven, the class of chips is one.
         let per_chip = |elements: u64| (elements * size).div_ceil(n as u64);
         let sent = collective::sent_elements(request.kind, request.algorithm, &request.counts, n);
@@ -355,7 +354,7 @@ impl Chip {
             op: request.kind.to_string().into(),
             site: request.site,
             inputs: vec![Value {
-                ty: input.ty().clone(),
+                ty: input.clone(),
                 placement: request.before.clone(),
             }],
             outputs: vec![Value {

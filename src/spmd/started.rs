@@ -3,8 +3,10 @@
 use super::apply::Told;
 use super::exchange::{Header, Stopped};
 use super::execute::Call;
+use super::payload::Piece;
 use super::redistribute::{Request, Site};
 use super::{Chip, Sharded};
+use crate::dtype::TensorType;
 use crate::ops::Cost;
 use crate::placement::{Placements, Transition, plan};
 use crate::tensor::Tensor;
@@ -13,8 +15,8 @@ use std::panic::Location;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, mpsc};
 
-/// Where a transfer that was started delivers: the result, and when it ran.
-type Slot = Arc<Mutex<Option<(Tensor, Time)>>>;
+/// Where a transfer that was started delivers: the results, and when it ran.
+type Slot = Arc<Mutex<Option<(Vec<Tensor>, Time)>>>;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -44,9 +46,10 @@ pub(super) struct Moving {
 #[must_use = "a started transfer has to be waited for"]
 pub(super) struct Passing {
     ticket: u64,
-    after: Placements,
+    /// What comes, as one tensor.
+    value: Value,
     site: Site,
-    input: Tensor,
+    input: Vec<Piece>,
     running: Running,
 }
 
@@ -116,7 +119,8 @@ impl Chip {
         site: Site,
     ) -> Moving {
         let (input, request) = self.prepare(tensor, global, axis, transition, from, to, site);
-        let (ticket, running) = self.launch(&input, &request);
+        let (alone, result) = ([Piece::whole(&input)], [request.result.clone()]);
+        let (ticket, running) = self.launch(&alone, input.ty(), &result, &request);
         Moving {
             request,
             ticket,
@@ -129,10 +133,26 @@ impl Chip {
 
     /// Starts a collective of a share by itself.
     pub(super) fn start_collective(&self, input: Tensor, request: Request) -> Passing {
-        let (ticket, running) = self.launch(&input, &request);
+        let (ty, result) = (input.ty().clone(), request.result.clone());
+        self.start_over(vec![Piece::whole(&input)], &ty, &[result], request)
+    }
+
+    /// Starts a collective over pieces that are a tensor of type `ty` when they lie one behind the other; so are the results, of
+    /// the types `results`.
+    pub(super) fn start_over(
+        &self,
+        input: Vec<Piece>,
+        ty: &TensorType,
+        results: &[TensorType],
+        request: Request,
+    ) -> Passing {
+        let (ticket, running) = self.launch(&input, ty, results, &request);
         Passing {
             ticket,
-            after: request.after,
+            value: Value {
+                ty: request.result,
+                placement: request.after,
+            },
             site: request.site,
             input,
             running,
@@ -140,21 +160,27 @@ impl Chip {
     }
 
     /// Starts a collective and writes its event.
-    fn launch(&self, input: &Tensor, request: &Request) -> (u64, Running) {
-        let output = self.allocate(&request.result);
+    fn launch(
+        &self,
+        input: &[Piece],
+        ty: &TensorType,
+        results: &[TensorType],
+        request: &Request,
+    ) -> (u64, Running) {
+        let output = results.iter().map(|ty| self.allocate(ty)).collect();
         let ticket = self.open_ticket();
-        let running = match self.call(input, request) {
-            Some(call) => self.start(call, input.clone(), output),
-            // A ghost's result is allocated and waits for nothing.
+        let running = match self.call(ty, request) {
+            Some(call) => self.start(call, input.to_vec(), output),
+            // A ghost's results are allocated and wait for nothing.
             None => Running::finished(output),
         };
         let (stream, began) = (Stream::Communication, self.now());
-        self.tell_collective(input, request, stream, Some(ticket), began);
+        self.tell_collective(ty, request, stream, Some(ticket), began);
         (ticket, running)
     }
 
     /// Waits for a started transfer.
-    fn take(&self, ticket: u64, running: Running) -> Tensor {
+    fn take(&self, ticket: u64, running: Running) -> Vec<Tensor> {
         if let Some(lane) = &self.inner().lane {
             lane.wait_done(&running.done, &running.header)
                 .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
@@ -164,12 +190,12 @@ impl Chip {
             .lock()
             .unwrap_or_else(|broken| broken.into_inner())
             .take();
-        let (result, time) = delivered.expect("a transfer that is done has delivered");
+        let (results, time) = delivered.expect("a transfer that is done has delivered");
         self.close_ticket(ticket);
         if !self.is_ghost() {
             self.recorder().complete(ticket, time);
         }
-        result
+        results
     }
 
     /// Writes the event of a wait that began at `began` and brought `value`.
@@ -192,7 +218,7 @@ impl Chip {
     pub(super) fn finish_move(&self, moving: Moving, site: Site) -> Tensor {
         self.arrive("wait", site);
         let began = self.now();
-        let result = self.take(moving.ticket, moving.running);
+        let result = only(self.take(moving.ticket, moving.running));
         drop(moving.input);
         let (axis, after) = (moving.request.axis, moving.request.after);
         let tensor = self.unpack(
@@ -211,7 +237,7 @@ impl Chip {
         tensor
     }
 
-    fn start(&self, call: Call, input: Tensor, output: Tensor) -> Running {
+    fn start(&self, call: Call, input: Vec<Piece>, output: Vec<Tensor>) -> Running {
         let done = Arc::new(AtomicBool::new(false));
         let slot: Slot = Arc::default();
         let header = call.header.clone();
@@ -269,7 +295,7 @@ impl Chip {
 
 impl Running {
     /// What a ghost waits for.
-    fn finished(output: Tensor) -> Self {
+    fn finished(output: Vec<Tensor>) -> Self {
         let time = Time {
             start_ns: 0,
             duration_ns: 0,
@@ -295,17 +321,23 @@ impl Passing {
 
     /// Waits for the transfer and returns what arrived.
     pub(super) fn wait(self, chip: &Chip) -> Tensor {
+        only(self.wait_all(chip))
+    }
+
+    /// Waits for the transfer and returns the tensors that it brought.
+    pub(super) fn wait_all(self, chip: &Chip) -> Vec<Tensor> {
         chip.arrive("wait", self.site);
         let began = chip.now();
-        let result = chip.take(self.ticket, self.running);
+        let results = chip.take(self.ticket, self.running);
         drop(self.input);
-        let value = Value {
-            ty: result.ty().clone(),
-            placement: self.after,
-        };
-        chip.tell_wait(self.ticket, value, self.site, began);
-        result
+        chip.tell_wait(self.ticket, self.value, self.site, began);
+        results
     }
+}
+
+fn only(mut results: Vec<Tensor>) -> Tensor {
+    let result = results.pop();
+    result.expect("a transfer of one tensor brings one")
 }
 
 impl Pending {

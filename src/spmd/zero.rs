@@ -132,6 +132,11 @@ impl Chip {
         self.inner().zero.set(zero);
     }
 
+    /// True if parameters are split, and gathered where they are used: stage 3.
+    pub(crate) fn gathers_parameters(&self) -> bool {
+        matches!(self.inner().zero.get(), Some((Zero::Parameters, _)))
+    }
+
     /// Where a parameter lies, and its settled gradient and state, if the program uses it as `used`.
     pub(super) fn zero_placements(
         &self,

@@ -34,7 +34,8 @@ pub struct Options {
     /// What is split of parameters and what belongs to them: over mesh axis fsdp if there is one, else over dp. If none, all
     /// of it over fsdp and nothing over dp.
     pub zero: Option<Zero>,
-    /// Bytes of gradients that one all-reduce sums in the backward; 0 for each by itself. See [`Chip::reduce_in_buckets`].
+    /// Bytes of gradients that one all-reduce (with ZeRO-1 a reduce-scatter) sums in the backward; 0 for each by itself. See
+    /// [`Chip::reduce_in_buckets`].
     pub bucket_bytes: u64,
     /// Learning rate of each step.
     pub learning_rate: LearningRate,

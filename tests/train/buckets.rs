@@ -34,10 +34,21 @@ fn traced(training: &Training, mesh: &str) -> Trace {
     training.trace(&ghost).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// Calls of all-reduces over dp, their bytes, and how many of the bytes go beside computation.
-fn summed(trace: &Trace) -> (u64, u64, u64) {
+fn zero_1(plain: &Training) -> Training {
+    let options = Options {
+        zero: Some(Zero::State),
+        ..plain.options.clone()
+    };
+    Training {
+        options,
+        ..plain.clone()
+    }
+}
+
+/// Calls of all-reduces over dp, or of reduce-scatters, their bytes, and how many of the bytes go beside computation.
+fn summed(trace: &Trace, op: &str) -> (u64, u64, u64) {
     let mut all = trace.collectives().iter();
-    let found = all.find(|c| &*c.op == "all-reduce" && c.axis == "dp");
+    let found = all.find(|c| &*c.op == op && c.axis == "dp");
     let c = found.expect("gradients are summed");
     (c.calls, c.bytes, c.overlapped_bytes)
 }
@@ -55,12 +66,14 @@ fn bits_do_not_depend_on_buckets() {
     ] {
         for (name, config) in models() {
             let plain = split(&training(config, 12, 3), ("", None, sequence));
-            let of = |bytes| everything(&in_buckets(&plain, bytes), &parsed(mesh), 1);
-            let alone = of(0);
-            for bytes in &SIZES[1..] {
-                let got = of(*bytes);
-                assert_eq!(got.0, alone.0, "losses of {name} on {mesh}, {bytes}");
-                assert!(got.1 == alone.1, "parameters of {name} on {mesh}, {bytes}");
+            for (plain, what) in [(plain.clone(), ""), (zero_1(&plain), "ZeRO-1")] {
+                let of = |bytes| everything(&in_buckets(&plain, bytes), &parsed(mesh), 1);
+                let alone = of(0);
+                for bytes in &SIZES[1..] {
+                    let (got, what) = (of(*bytes), format!("{name} {what} on {mesh}, {bytes}"));
+                    assert_eq!(got.0, alone.0, "losses of {what}");
+                    assert!(got.1 == alone.1, "parameters of {what}");
+                }
             }
         }
     }
@@ -71,18 +84,23 @@ fn bytes_are_the_same_in_fewer_calls() {
     for mesh in ["dp=2", "dp=4", "dp=2,tp=2", "dp=2,cp=1"] {
         for (name, config) in models() {
             let plain = training(config, ROWS, 1);
-            let of = |bytes| summed(&traced(&in_buckets(&plain, bytes), mesh));
-            let alone = of(0);
-            let mut before = alone;
-            for bytes in &SIZES[1..] {
-                let got = of(*bytes);
-                let what = format!("{name} on {mesh} in buckets of {bytes}");
-                assert_eq!((got.1, got.2), (before.1, before.2), "{what}");
-                assert!(
-                    got.0 < alone.0 && got.0 <= before.0,
-                    "{what}: {got:?} after {before:?} and {alone:?}"
-                );
-                before = got;
+            for (plain, op) in [
+                (plain.clone(), "all-reduce"),
+                (zero_1(&plain), "reduce-scatter"),
+            ] {
+                let of = |bytes| summed(&traced(&in_buckets(&plain, bytes), mesh), op);
+                let alone = of(0);
+                let mut before = alone;
+                for bytes in &SIZES[1..] {
+                    let got = of(*bytes);
+                    let what = format!("{op} of {name} on {mesh} in buckets of {bytes}");
+                    assert_eq!((got.1, got.2), (before.1, before.2), "{what}");
+                    assert!(
+                        got.0 < alone.0 && got.0 <= before.0,
+                        "{what}: {got:?} after {before:?} and {alone:?}"
+                    );
+                    before = got;
+                }
             }
         }
     }
@@ -131,6 +149,15 @@ fn losses_and_traces_are_those_of_one_chip_and_of_the_ghost() {
         for bytes in [3_000, 40_000] {
             let plain = training(config.clone(), ROWS, STEPS);
             agree_on(name, &plain, cuts(bytes), 1e-5);
+            let scattered = move |mesh: &'static str| -> Cut {
+                let what = format!("{mesh} with ZeRO-1 in buckets of {bytes}");
+                Box::new(move |plain| {
+                    let split = in_buckets(&zero_1(plain), bytes);
+                    (parsed(mesh), what.clone(), split)
+                })
+            };
+            let meshes = ["dp=2", "dp=4", "dp=2,tp=2"].into_iter().map(scattered);
+            agree_on(name, &plain, meshes, 1e-5);
         }
         let mut plain = training(config, ROWS, STEPS);
         plain.options.micro_batch = Some(1);
@@ -139,18 +166,9 @@ fn losses_and_traces_are_those_of_one_chip_and_of_the_ghost() {
 }
 
 #[test]
-fn what_is_scattered_is_not_in_buckets() {
-    let plain = training(gpt2(), ROWS, 1);
-    let of = |bytes| {
-        let training = Training {
-            options: Options {
-                zero: Some(Zero::State),
-                bucket_bytes: bytes,
-                ..plain.options.clone()
-            },
-            ..plain.clone()
-        };
-        traced(&training, "dp=2")
-    };
+fn what_is_scattered_as_it_appears_is_not_in_buckets() {
+    let mut plain = training(gpt2(), ROWS, 1);
+    plain.options.zero = Some(Zero::Gradients);
+    let of = |bytes| traced(&in_buckets(&plain, bytes), "dp=2");
     assert_eq!(of(0).difference(&of(BUCKET_BYTES)), None);
 }

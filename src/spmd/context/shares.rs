@@ -13,7 +13,7 @@ use crate::ops::Attention;
 use crate::ops::Op;
 use crate::ops::attention_part::AttentionPart;
 use crate::placement::Placement::{Replicate, Shard};
-use crate::placement::{Placements, TokenOrder};
+use crate::placement::{Placements, TokenOrder, splits_evenly};
 use crate::spmd::redistribute::Request;
 use crate::spmd::resolve::resolve;
 use crate::spmd::{Chip, Sharded};
@@ -89,6 +89,69 @@ impl Chip {
         let o = shares.over_cache(self, &tensors, used);
         let shape = inferred[0].shape.clone();
         Sharded::unrecorded(self, o, shape, resolved.outputs[0].clone())
+    }
+}
+
+impl Sharded {
+    /// This chip's share over `axis` as a tensor of its own, of which the other chips of the axis have others: for what each
+    /// computes by itself until [`Chip::merge_shares`]. The same value where the axis has one chip.
+    ///
+    /// # Panics
+    /// If another axis cuts the same dimension.
+    #[track_caller]
+    pub(crate) fn own_share(&self, axis: &str) -> Sharded {
+        if self.chip.size_of(axis) == 1 {
+            return self.clone();
+        }
+        let number = self.chip.mesh().axis_index(axis);
+        let mut shape = self.global.clone();
+        if let Shard(dim) = self.placements[number] {
+            let alone = self.placements.axes_of(dim).all(|other| other == number);
+            assert!(alone, "{self:?} is cut over '{axis}' and another axis");
+            shape[dim] = self.tensor.shape()[dim];
+        }
+        let placements = self.placements.with(number, Replicate);
+        Sharded::unrecorded(&self.chip, self.tensor.clone(), shape, placements)
+    }
+
+    /// True if all chips have as many elements.
+    pub(crate) fn splits_evenly(&self) -> bool {
+        splits_evenly(&self.global, &self.placements, self.chip.mesh())
+    }
+}
+
+impl Chip {
+    /// The whole of a softmax's parts, one from each chip of `axis`, which every chip of the axis gets: from o [b, t, h, d] and
+    /// log-sum-exp [b, h, t] of its own part, both f32, the o of all in f32, merged in the order of the chips.
+    ///
+    /// A chip sends b t h (d + 1) numbers to each of the others.
+    #[track_caller]
+    pub(crate) fn merge_shares(&self, o: &Sharded, lse: &Sharded, axis: &str) -> Sharded {
+        let site = Location::caller();
+        self.arrive("attention.merge", site);
+        let number = self.mesh().axis_index(axis);
+        let group = self.group(number);
+        let shares = Shares {
+            op: Attention::default(),
+            axis: number,
+            block: group.block(1),
+            across: group.across(1),
+            order: TokenOrder::Ascending,
+            tokens: o.shape()[1],
+            placements: o.placements.clone(),
+            site,
+        };
+        let part = AttentionPart {
+            op: shares.op.clone(),
+            queries: 0..o.shape()[1],
+            keys: 0..0,
+        };
+        let mut whole = None;
+        for results in shares.all_parts(self, [o.tensor.clone(), lse.tensor.clone()]) {
+            shares.merge(self, &mut whole, results, &part, &o.tensor);
+        }
+        let [merged, _] = whole.expect("an axis has at least one chip");
+        Sharded::unrecorded(self, merged, o.global.clone(), o.placements.clone())
     }
 }
 
