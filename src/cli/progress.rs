@@ -1,10 +1,10 @@
 //! What a run says while it goes on, and at its end.
 
+use super::shares::{Chosen, Why, with_commas};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::{IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
-use supernode::mesh::Mesh;
 use supernode::model::Config;
 use supernode::spmd::Run;
 use supernode::trace::{CollectiveTotal, Trace};
@@ -55,17 +55,45 @@ impl Progress {
         }
     }
 
-    pub(super) fn begin(&self, training: &Training, mesh: &Mesh, threads: usize) {
+    pub(super) fn begin(&self, training: &Training, chosen: &Chosen, threads: usize) {
+        let mesh = &chosen.mesh;
         let chips = mesh.chips();
         self.say(&format!(
             "{} parameters, {chips} chip(s) ({mesh}), {threads} thread(s) each, {} steps of {} tokens",
             self.parameters, self.steps, self.labels_per_step
         ));
+        self.tell_shares(chosen);
         if mesh.size_of("cp") > 1 {
             self.say(&format!(
                 "attention over cp: {}",
                 training.model.context_method(mesh)
             ));
+        }
+    }
+
+    /// Shares over dp that the mesh did not name.
+    fn tell_shares(&self, chosen: &Chosen) {
+        let (shares, why, seconds) = match &chosen.why {
+            Why::Given => return,
+            Why::Recorded(shares) => (shares, "recorded", None),
+            Why::Measured(speeds) => (&speeds.shares, "measured", Some(&speeds.seconds)),
+        };
+        let ms: Option<Vec<f64>> = seconds.map(|all| all.iter().map(|s| s * 1e3).collect());
+        let taking = ms.iter().map(|ms| {
+            let words: Vec<String> = ms.iter().map(|ms| format!("{ms:.2}")).collect();
+            format!(", where a sequence takes {} ms", words.join(" and "))
+        });
+        self.say(&format!(
+            "shares of the batch over dp: {} ({why}{})",
+            with_commas(shares),
+            taking.collect::<String>()
+        ));
+        if self.json {
+            let mut line = json!({"mesh": chosen.mesh.to_string(), "shares": shares, "from": why});
+            if let Some(ms) = ms {
+                line["ms_per_sequence"] = json!(ms);
+            }
+            print_line(&line);
         }
     }
 

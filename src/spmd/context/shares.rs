@@ -56,6 +56,7 @@ impl Chip {
             refuse("it has no backward; end recording first".into());
         }
         let several = self.size_of(axis) > 1;
+        self.equal_shares(axis, "attention over shares of a cache", site);
         for (i, x) in operands.iter().enumerate() {
             let keys = matches!(i, 1 | 2 | 4);
             let wanted = if keys && several { Shard(1) } else { Replicate };
