@@ -197,11 +197,16 @@ impl Progress {
         let rate = (!seen.ms.is_empty())
             .then(|| self.labels_per_step * seen.ms.len() as f64 / total * 1e3);
         if self.json {
-            print_line(&json!({
+            let mut done = json!({
                 "done": true, "steps": finished.steps, "stopped": seen.stopped, "loss": finished.loss,
                 "val_loss": finished.val_loss, "tokens_per_second": rate, "ms_per_step_median": median(&seen.ms),
                 "peak_bytes_per_chip": run.trace().peak_bytes(), "collectives": totals(run.trace().collectives()),
-            }));
+            });
+            let copies = run.trace().chip(0).host;
+            if !copies.is_none() {
+                done["through_host_memory"] = json!(copies);
+            }
+            print_line(&done);
         } else {
             print_text(&run.trace().summary());
             let number = |x: Option<f64>| x.map_or("none".to_string(), |x| format!("{x:.4}"));

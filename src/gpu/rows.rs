@@ -72,6 +72,15 @@ pub(crate) fn cast(x: Operand, y: Operand) {
     launch.operand("x", x).run(n);
 }
 
+/// Copies x to the elements of y from `at` on, both of 4 bytes an element.
+pub(crate) fn place(x: Operand, y: Operand, at: usize) {
+    let bytes = 4 * x.elements as u64;
+    if bytes > 0 {
+        let (from, to) = (x.buffer.seen(), y.buffer.seen());
+        x.chip.copy_to(from, to, 4 * at as u64, bytes);
+    }
+}
+
 pub(crate) fn add_bias(x: Operand, bias: Operand, y: Operand) {
     let (launch, n) = map(&k::ADD_BIAS, y);
     let width = bias.elements;

@@ -58,6 +58,17 @@ pub(crate) fn copy(x: &Tensor, y: &mut Tensor) {
     y.bytes_mut().copy_from_slice(x.bytes());
 }
 
+/// Copies x to the elements of y, of its type, from `at` on.
+pub(crate) fn place(x: &Tensor, y: &mut Tensor, at: usize) {
+    let size = x.dtype().size();
+    #[cfg(feature = "gpu")]
+    if y.is_on_gpu() && x.is_on_gpu() && size == 4 {
+        return gpu::place(read(x), write(y), at);
+    }
+    let place = at * size..at * size + x.ty().bytes() as usize;
+    y.bytes_mut()[place].copy_from_slice(x.bytes());
+}
+
 /// Zeros, of a float tensor.
 pub(crate) fn clear(x: &mut Tensor) {
     #[cfg(feature = "gpu")]

@@ -13,6 +13,7 @@ use super::sharded::Tracked;
 use super::started::Passing;
 use crate::collective::{Counts, Kind, Reduce};
 use crate::dtype::{DType, TensorType};
+use crate::ops::device;
 use crate::placement::Placement::{Partial, Replicate, Shard};
 use crate::placement::{Placement, Placements, Transition, plan};
 use crate::tensor::Tensor;
@@ -141,10 +142,9 @@ impl Chip {
         for p in packed {
             let ty = p.tensor.ty().clone();
             if !self.is_ghost() {
-                let place = begin..begin + ty.bytes() as usize;
-                flat.bytes_mut()[place].copy_from_slice(p.tensor.bytes());
+                device::place(&p.tensor, &mut flat, begin);
             }
-            begin += ty.bytes() as usize;
+            begin += ty.elements();
             members.push((ty, p.target, p.leaf));
         }
         (flat, members)
@@ -160,6 +160,7 @@ impl Chip {
             if !self.is_ghost() {
                 let place = begin..begin + ty.bytes() as usize;
                 tensor.bytes_mut().copy_from_slice(&flat.bytes()[place]);
+                tensor.has_arrived();
             }
             begin += ty.bytes() as usize;
             self.contribute(&mut Default::default(), &leaf, target, tensor, site);

@@ -385,6 +385,14 @@ impl Chip {
         id
     }
 
+    /// Lets a graphics processor begin with what was recorded for it, since the program is about to wait for another chip.
+    pub(super) fn submit_recorded(&self) {
+        #[cfg(feature = "gpu")]
+        if let Some(chip) = self.memory().gpu_chip() {
+            chip.submit_recorded();
+        }
+    }
+
     /// Nanoseconds since the run began; none in a ghost.
     pub(super) fn now(&self) -> Option<u64> {
         (!self.is_ghost()).then(|| self.0.began.elapsed().as_nanos() as u64)

@@ -141,6 +141,7 @@ impl Chip {
         };
         let header = Arc::new(self.message_header(route, x.tensor.ty(), site));
         let bytes = 0..x.tensor.ty().bytes() as usize;
+        x.tensor.start_download();
         let payload = Payload::Shared(x.tensor.clone(), bytes);
         let sent = lane.start_send(channel, &header, payload);
         let sent = sent.unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
@@ -159,11 +160,13 @@ impl Chip {
                 call: self.queue(route),
             };
             let header = Arc::new(self.message_header(route, ty, site));
+            self.submit_recorded();
             lane.receive(channel, &header, |bytes| {
                 tensor.bytes_mut().copy_from_slice(bytes);
                 Ok(())
             })
             .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
+            tensor.has_arrived();
         }
         let value = Value {
             ty: ty.clone(),
@@ -239,6 +242,7 @@ impl Sending {
         chip.arrive("wait", site);
         let began = chip.now();
         if let (Some(sent), Some(lane)) = (self.sent, &chip.inner().lane) {
+            chip.submit_recorded();
             let received = lane
                 .wait_sent(sent)
                 .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));

@@ -49,6 +49,8 @@ mod resolve;
 mod segment;
 mod sharded;
 mod started;
+#[cfg(all(test, feature = "gpu"))]
+mod tests;
 mod threads;
 mod update;
 mod zero;

@@ -230,6 +230,7 @@ impl Chip {
         }
         let mut packed = self.allocate(x.ty());
         if !self.is_ghost() {
+            x.start_download();
             let mut rest = packed.bytes_mut();
             for i in 0..axis.size() {
                 let range = cut(whole.len, axis, i);
@@ -270,6 +271,7 @@ impl Chip {
                 whole.put(piece, range, tensor.bytes_mut());
                 rest = behind;
             }
+            tensor.has_arrived();
         }
         tensor
     }
@@ -279,8 +281,10 @@ impl Chip {
         let mut output = self.allocate(&request.result);
         let began = self.now();
         if let Some(call) = self.call(input, request) {
+            self.submit_recorded();
             call.run(input, &mut output)
                 .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
+            output.has_arrived();
         }
         self.tell_collective(input, request, Stream::Compute, None, began);
         output
@@ -309,6 +313,9 @@ impl Chip {
             group.size(),
             group.index(),
         );
+        if schedule.reads_input() {
+            input.start_download();
+        }
         Some(Call {
             lane,
             group,

@@ -156,6 +156,7 @@ impl Chip {
     /// Waits for a started transfer.
     fn take(&self, ticket: u64, running: Running) -> Tensor {
         if let Some(lane) = &self.inner().lane {
+            self.submit_recorded();
             lane.wait_done(&running.done, &running.header)
                 .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
         }
@@ -166,6 +167,7 @@ impl Chip {
             .take();
         let (result, time) = delivered.expect("a transfer that is done has delivered");
         self.close_ticket(ticket);
+        result.has_arrived();
         if !self.is_ghost() {
             self.recorder().complete(ticket, time);
         }
