@@ -15,12 +15,18 @@
 //!
 //! `len` elements over `parts` chips are cut at `floor(len * i / parts)`, so that sizes differ by at most 1 and some
 //! are 0 when `len < parts`. Cutting by 2 and then by 3 is thus not always the same as cutting by 6.
+//!
+//! # Uneven shares
+//!
+//! Where the chips along an axis have shares `s_0, s_1, ...` of a sum `S` ([`Mesh::with_shares`]), everything that the axis cuts is
+//! cut at `floor(len (s_0 + .. + s_(i-1)) / S)`, by [`cut`]. [`plan`] and [`plan_volume`] count an all-to-all along such an axis
+//! as one of equal pieces, which sends as much or more.
 
 mod order;
 
 pub use order::{TokenOrder, TokenRun};
 
-use crate::mesh::Mesh;
+use crate::mesh::{Axis, Mesh};
 use serde::{Deserialize, Serialize};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashSet};
@@ -30,7 +36,7 @@ use std::ops::Range;
 /// How a tensor lies along one axis of a mesh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Placement {
-    /// The chips hold consecutive pieces of this dimension, cut by [`split`].
+    /// The chips hold consecutive pieces of this dimension, cut by [`cut`].
     Shard(usize),
     /// Every chip holds the same contents.
     Replicate,
@@ -156,6 +162,21 @@ pub fn split(len: usize, parts: usize, index: usize) -> Range<usize> {
     bound(index)..bound(index + 1)
 }
 
+/// Piece `index` of `len` elements cut along `axis`: by [`split`], or where its chips have shares `s_0, s_1, ...` of a sum `S`,
+/// `floor(len (s_0 + .. + s_(index-1)) / S) .. floor(len (s_0 + .. + s_index) / S)`.
+///
+/// Panics if the axis has no chip `index`.
+#[track_caller]
+pub fn cut(len: usize, axis: &Axis, index: usize) -> Range<usize> {
+    let Some(shares) = axis.shares() else {
+        return split(len, axis.size(), index);
+    };
+    assert!(index < shares.len(), "piece {index} of {}", shares.len());
+    let before: usize = shares[..index].iter().sum();
+    let bound = |share: usize| (len as u128 * share as u128 / axis.units() as u128) as usize;
+    bound(before)..bound(before + shares[index])
+}
+
 /// The global indices of dimension `dim` that the chip at `coordinates` holds.
 ///
 /// Each axis that shards `dim` cuts what the axes before it left. Panics as [`local_shape`] does.
@@ -174,7 +195,7 @@ pub fn local_range(
         "coordinates {coordinates:?} on the mesh {mesh}"
     );
     placements.axes_of(dim).fold(0..global[dim], |held, axis| {
-        let piece = split(held.len(), mesh.axes()[axis].size(), coordinates[axis]);
+        let piece = cut(held.len(), &mesh.axes()[axis], coordinates[axis]);
         held.start + piece.start..held.start + piece.end
     })
 }
@@ -195,15 +216,17 @@ pub fn local_shape(
         .collect()
 }
 
-/// True if every chip holds a piece of the same shape: each dimension divides by the sizes of all axes that shard it.
+/// True if every chip holds a piece of the same shape: each dimension divides by the sizes of all axes that shard it, whose chips
+/// have equal shares.
 ///
 /// Panics as [`local_shape`] does.
 #[track_caller]
 pub fn splits_evenly(global: &[usize], placements: &Placements, mesh: &Mesh) -> bool {
     check(global, placements, mesh).unwrap_or_else(|sentence| panic!("{sentence}"));
     (0..global.len()).all(|dim| {
-        let sizes = placements.axes_of(dim).map(|axis| mesh.axes()[axis].size());
-        global[dim].is_multiple_of(sizes.product())
+        let axes = || placements.axes_of(dim).map(|axis| &mesh.axes()[axis]);
+        let equal = axes().all(|axis| axis.shares().is_none());
+        equal && global[dim].is_multiple_of(axes().map(Axis::size).product())
     })
 }
 

@@ -13,10 +13,10 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::Arc;
 #[cfg(feature = "gpu")]
-use std::sync::OnceLock;
-#[cfg(feature = "gpu")]
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+#[cfg(feature = "gpu")]
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// What one chip's tensors live in, with their count in bytes. Cloning shares it.
 #[derive(Clone)]
@@ -28,6 +28,8 @@ struct MemoryInner {
     freed: AtomicU64,
     peak: AtomicU64,
     recent_peak: AtomicU64,
+    to_host: AtomicU64,
+    to_device: AtomicU64,
 }
 
 enum Place {
@@ -92,6 +94,8 @@ impl Memory {
             freed: AtomicU64::new(0),
             peak: AtomicU64::new(0),
             recent_peak: AtomicU64::new(0),
+            to_host: AtomicU64::new(0),
+            to_device: AtomicU64::new(0),
         }))
     }
 
@@ -115,6 +119,11 @@ impl Memory {
         self.0
             .recent_peak
             .swap(count.allocated - count.freed, Relaxed)
+    }
+
+    /// Bytes copied to the host and to the device for transfers between chips, since the last call of this function.
+    pub(crate) fn take_copies(&self) -> [u64; 2] {
+        [&self.0.to_host, &self.0.to_device].map(|count| count.swap(0, Relaxed))
     }
 
     /// The pool's own count of its peak, in bytes; none for a ghost.
@@ -181,8 +190,10 @@ impl Memory {
                     chip: chip.clone(),
                     mirrors: mirrors.clone(),
                     host: OnceLock::new(),
+                    arriving: Mutex::default(),
                     written: false,
                     stale: AtomicBool::new(false),
+                    arrived: AtomicU64::new(0),
                     charge: Charge::new(self.clone(), bytes),
                 }))
             }
@@ -269,10 +280,14 @@ struct Mirrored {
     chip: crate::gpu::Chip,
     mirrors: Pool,
     host: OnceLock<Buffer>,
+    /// A copy to the host that was started and that nobody has read.
+    arriving: Mutex<Option<crate::gpu::Download>>,
     /// The device has written the block, or is about to.
     written: bool,
     /// The host's copy was written after the block.
     stale: AtomicBool,
+    /// Bytes of the host's copy that came from another chip and that the block has not got.
+    arrived: AtomicU64,
     charge: Charge,
 }
 
@@ -293,10 +308,29 @@ impl Mirrored {
             if !self.written {
                 return buffer;
             }
-            let read = self.chip.read(&self.block, buffer.as_bytes_mut());
+            let bytes = buffer.as_bytes_mut();
+            let started = self.arriving().take();
+            let read = match started {
+                Some(download) => self.chip.finish_read(download, bytes),
+                None => self.chip.read(&self.block, bytes),
+            };
             read.unwrap_or_else(|e| crate::gpu::fail(e));
             buffer
         })
+    }
+
+    fn arriving(&self) -> MutexGuard<'_, Option<crate::gpu::Download>> {
+        self.arriving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts to copy the contents to the host, unless they are there or on their way. True if it did.
+    fn start_download(&self) -> bool {
+        let mut arriving = self.arriving();
+        let starts = self.written && self.host.get().is_none() && arriving.is_none();
+        if starts {
+            *arriving = Some(self.chip.start_read(&self.block, self.charge.bytes));
+        }
+        starts
     }
 
     fn host_mut(&mut self) -> &mut Buffer {
@@ -311,6 +345,8 @@ impl Mirrored {
             && self.stale.swap(false, Relaxed)
         {
             self.chip.write(&self.block, host.as_bytes());
+            let count = &self.charge.memory.0.to_device;
+            count.fetch_add(self.arrived.swap(0, Relaxed), Relaxed);
         }
     }
 
@@ -319,6 +355,7 @@ impl Mirrored {
         self.upload();
         self.written = true;
         self.host = OnceLock::new();
+        self.arriving = Mutex::default();
     }
 }
 
@@ -398,6 +435,26 @@ impl Tensor {
     #[cfg(feature = "gpu")]
     pub fn is_on_gpu(&self) -> bool {
         matches!(self.storage, Storage::Gpu(_))
+    }
+
+    /// Starts to copy contents on a graphics processor to the host, behind what was recorded so far and ahead of what comes: for
+    /// whoever sends them. Contents elsewhere are where they are read.
+    pub(crate) fn start_download(&self) {
+        #[cfg(feature = "gpu")]
+        if let Storage::Gpu(block) = &self.storage
+            && block.start_download()
+        {
+            let count = &block.charge.memory.0.to_host;
+            count.fetch_add(self.ty.bytes(), Relaxed);
+        }
+    }
+
+    /// Notes that the contents, which are on the host, came from another chip.
+    pub(crate) fn has_arrived(&self) {
+        #[cfg(feature = "gpu")]
+        if let Storage::Gpu(block) = &self.storage {
+            block.arrived.store(self.ty.bytes(), Relaxed);
+        }
     }
 
     /// The tensor as kernels on a graphics processor read it; none if it lives elsewhere.

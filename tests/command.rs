@@ -21,12 +21,12 @@ const SMALL: &[&str] = &[
 ];
 
 /// A directory with a text in it.
-struct Bench {
+pub(crate) struct Bench {
     dir: TempDir,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let text =
             "the quick brown fox jumps over the lazy dog; pack my box with five dozen jugs. "
@@ -50,14 +50,14 @@ impl Bench {
         command
     }
 
-    fn run(&self, arguments: &[&str]) -> Output {
+    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
         self.command(arguments)
             .output()
             .expect("the command starts")
     }
 
     /// The objects that a run with `--json` prints.
-    fn json(&self, arguments: &[&str]) -> Vec<Value> {
+    pub(crate) fn json(&self, arguments: &[&str]) -> Vec<Value> {
         let out = self.run(&[&["--text", "text", "--json"], arguments].concat());
         assert!(
             out.status.success(),
@@ -71,7 +71,7 @@ impl Bench {
     }
 
     /// Runs what has to fail: status 1, nothing on standard output, and one sentence with all of `says` in it.
-    fn fails(&self, arguments: &[&str], says: &[&str]) {
+    pub(crate) fn fails(&self, arguments: &[&str], says: &[&str]) {
         let out = self.run(arguments);
         let error = String::from_utf8_lossy(&out.stderr);
         assert_eq!(
@@ -96,7 +96,7 @@ impl Bench {
     }
 }
 
-fn losses(lines: &[Value]) -> Vec<f64> {
+pub(crate) fn losses(lines: &[Value]) -> Vec<f64> {
     lines
         .iter()
         .filter(|l| l.get("ms").is_some())

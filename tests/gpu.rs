@@ -15,7 +15,7 @@ use supernode::ops::Activation;
 use supernode::pipeline::Schedule;
 use supernode::placement::Placement::{Replicate, Shard};
 use supernode::spmd::{Chip, Device, FromIndex, Init, World, Zero};
-use supernode::train::Training;
+use supernode::train::{Training, with_shares};
 
 /// The first graphics processor, if there is one.
 fn gpu() -> Option<Device> {
@@ -291,6 +291,44 @@ fn a_mesh_of_both_kinds_trains_as_one_chip_does() {
         let again = losses(&training, &world_on(&Mesh::new(axes), mixed.clone()));
         assert_eq!(bits(&got), bits(&again), "two runs of {name}");
     }
+}
+
+/// Chips of both kinds with shares of the batch by name, and by what a short run measures.
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn a_mesh_of_both_kinds_trains_with_uneven_shares() {
+    let Some(_) = gpu() else { return };
+    let mixed = Device::parse("cpu,gpu:0").expect("both are known");
+    let (name, config) = models()[1].clone();
+    let plain = training(config, 8, 8);
+    let want = losses(&plain, &world(&Mesh::single()));
+    for mesh in ["dp=3:1", "dp=1:3", "dp=3:1,tp=2"] {
+        let mesh = Mesh::parse(mesh).expect("a mesh");
+        let got = losses(&plain, &world_on(&mesh, mixed.clone()));
+        assert_close(&got, &want, 1e-4, &format!("{name} on {mesh}"));
+        let again = losses(&plain, &world_on(&mesh, mixed.clone()));
+        assert_eq!(bits(&got), bits(&again), "two runs of {name} on {mesh}");
+    }
+    let even = Mesh::new([("dp", 2)]);
+    let speeds = plain.measure_shares(&world_on(&even, mixed.clone()));
+    let speeds = speeds.expect("both compute");
+    println!(
+        "a sequence takes {:?} s, shares {:?}",
+        speeds.seconds, speeds.shares
+    );
+    assert!(speeds.seconds.iter().all(|s| *s > 0.0), "{speeds:?}");
+    // The shares follow what was measured, whichever was the faster.
+    let [a, b] = [0, 1].map(|i| (speeds.seconds[i], speeds.shares[i]));
+    assert!(
+        (a.0 < b.0 && a.1 >= b.1) || (a.0 >= b.0 && a.1 <= b.1),
+        "{speeds:?}"
+    );
+    let mesh = with_shares(&even, &speeds.shares).expect("shares");
+    let got = losses(&plain, &world_on(&mesh, mixed));
+    assert_close(&got, &want, 1e-4, &format!("{name} on measured {mesh}"));
 }
 
 /// What both kinds hold is the same after an update, and the trace shows what travelled for it.

@@ -14,6 +14,8 @@ mod gpu;
 mod house;
 #[cfg(feature = "cli")]
 mod machines_command;
+#[cfg(feature = "cli")]
+mod shares_command;
 mod tiny;
 mod watchdog;
 
@@ -56,5 +58,6 @@ mod train {
     mod pipeline;
     mod resume;
     mod separate;
+    mod shares;
     pub(crate) mod splits;
 }

@@ -14,6 +14,7 @@ mod output;
 mod plan;
 mod preset;
 mod progress;
+mod shares;
 mod text;
 mod train;
 

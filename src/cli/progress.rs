@@ -1,10 +1,10 @@
 //! What a run says while it goes on, and at its end.
 
+use super::shares::{Chosen, Why, with_commas};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::{IsTerminal, Write};
 use std::sync::{Mutex, PoisonError};
-use supernode::mesh::Mesh;
 use supernode::model::Config;
 use supernode::spmd::Run;
 use supernode::trace::{CollectiveTotal, Trace};
@@ -55,17 +55,45 @@ impl Progress {
         }
     }
 
-    pub(super) fn begin(&self, training: &Training, mesh: &Mesh, threads: usize) {
+    pub(super) fn begin(&self, training: &Training, chosen: &Chosen, threads: usize) {
+        let mesh = &chosen.mesh;
         let chips = mesh.chips();
         self.say(&format!(
             "{} parameters, {chips} chip(s) ({mesh}), {threads} thread(s) each, {} steps of {} tokens",
             self.parameters, self.steps, self.labels_per_step
         ));
+        self.tell_shares(chosen);
         if mesh.size_of("cp") > 1 {
             self.say(&format!(
                 "attention over cp: {}",
                 training.model.context_method(mesh)
             ));
+        }
+    }
+
+    /// Shares over dp that the mesh did not name.
+    fn tell_shares(&self, chosen: &Chosen) {
+        let (shares, why, seconds) = match &chosen.why {
+            Why::Given => return,
+            Why::Recorded(shares) => (shares, "recorded", None),
+            Why::Measured(speeds) => (&speeds.shares, "measured", Some(&speeds.seconds)),
+        };
+        let ms: Option<Vec<f64>> = seconds.map(|all| all.iter().map(|s| s * 1e3).collect());
+        let taking = ms.iter().map(|ms| {
+            let words: Vec<String> = ms.iter().map(|ms| format!("{ms:.2}")).collect();
+            format!(", where a sequence takes {} ms", words.join(" and "))
+        });
+        self.say(&format!(
+            "shares of the batch over dp: {} ({why}{})",
+            with_commas(shares),
+            taking.collect::<String>()
+        ));
+        if self.json {
+            let mut line = json!({"mesh": chosen.mesh.to_string(), "shares": shares, "from": why});
+            if let Some(ms) = ms {
+                line["ms_per_sequence"] = json!(ms);
+            }
+            print_line(&line);
         }
     }
 
@@ -169,11 +197,16 @@ impl Progress {
         let rate = (!seen.ms.is_empty())
             .then(|| self.labels_per_step * seen.ms.len() as f64 / total * 1e3);
         if self.json {
-            print_line(&json!({
+            let mut done = json!({
                 "done": true, "steps": finished.steps, "stopped": seen.stopped, "loss": finished.loss,
                 "val_loss": finished.val_loss, "tokens_per_second": rate, "ms_per_step_median": median(&seen.ms),
                 "peak_bytes_per_chip": run.trace().peak_bytes(), "collectives": totals(run.trace().collectives()),
-            }));
+            });
+            let copies = run.trace().chip(0).host;
+            if !copies.is_none() {
+                done["through_host_memory"] = json!(copies);
+            }
+            print_line(&done);
         } else {
             print_text(&run.trace().summary());
             let number = |x: Option<f64>| x.map_or("none".to_string(), |x| format!("{x:.4}"));

@@ -4,6 +4,7 @@ use super::architecture::Architecture;
 use super::chips::Chips;
 use super::preset::{Preset, Recipe};
 use super::progress::Progress;
+use super::shares::Wish;
 use super::text::Source;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,6 +30,11 @@ pub(super) struct Arguments {
     /// pipeline); without it one chip
     #[arg(long, value_name = "dp=2,tp=2")]
     mesh: Option<String>,
+    /// Sequences that each chip along dp takes, as parts of the batch: for chips of unlike speed, one number for each, or
+    /// 'measured' to time a forward and backward first; the same as --mesh dp=3:1. A run that goes on takes its
+    /// checkpoint's unless this names others
+    #[arg(long, value_name = "3,1|measured")]
+    pub(super) shares: Option<Wish>,
     /// ZeRO's stage over fsdp, or over dp without one: 1 splits optimizer state, 2 also gradients, 3 also parameters; by
     /// default 3 over fsdp, 0 over dp
     #[arg(long, value_name = "0|1|2|3")]
@@ -58,7 +64,7 @@ pub(super) struct Arguments {
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: String,
     #[command(flatten)]
-    chips: Chips,
+    pub(super) chips: Chips,
 
     /// Blocks
     #[arg(long, value_name = "N", help_heading = "Model")]
@@ -125,14 +131,14 @@ pub(super) struct Arguments {
         value_name = "N",
         help_heading = "Recipe"
     )]
-    seed: u64,
+    pub(super) seed: u64,
 
     /// Directory of the checkpoint; written at evaluations, at the end, and on Ctrl-C
     #[arg(long, value_name = "DIR", help_heading = "Results")]
     checkpoint: Option<PathBuf>,
     /// Go on from the checkpoint
     #[arg(long, requires = "checkpoint", help_heading = "Results")]
-    resume: bool,
+    pub(super) resume: bool,
     /// Validate after every so many steps and at the end; 0 for never
     #[arg(long, value_name = "N", help_heading = "Results")]
     eval_every: Option<u64>,
@@ -144,7 +150,7 @@ pub(super) struct Arguments {
     trace: Option<PathBuf>,
     /// Trace one step without running it: peak bytes and traffic per chip of any mesh
     #[arg(long, help_heading = "Results")]
-    ghost: bool,
+    pub(super) ghost: bool,
     /// With --ghost: print which chip keeps what of each parameter, and what moves in each phase of a step
     #[arg(long, requires = "ghost", help_heading = "Results")]
     layout: bool,
@@ -178,13 +184,16 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
         ));
     }
     let training = a.training(&mesh)?;
+    let chosen = a.choose(&training, mesh, &device)?;
+    let mesh = &chosen.mesh;
+    training.check(mesh)?;
     if a.ghost {
-        return a.ghost(&mesh, &training);
+        return a.ghost(mesh, &training);
     }
-    let world = a.chips.world(&mesh, device, a.seed)?;
+    let world = a.chips.world(mesh, device, a.seed)?;
     let stop = stop_on_interrupt()?;
     let progress = Progress::new(&training, a.json);
-    progress.begin(&training, &mesh, world.threads_per_chip());
+    progress.begin(&training, &chosen, world.threads_per_chip());
     let run = training.run(&world, &|report| progress.tell(report), &stop);
     progress.end();
     let run = run?;
@@ -218,13 +227,11 @@ impl Arguments {
             .with_collective_matmul(self.collective_matmul)
             .with_context_method(self.context_method(mesh)?);
         let options = self.options(&recipe)?;
-        let training = Training {
+        Ok(Training {
             model,
             batches,
             options,
-        };
-        training.check(mesh)?;
-        Ok(training)
+        })
     }
 
     /// Batches whose rows hold several documents, if their end was named.

@@ -252,6 +252,16 @@ impl Schedule {
         self.sends().map(|send| send.place.len as u64).sum()
     }
 
+    /// True if the chip's input is sent, added or copied somewhere.
+    pub fn reads_input(&self) -> bool {
+        let read = |place: &Place| place.buffer == Buffer::Input && place.len > 0;
+        self.steps.iter().any(|step| match step {
+            Step::Round { sends, .. } => sends.iter().any(|send| read(&send.place)),
+            Step::Reduce { sources, .. } => sources.iter().any(read),
+            Step::Copy { from, .. } => read(from),
+        })
+    }
+
     /// Elements that this chip receives.
     pub fn received_elements(&self) -> u64 {
         let receives = self.steps.iter().flat_map(|step| match step {

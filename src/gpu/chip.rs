@@ -55,6 +55,9 @@ pub(super) struct Inner {
     pub(super) table: String,
     /// How products were cut up, where that is kept.
     pub(super) choices: Mutex<Option<Vec<Choice>>>,
+    /// What happened, in order.
+    #[cfg(test)]
+    notes: Mutex<Vec<&'static str>>,
 }
 
 impl Drop for Inner {
@@ -140,6 +143,25 @@ impl Chip {
         self.device().device.destroy();
     }
 
+    /// Notes that something happened, for tests of its order.
+    pub(super) fn note(&self, what: &'static str) {
+        #[cfg(test)]
+        self.inner()
+            .notes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(what);
+        #[cfg(not(test))]
+        let _ = what;
+    }
+
+    /// What happened since the last call, in order: kernels by name, copies to the host, submissions, and mappings.
+    #[cfg(test)]
+    pub(crate) fn take_notes(&self) -> Vec<&'static str> {
+        let notes = self.inner().notes.lock();
+        std::mem::take(&mut *notes.unwrap_or_else(PoisonError::into_inner))
+    }
+
     fn with_tiles(device: Arc<Device>, chosen: Chosen) -> Self {
         let numbers = device.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("numbers"),
@@ -156,6 +178,8 @@ impl Chip {
             tiles: chosen.tiles,
             table: chosen.table,
             choices: Mutex::default(),
+            #[cfg(test)]
+            notes: Mutex::default(),
         }))
     }
 
@@ -318,9 +342,17 @@ impl Chip {
             belt.finish();
         }
         recording.last = Some(queue.submit([encoder.finish()]));
+        self.note("submit");
         if let Some(belt) = &mut recording.belt {
             belt.recall();
         }
+    }
+
+    /// Starts what is recorded, so that the device works while the program waits for something else. Gives the last submission.
+    pub(crate) fn submit_recorded(&self) -> Option<wgpu::SubmissionIndex> {
+        let mut recording = self.recording();
+        self.submit(&mut recording);
+        recording.last.clone()
     }
 
     /// Starts what is recorded, and waits until it is done.
@@ -328,12 +360,7 @@ impl Chip {
     /// # Errors
     /// What went wrong on the device since it was opened: it was lost, has no memory, or refused a command.
     pub fn finish(&self) -> Result<()> {
-        let last = {
-            let mut recording = self.recording();
-            self.submit(&mut recording);
-            recording.last.clone()
-        };
-        match last {
+        match self.submit_recorded() {
             Some(last) => self.inner().device.wait(last),
             None => self.inner().device.failure().map_or(Ok(()), Err),
         }
@@ -390,49 +417,7 @@ impl Chip {
         });
     }
 
-    /// Copies the block's first bytes to `bytes`, after all that was recorded before.
-    ///
-    /// # Errors
-    /// As [`Chip::finish`].
-    pub(crate) fn read(&self, block: &Block, bytes: &mut [u8]) -> Result<()> {
-        self.download(block.buffer.seen(), bytes)
-    }
-
-    pub(super) fn download(&self, buffer: &wgpu::Buffer, bytes: &mut [u8]) -> Result<()> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        let size = (bytes.len() as u64).next_multiple_of(4);
-        let staging = self
-            .inner()
-            .device
-            .device
-            .create_buffer(&wgpu::BufferDescriptor {
-                label: Some("download"),
-                size,
-                usage: wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ,
-                mapped_at_creation: false,
-            });
-        self.record(|encoder, _| {
-            encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, size);
-        });
-        let last = {
-            let mut recording = self.recording();
-            self.submit(&mut recording);
-            recording.last.clone()
-        };
-        staging.map_async(wgpu::MapMode::Read, .., |_| {});
-        self.inner()
-            .device
-            .wait(last.expect("a copy was submitted"))?;
-        let view = staging
-            .get_mapped_range(..)
-            .map_err(|e| self.refused("a download", &e))?;
-        bytes.copy_from_slice(&view[..bytes.len()]);
-        Ok(())
-    }
-
-    fn refused(&self, what: &str, e: &dyn std::fmt::Display) -> Error {
+    pub(super) fn refused(&self, what: &str, e: &dyn std::fmt::Display) -> Error {
         let about = &self.inner().device.about;
         let failed = self.inner().device.failure();
         failed.unwrap_or_else(|| {

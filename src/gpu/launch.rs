@@ -304,6 +304,7 @@ impl Launch {
         let variant = self.variant(group);
         let pipeline = device.pipeline(&self.kernel, &variant);
         let bytes = self.bytes(count);
+        chip.note(self.kernel.name);
         chip.record(|encoder, numbers| {
             let slot = numbers.len();
             numbers.extend(&bytes);

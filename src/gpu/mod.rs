@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `adapter`, `device` | what this machine has; pipelines; failures |
 //! | `chip` | memory, and the commands recorded until somebody asks for a value |
+//! | `download` | copies to the host beside what the program does next |
 //! | `shader`, `template`, `library` | WGSL sources by element type; this crate's own |
 //! | `launch`, `watch` | running a kernel, a user's own too; how long it took |
 //! | `tiles`, `written`, `tune`, `choices` | how products are cut up, by kind of adapter, and how they were |
@@ -19,6 +20,7 @@ mod attention;
 mod chip;
 mod choices;
 mod device;
+mod download;
 mod kept;
 mod launch;
 mod library;
@@ -41,6 +43,7 @@ pub(crate) use attention::*;
 pub use chip::Chip;
 pub(crate) use chip::{Block, fail};
 pub(crate) use choices::Choice;
+pub(crate) use download::Download;
 pub use launch::{Launch, Number, Operand};
 pub(crate) use mixture::*;
 pub(crate) use products::*;

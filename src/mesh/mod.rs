@@ -6,6 +6,7 @@
 //! half a million.
 
 mod group;
+mod shares;
 
 pub use group::Group;
 
@@ -14,11 +15,13 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::Arc;
 
-/// One side of a [`Mesh`]: a name and how many chips lie along it.
+/// One side of a [`Mesh`]: a name, how many chips lie along it, and which share each has of what the axis cuts.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Axis {
     name: String,
     size: usize,
+    /// In lowest terms, one for each chip; none where they are equal.
+    shares: Option<Arc<[usize]>>,
 }
 
 impl Axis {
@@ -36,7 +39,8 @@ impl Axis {
 /// A box of chips with named sides. Cloning is cheap.
 ///
 /// It prints as `dp=2,tp=2`, parses from that form, and is stored as that string; the mesh of one chip without
-/// axes is `single`.
+/// axes is `single`. Chips that take unlike shares along an axis are written with colons, `dp=3:1,tp=2`: see
+/// [`Mesh::with_shares`].
 ///
 /// ```
 /// use supernode::mesh::Mesh;
@@ -61,7 +65,11 @@ impl Mesh {
     /// chips overflows.
     #[track_caller]
     pub fn new<N: Into<String>>(axes: impl IntoIterator<Item = (N, usize)>) -> Self {
-        let axes = axes.into_iter().map(|(name, size)| (name.into(), size));
+        let axes = axes.into_iter().map(|(name, size)| Axis {
+            name: name.into(),
+            size,
+            shares: None,
+        });
         match Self::checked(axes.collect()) {
             Ok(mesh) => mesh,
             Err(sentence) => panic!("{sentence}"),
@@ -73,7 +81,8 @@ impl Mesh {
         Mesh { axes: [].into() }
     }
 
-    /// Reads `dp=2,tp=2`, or `single` for one chip without axes. Blanks around names and numbers are ignored.
+    /// Reads `dp=2,tp=2`, `dp=3:1,tp=2` for two chips along `dp` of which the first takes three quarters, or `single` for one chip
+    /// without axes. Blanks around names and numbers are ignored.
     pub fn parse(text: &str) -> Result<Self> {
         let wrong = |sentence: String| Error::new(ErrorKind::Mesh, sentence);
         if text.trim() == SINGLE {
@@ -91,21 +100,31 @@ impl Mesh {
                     "mesh '{text}': '{part}' is no axis; write name=size, such as dp=2"
                 )));
             };
-            let size = size.trim().parse().map_err(|_| {
+            let (name, numbers) = (name.trim(), size.split(':').map(|n| n.trim().parse()));
+            let numbers: Vec<usize> = numbers.collect::<Result<_, _>>().map_err(|_| {
                 wrong(format!(
-                    "mesh '{text}': '{}' is no number of chips for axis '{}'; write a whole number from 1",
-                    size.trim(),
-                    name.trim()
+                    "mesh '{text}': '{}' is no number of chips for axis '{name}'; write a whole number from 1, or each chip's \
+                     share, such as 3:1",
+                    size.trim()
                 ))
             })?;
-            axes.push((name.trim().to_string(), size));
+            let (size, shares) = match numbers[..] {
+                [size] => (size, None),
+                _ => {
+                    let shares = shares::lowest(name, &numbers);
+                    let shares = shares.map_err(|why| wrong(format!("mesh '{text}': {why}")))?;
+                    (numbers.len(), shares)
+                }
+            };
+            let name = name.to_string();
+            axes.push(Axis { name, size, shares });
         }
         Self::checked(axes).map_err(|sentence| wrong(format!("mesh '{text}': {sentence}")))
     }
 
-    fn checked(axes: Vec<(String, usize)>) -> Result<Self, String> {
+    fn checked(axes: Vec<Axis>) -> Result<Self, String> {
         let mut chips = 1usize;
-        for (i, (name, size)) in axes.iter().enumerate() {
+        for (i, Axis { name, size, .. }) in axes.iter().enumerate() {
             if name.is_empty() {
                 return Err(format!("axis {i} has no name; give it one, such as dp"));
             }
@@ -114,7 +133,7 @@ impl Mesh {
                     "axis name '{name}' holds '=', ',' or a blank; use letters and digits"
                 ));
             }
-            if axes[..i].iter().any(|(other, _)| other == name) {
+            if axes[..i].iter().any(|other| other.name == *name) {
                 return Err(format!(
                     "axis '{name}' is there twice; every axis needs its own name"
                 ));
@@ -131,12 +150,7 @@ impl Mesh {
                 )
             })?;
         }
-        Ok(Mesh {
-            axes: axes
-                .into_iter()
-                .map(|(name, size)| Axis { name, size })
-                .collect(),
-        })
+        Ok(Mesh { axes: axes.into() })
     }
 
     /// The axes, outermost first.
@@ -249,7 +263,7 @@ impl Mesh {
 
 impl fmt::Display for Mesh {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        pairs(f, &self.axes, self.axes.iter().map(Axis::size))
+        pairs(f, &self.axes, self.axes.iter().map(Axis::extent))
     }
 }
 
@@ -308,7 +322,7 @@ impl fmt::Display for Coordinates {
 fn pairs(
     f: &mut fmt::Formatter<'_>,
     axes: &[Axis],
-    numbers: impl Iterator<Item = usize>,
+    numbers: impl Iterator<Item = impl fmt::Display>,
 ) -> fmt::Result {
     if axes.is_empty() {
         return f.pad(SINGLE);

@@ -293,6 +293,9 @@ impl Config {
                 self.dropout
             ));
         }
+        for (axis, why) in EVEN {
+            mesh.refuse_shares(axis, why)?;
+        }
         self.check_parts(mesh)?;
         let dense = self.mixture.as_ref().is_none_or(|m| m.dense_layers > 0);
         let tp = mesh.size_of("tp");
@@ -311,6 +314,27 @@ impl Config {
         }
     }
 }
+
+/// Axes whose chips have equal shares, and why.
+const EVEN: [(&str, &str); 5] = [
+    (
+        "fsdp",
+        "it cuts parameters, gradients and optimizer state too, and a faster chip has no more memory for them",
+    ),
+    (
+        "ep",
+        "every chip holds as many whole experts as the others, and tokens go where their experts are",
+    ),
+    (
+        "cp",
+        "tokens of a sequence are shared out so that attention is as much work on every chip, in pieces of one length",
+    ),
+    (
+        "tp",
+        "heads, columns of matrices and the vocabulary are cut in equal pieces, which padding and messages rely on",
+    ),
+    ("pp", "it cuts no tensor; its stages hold whole layers"),
+];
 
 /// The divisor of `n` that is nearest to `wish`, the smaller of two.
 pub(crate) fn nearest_divisor(n: usize, wish: usize) -> usize {

@@ -22,7 +22,7 @@ use super::documents::by_tokens;
 use crate::dtype::DType;
 use crate::ops;
 use crate::placement::Placement::{Replicate, Shard};
-use crate::placement::{Placements, TokenOrder, split};
+use crate::placement::{Placements, TokenOrder, cut, split};
 use crate::spmd::{Chip, Contents, FromIndex, InOrder, Sharded};
 use std::ops::Range;
 use std::sync::Arc;
@@ -125,9 +125,14 @@ impl Transformer {
         let mut left = past.starts.len();
         let mut named = Vec::new();
         for axis in ["dp", "fsdp", "ep"] {
-            if left >= chip.size_of(axis) {
-                left /= chip.size_of(axis);
-                named.push((axis, Shard(0)));
+            let along = chip.mesh().axes().iter().find(|a| a.name() == axis);
+            let pieces = along.map(|a| (0..a.size()).map(|i| cut(left, a, i).len()));
+            match pieces.and_then(Iterator::min) {
+                Some(0) | None => {}
+                Some(least) => {
+                    left = least;
+                    named.push((axis, Shard(0)));
+                }
             }
         }
         if past.splits() {

@@ -8,7 +8,7 @@ use crate::dtype::TensorType;
 use crate::ops::{self, Cost, Local, Op, Site};
 use crate::placement::Placements;
 use crate::tensor::Tensor;
-use crate::trace::{Event, EventKind, MemoryChange, Stream, Time, Traffic, Value};
+use crate::trace::{Event, EventKind, HostCopies, MemoryChange, Stream, Time, Traffic, Value};
 use std::panic::Location;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -152,6 +152,8 @@ impl Chip {
         });
         let mut recorder = self.recorder();
         let products = products::since_the_event_before(self.memory(), &mut recorder);
+        let [to_host, to_device] = self.memory().take_copies();
+        let host = HostCopies { to_host, to_device };
         let event = Event {
             kind: told.kind,
             op: told.op,
@@ -169,6 +171,7 @@ impl Chip {
             ticket: told.ticket,
             time,
             products,
+            host: (!host.is_none()).then_some(host),
         };
         recorder.push(event);
     }

@@ -78,6 +78,7 @@ impl Chip {
             x.placements.axes_of(1).all(|a| a == number),
             "cache '{name}' at {site} is shared over '{axis}', {x:?} is split by tokens over another axis too"
         );
+        self.equal_shares(axis, "a cache shared by tokens", site);
         let capacity = share * self.size_of(axis);
         let placed = match self.size_of(axis) {
             1 => x.placements.clone(),

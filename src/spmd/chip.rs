@@ -229,6 +229,13 @@ impl Chip {
         axes.iter().zip(placements.iter()).map(one).collect()
     }
 
+    /// Panics if the chips along an axis have uneven shares, which `what` is not made for.
+    pub(super) fn equal_shares(&self, axis: &str, what: &str, site: &'static Location<'static>) {
+        let why = format!("{what} wants pieces of one length along it");
+        let refused = self.mesh().refuse_shares(axis, &why);
+        refused.unwrap_or_else(|e| panic!("{e} (called at {site})"));
+    }
+
     /// This chip's share of a tensor, and where it lies.
     pub(super) fn local(
         &self,
@@ -250,13 +257,16 @@ impl Chip {
         }
         if !splits_evenly(global, placements, mesh) {
             // The share's size depends on where the chip is along the axes that cut unevenly, and on those alone.
-            let size = |axis: usize| mesh.axes()[axis].size();
-            let uneven = |dim: &usize| {
-                !global[*dim].is_multiple_of(placements.axes_of(*dim).map(size).product())
+            let axis = |number: usize| &mesh.axes()[number];
+            let rest = |dim: usize| {
+                let units = placements.axes_of(dim).map(|number| axis(number).units());
+                !global[dim].is_multiple_of(units.product())
             };
-            let axes = (0..global.len())
-                .filter(uneven)
-                .flat_map(|dim| placements.axes_of(dim));
+            let uneven = |dim: usize| {
+                let axes = placements.axes_of(dim);
+                axes.filter(move |number| rest(dim) || axis(*number).shares().is_some())
+            };
+            let axes = (0..global.len()).flat_map(uneven);
             self.0.read_axes.borrow_mut().extend(axes);
         }
         let start =
@@ -375,6 +385,14 @@ impl Chip {
         let id = self.0.next_value.get();
         self.0.next_value.set(id + 1);
         id
+    }
+
+    /// Lets a graphics processor begin with what was recorded for it, since the program is about to wait for another chip.
+    pub(super) fn submit_recorded(&self) {
+        #[cfg(feature = "gpu")]
+        if let Some(chip) = self.memory().gpu_chip() {
+            chip.submit_recorded();
+        }
     }
 
     /// Nanoseconds since the run began; none in a ghost.

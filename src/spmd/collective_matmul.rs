@@ -151,6 +151,7 @@ impl Chip {
     fn check_chunks(&self, what: &str, x: &Sharded, number: usize, wants: Placement, site: Site) {
         self.arrive(what, site);
         let axis = &self.mesh().axes()[number];
+        self.equal_shares(axis.name(), what, site);
         let others = || x.placements.axes_of(TOKENS).any(|a| a != number);
         assert!(
             x.global.len() == 3 && x.placements[number] == wants && !others(),

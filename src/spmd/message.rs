@@ -141,6 +141,7 @@ impl Chip {
             call: self.queue(route),
         };
         let header = Arc::new(self.message_header(route, x.tensor.ty(), site));
+        x.tensor.start_download();
         let payload = Payload::Shared(vec![Piece::whole(&x.tensor)]);
         let sent = lane.start_send(channel, &header, payload);
         let sent = sent.unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
@@ -159,8 +160,10 @@ impl Chip {
                 call: self.queue(route),
             };
             let header = Arc::new(self.message_header(route, ty, site));
+            self.submit_recorded();
             lane.receive(channel, &header, tensor.bytes_mut())
                 .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
+            tensor.has_arrived();
         }
         let value = Value {
             ty: ty.clone(),
@@ -237,6 +240,7 @@ impl Sending {
         chip.arrive("wait", site);
         let began = chip.now();
         if let (Some(sent), Some(lane)) = (self.sent, &chip.inner().lane) {
+            chip.submit_recorded();
             let received = lane
                 .wait_sent(sent)
                 .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));

@@ -51,6 +51,8 @@ mod rooms;
 mod segment;
 mod sharded;
 mod started;
+#[cfg(all(test, feature = "gpu"))]
+mod tests;
 mod threads;
 mod update;
 mod zero;

@@ -14,9 +14,9 @@ use super::payload::Piece;
 use super::{Chip, Sharded};
 use crate::collective::{self, Algorithm, Counts, Kind, Reduce};
 use crate::dtype::TensorType;
-use crate::mesh::Group;
+use crate::mesh::{Axis, Group};
 use crate::ops::Cost;
-use crate::placement::{Placement, Placements, Transition, plan, split};
+use crate::placement::{Placement, Placements, Transition, cut, plan};
 use crate::tensor::Tensor;
 use crate::trace::{EventKind, Stream, Traffic, Value};
 use std::ops::Range;
@@ -117,8 +117,11 @@ impl Chip {
     ) -> Tensor {
         let began = self.now();
         let local = self.local(global, x.dtype(), after, site);
-        let group = self.group(axis);
-        let range = split(x.shape()[dim], group.size(), group.index());
+        let range = cut(
+            x.shape()[dim],
+            &self.mesh().axes()[axis],
+            self.coordinates()[axis],
+        );
         let mut piece = self.allocate(&local.ty);
         if !self.is_ghost() {
             let cut = Cut::of(x.ty(), dim);
@@ -161,11 +164,13 @@ impl Chip {
         after: &Placements,
         site: Site,
     ) -> (Tensor, Request) {
-        let n = self.mesh().axes()[axis].size();
+        let along = &self.mesh().axes()[axis];
         let ty = self.local(global, x.dtype(), after, site).ty;
-        let lengths =
-            |whole: usize| -> Vec<usize> { (0..n).map(|i| split(whole, n, i).len()).collect() };
-        let (kind, counts, cut) = match transition {
+        let lengths = |whole: usize| -> Vec<usize> {
+            let piece = |i| cut(whole, along, i).len();
+            (0..along.size()).map(piece).collect()
+        };
+        let (kind, counts, packs) = match transition {
             Transition::AllReduce => (Kind::AllReduce, Counts::Len(x.elements()), None),
             Transition::ReduceScatter { dim } => {
                 let rest = Cut::of(x.ty(), dim).rest();
@@ -191,8 +196,8 @@ impl Chip {
             }
             Transition::Slice { .. } => unreachable!("a slice sends nothing"),
         };
-        let (input, packed) = match cut {
-            Some(dim) => self.pack(x, dim, n),
+        let (input, packed) = match packs {
+            Some(dim) => self.pack(x, dim, along),
             None => (x.clone(), 0),
         };
         let unpacked = match transition {
@@ -220,18 +225,19 @@ impl Chip {
     }
 
     /// Pieces of dimension `dim` one behind the other, in rank order.
-    fn pack(&self, x: &Tensor, dim: usize, n: usize) -> (Tensor, u64) {
-        let cut = Cut::of(x.ty(), dim);
-        if cut.outer == 1 {
+    fn pack(&self, x: &Tensor, dim: usize, axis: &Axis) -> (Tensor, u64) {
+        let whole = Cut::of(x.ty(), dim);
+        if whole.outer == 1 {
             return (x.clone(), 0);
         }
         let mut packed = self.allocate(x.ty());
         if !self.is_ghost() {
+            x.start_download();
             let mut rest = packed.bytes_mut();
-            for i in 0..n {
-                let range = split(cut.len, n, i);
-                let (piece, behind) = rest.split_at_mut(cut.outer * range.len() * cut.inner);
-                cut.take(x.bytes(), range, piece);
+            for i in 0..axis.size() {
+                let range = cut(whole.len, axis, i);
+                let (piece, behind) = rest.split_at_mut(whole.bytes_of(range.len()));
+                whole.take(x.bytes(), range, piece);
                 rest = behind;
             }
         }
@@ -253,20 +259,21 @@ impl Chip {
             return gathered;
         };
         let ty = self.local(global, gathered.dtype(), after, site).ty;
-        let cut = Cut::of(&ty, dim);
-        if cut.outer == 1 {
+        let whole = Cut::of(&ty, dim);
+        if whole.outer == 1 {
             return gathered.reshape(ty.shape);
         }
-        let n = self.mesh().axes()[axis].size();
+        let axis = &self.mesh().axes()[axis];
         let mut tensor = self.allocate(&ty);
         if !self.is_ghost() {
             let mut rest = gathered.bytes();
-            for i in 0..n {
-                let range = split(cut.len, n, i);
-                let (piece, behind) = rest.split_at(cut.outer * range.len() * cut.inner);
-                cut.put(piece, range, tensor.bytes_mut());
+            for i in 0..axis.size() {
+                let range = cut(whole.len, axis, i);
+                let (piece, behind) = rest.split_at(whole.bytes_of(range.len()));
+                whole.put(piece, range, tensor.bytes_mut());
                 rest = behind;
             }
+            tensor.has_arrived();
         }
         tensor
     }
@@ -276,8 +283,12 @@ impl Chip {
         let mut output = self.allocate(&request.result);
         let began = self.now();
         if let Some(call) = self.call(input.ty(), request) {
-            call.run(&[Piece::whole(input)], slice::from_mut(&mut output))
+            let input = [Piece::whole(input)];
+            call.start_downloads(&input);
+            self.submit_recorded();
+            call.run(&input, slice::from_mut(&mut output))
                 .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
+            output.has_arrived();
         }
         self.tell_collective(input.ty(), request, Stream::Compute, None, began);
         output
@@ -340,7 +351,7 @@ impl Chip {
     ) {
         let axis = &self.mesh().axes()[request.axis];
         let n = request.group.map_or(axis.size(), |g| g.size());
-let part = request.group.filter(|g| g.size() < axis.size());
+        let part = request.group.filter(|g| g.size() < axis.size());
         let whole = self.mesh().group(self.rank(), axis.name());
         let size = input.dtype.size() as u64;
         // The mean over the group: shares may be uneven, the class of chips is one.

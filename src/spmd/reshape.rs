@@ -57,8 +57,8 @@ fn carry(
         let before: usize = from[..dim].iter().product();
         // Dimensions of length 1 make several candidates; the one that can be cut is meant.
         let fits = |&at: &usize| {
-            let even =
-                || to[at].is_multiple_of(axis.size()) && from[dim].is_multiple_of(axis.size());
+            let units = axis.units();
+            let even = || to[at].is_multiple_of(units) && from[dim].is_multiple_of(units);
             // A dimension that stays as it is stays cut as it is, evenly or not.
             to[..at].iter().product::<usize>() == before && (to[at] == from[dim] || even())
         };

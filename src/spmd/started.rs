@@ -170,7 +170,10 @@ impl Chip {
         let output = results.iter().map(|ty| self.allocate(ty)).collect();
         let ticket = self.open_ticket();
         let running = match self.call(ty, request) {
-            Some(call) => self.start(call, input.to_vec(), output),
+            Some(call) => {
+                call.start_downloads(input);
+                self.start(call, input.to_vec(), output)
+            }
             // A ghost's results are allocated and wait for nothing.
             None => Running::finished(output),
         };
@@ -182,6 +185,7 @@ impl Chip {
     /// Waits for a started transfer.
     fn take(&self, ticket: u64, running: Running) -> Vec<Tensor> {
         if let Some(lane) = &self.inner().lane {
+            self.submit_recorded();
             lane.wait_done(&running.done, &running.header)
                 .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
         }
@@ -192,6 +196,7 @@ impl Chip {
             .take();
         let (results, time) = delivered.expect("a transfer that is done has delivered");
         self.close_ticket(ticket);
+        results.iter().for_each(Tensor::has_arrived);
         if !self.is_ghost() {
             self.recorder().complete(ticket, time);
         }

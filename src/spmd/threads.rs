@@ -117,6 +117,15 @@ impl Threads {
         self
     }
 
+    /// The same chips under other names of axes: `mesh` has as many.
+    pub(crate) fn seen_as(&self, mesh: Mesh) -> Self {
+        assert_eq!(mesh.chips(), self.mesh.chips(), "{mesh} for {}", self.mesh);
+        Threads {
+            mesh: Arc::new(mesh),
+            ..self.clone()
+        }
+    }
+
     /// The mesh.
     pub fn mesh(&self) -> &Mesh {
         &self.mesh

@@ -119,7 +119,7 @@ impl Chip {
     /// With stage 3, [`Chip::parameter`] gathers: ask for parameters inside [`Chip::record`], where they are used.
     ///
     /// # Panics
-    /// If a parameter was used before.
+    /// If a parameter was used before, or the axis has uneven shares.
     #[track_caller]
     pub fn split_parameters(&self, stage: Zero, axis: &str) {
         assert!(
@@ -128,6 +128,11 @@ impl Chip {
             self.parameters().len()
         );
         let splits = stage != Zero::Nothing && self.size_of(axis) > 1;
+        if splits {
+            let why = "parameters are split along it in equal pieces";
+            let refused = self.mesh().refuse_shares(axis, why);
+            refused.unwrap_or_else(|e| panic!("split_parameters: {e}"));
+        }
         let zero = splits.then(|| (stage, self.mesh().axis_index(axis)));
         self.inner().zero.set(zero);
     }

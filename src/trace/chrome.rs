@@ -53,6 +53,10 @@ fn chip_events(chip: &ChipTrace, pid: usize, out: &mut Vec<Json>) {
             args["axis"] = json!(t.axis);
             args["sent_bytes"] = json!(t.bytes);
         }
+        if let Some(copies) = &event.host {
+            args["to_host_bytes"] = json!(copies.to_host);
+            args["to_device_bytes"] = json!(copies.to_device);
+        }
         if !event.products.is_empty() {
             let cut: Vec<String> = chip.products_of(event).map(Product::to_string).collect();
             args["products"] = json!(cut);

@@ -44,6 +44,9 @@ impl ChipTrace {
     pub(super) fn count(&mut self, event: &Event) {
         let duration_ns = event.time.map_or(0, |t| t.duration_ns);
         self.peak_scratch_bytes = self.peak_scratch_bytes.max(event.scratch);
+        if let Some(copies) = &event.host {
+            self.host.add(copies);
+        }
         if let Some(traffic) = &event.traffic {
             let found = self
                 .collectives
@@ -112,7 +115,7 @@ pub(crate) fn short(n: u64) -> String {
 
 impl Trace {
     /// A table of what ran and what moved: for the class of rank 0 the ops by time (or flops), on a graphics processor its
-    /// products by sizes with the tile that they took, then for each collective and axis calls, bytes, floor bytes and the overlapped share, then each class's peak memory.
+    /// products by sizes with the tile that they took, then for each collective and axis calls, bytes, floor bytes and the overlapped share, what went through host memory, then each class's peak memory.
     pub fn summary(&self) -> String {
         let mut out = String::new();
         let chip = self.chip(0);
@@ -169,6 +172,14 @@ impl Trace {
                 out,
                 "{:<20}{:>8}{:>8}{bytes:>12}{floor:>12}{share:>10.0} %",
                 c.op, c.axis, c.calls
+            );
+        }
+        if !chip.host.is_none() {
+            let _ = writeln!(
+                out,
+                "through host memory (chip 0): {}B from the device, {}B to it",
+                short(chip.host.to_host),
+                short(chip.host.to_device)
             );
         }
         let peak = self

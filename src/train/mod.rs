@@ -8,10 +8,12 @@
 //! | `checkpoint` | files of which nothing is lost |
 //! | `layout` | what lives where and what moves when, as a table |
 //! | `stages` | a step over the stages of a pipeline |
-//! | `trainer` | the loop, with `evaluate`, `persist` and `generate` |
+//! | `shares` | uneven shares of the batch, named or measured |
+//! | `trainer` | the loop, with `check`, `evaluate`, `persist` and `generate` |
 
 mod balance;
 mod batch;
+mod check;
 pub mod checkpoint;
 pub mod data;
 mod evaluate;
@@ -21,6 +23,7 @@ mod mapped;
 mod optimizer;
 mod persist;
 pub mod schedule;
+mod shares;
 mod stages;
 mod trainer;
 
@@ -28,4 +31,5 @@ pub use balance::ExpertLoads;
 pub use generate::{Generate, Generated, Trained};
 pub use layout::{Layout, Move, Row};
 pub use optimizer::{AdamW, Optimizer};
+pub use shares::{Speeds, with_shares};
 pub use trainer::{Finished, Options, Report, Training};

@@ -3,6 +3,7 @@
 
 use super::checkpoint::{self, Entry, Loaded, State};
 use super::optimizer::Optimizer;
+use super::shares;
 use super::trainer::{Report, Training};
 use crate::dtype::{DType, TensorType};
 use crate::error::{Error, ErrorKind, Result};
@@ -113,10 +114,11 @@ impl Persist {
         if !writes {
             return;
         }
-        let state = State {
+        let mut state = State {
             step,
             ..self.identity.clone()
         };
+        shares::record(chip.mesh(), &mut state.other);
         const {
             assert!(
                 cfg!(target_endian = "little"),
@@ -256,7 +258,7 @@ fn belongs(found: &State, run: &State, dir: &std::path::Path) -> Result<()> {
     let pairs = [
         ("model", &found.model, &run.model),
         ("text", &found.data, &run.data),
-        ("kind of run", &found.other, &run.other),
+        ("kind of run", &shares::without(&found.other), &run.other),
     ];
     match pairs.into_iter().find(|(_, a, b)| a != b) {
         Some((what, a, b)) => Err(differ(what, a, b)),

@@ -7,7 +7,8 @@
 //! and so stay equal bit for bit; the norm of all gradients is a sum over stages, in which the shared one counts once.
 
 use super::batch::{Half, Rows};
-use super::trainer::{Training, replicas};
+use super::check::replicas;
+use super::trainer::Training;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
 use crate::model::{EMBEDDING, Part, Transformer};

@@ -12,7 +12,7 @@ use super::schedule::LearningRate;
 use super::stages::Stages;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mesh::Mesh;
-use crate::model::{Transformer, nearest_divisor};
+use crate::model::Transformer;
 use crate::pipeline::Schedule;
 use crate::spmd::{BUCKET_BYTES, Chip, Ghost, Run, Sharded, Threads, Zero};
 use crate::trace::Trace;
@@ -25,7 +25,8 @@ use std::time::Instant;
 pub struct Options {
     /// Steps in all, those before a resumed checkpoint included.
     pub steps: u64,
-    /// Sequences that a chip computes at a time; if none, all of its share, or one where mesh axis pp has several stages.
+    /// Sequences that a chip computes at a time; if none, all of its share, or one where mesh axis pp has several stages. Along an
+    /// axis of uneven shares a chip of share s computes s times as many at a time.
     pub micro_batch: Option<usize>,
     /// How micro-batches pass through the stages of mesh axis pp.
     pub schedule: Schedule,
@@ -144,143 +145,15 @@ pub struct Training {
 }
 
 impl Training {
-    /// Checks that the mesh can carry the batch.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Mesh`] or [`ErrorKind::Input`]: which number stands in the way, and the nearest that works.
-    pub fn check(&self, mesh: &Mesh) -> Result<()> {
-        self.model.check(mesh)?;
-        let known = |name: &str| matches!(name, "dp" | "fsdp" | "ep" | "cp" | "tp" | "pp");
-        if let Some(axis) = mesh
-            .axes()
-            .iter()
-            .find(|a| !known(a.name()) && a.size() > 1)
-        {
-            return Err(Error::new(
-                ErrorKind::Mesh,
-                format!(
-                    "the training loop splits over dp, fsdp, ep, cp, tp and pp; it does not know mesh axis {}={}",
-                    axis.name(),
-                    axis.size()
-                ),
-            ));
-        }
-        if self.model.is_sequence_parallel() && mesh.size_of("tp") == 1 {
-            return Err(Error::new(
-                ErrorKind::Mesh,
-                format!(
-                    "sequence parallelism splits tokens over the chips of tp, and the mesh {mesh} has none; leave it out, or \
-                     name a mesh with tp=2"
-                ),
-            ));
-        }
-        self.check_collective_matmul(mesh)?;
-        self.check_batch(mesh)?;
-        let (zero, axis) = self.zero(mesh);
-        if self.options.zero.is_some() && zero != Zero::Nothing && mesh.size_of(axis) == 1 {
-            return Err(Error::new(
-                ErrorKind::Mesh,
-                format!(
-                    "{zero:?} are to be split over the chips of fsdp or dp, and the mesh {mesh} has neither; a mesh with \
-                     fsdp=2 would do"
-                ),
-            ));
-        }
-        let (share, micro) = (self.batches.rows() / replicas(mesh), self.micro_batch(mesh));
-        if micro == 0 || share % micro != 0 {
-            return Err(Error::new(
-                ErrorKind::Input,
-                format!(
-                    "a micro-batch of {micro} sequences does not divide a chip's share of {share}; {} does",
-                    nearest_divisor(share, micro.max(1))
-                ),
-            ));
-        }
-        if self.batches.context() > self.model.config().context {
-            return Err(Error::new(
-                ErrorKind::Input,
-                format!(
-                    "rows of {} tokens are longer than the model's context of {}",
-                    self.batches.context(),
-                    self.model.config().context
-                ),
-            ));
-        }
-        Stages::new(self, mesh).map(drop)
-    }
-
-    fn check_collective_matmul(&self, mesh: &Mesh) -> Result<()> {
-        if !self.model.is_collective_matmul() {
-            return Ok(());
-        }
-        let refuse = |why: String| Err(Error::new(ErrorKind::Mesh, why));
-        let (tp, tokens) = (mesh.size_of("tp"), self.batches.context());
-        if !self.model.is_sequence_parallel() {
-            return refuse(
-                "a collective matmul runs beside the transfers of sequence parallelism; give --sequence-parallel too".into(),
-            );
-        }
-        if mesh.size_of("cp") > 1 {
-            return refuse(format!(
-                "a collective matmul cuts a chip's tokens into one chunk for each chip of tp, and mesh axis cp={} cuts them too; \
-                 leave one of the two out",
-                mesh.size_of("cp")
-            ));
-        }
-        if !tokens.is_multiple_of(tp) {
-            return refuse(format!(
-                "mesh axis tp={tp} does not divide the {tokens} tokens of a sequence, as a collective matmul has to; tp={} does",
-                nearest_divisor(tokens, tp)
-            ));
-        }
-        Ok(())
-    }
-
-    pub(super) fn micro_batch(&self, mesh: &Mesh) -> usize {
-        let all = self.batches.rows() / replicas(mesh);
-        let several = mesh.size_of("pp") > 1;
-        let usual = if several { 1 } else { all };
-        self.options.micro_batch.unwrap_or(usual)
-    }
-
-    fn check_batch(&self, mesh: &Mesh) -> Result<()> {
-        let mut left = self.batches.rows();
-        let mut before: Vec<&str> = Vec::new();
-        for axis in REPLICAS {
-            let (size, batch) = (mesh.size_of(axis), self.batches.rows());
-            if !left.is_multiple_of(size) {
-                let others = match (&before[..], left == batch) {
-                    (_, true) | ([], _) => String::new(),
-                    ([one], _) => format!("the {left} that {one} leaves of "),
-                    (several, _) => format!("the {left} that {} leave of ", several.join(" and ")),
-                };
-                return Err(Error::new(
-                    ErrorKind::Mesh,
-                    format!(
-                        "mesh axis {axis}={size} does not divide {others}a batch of {batch} sequences; {axis}={} does, or a \
-                         batch of {}",
-                        nearest_divisor(left, size),
-                        batch.next_multiple_of(replicas(mesh))
-                    ),
-                ));
-            }
-            left /= size;
-            if size > 1 {
-                before.push(axis);
-            }
-        }
-        Ok(())
-    }
-
     /// What is split of parameters, and over which axis.
-    fn zero(&self, mesh: &Mesh) -> (Zero, &'static str) {
+    pub(super) fn zero(&self, mesh: &Mesh) -> (Zero, &'static str) {
         match (mesh.size_of("fsdp") > 1, self.options.zero) {
             (true, zero) => (zero.unwrap_or(Zero::Parameters), "fsdp"),
             (false, zero) => (zero.unwrap_or_default(), "dp"),
         }
     }
 
-    fn split_parameters(&self, chip: &Chip) {
+    pub(super) fn split_parameters(&self, chip: &Chip) {
         let (zero, axis) = self.zero(chip.mesh());
         chip.split_parameters(zero, axis);
         chip.reduce_in_buckets(self.options.bucket_bytes);
@@ -474,14 +347,6 @@ impl Training {
         Stages::new(self, chip.mesh()).unwrap_or_else(|e| chip.fail(e))
     }
 }
-
-/// Into how many parts the mesh splits the sequences of a batch.
-pub(super) fn replicas(mesh: &Mesh) -> usize {
-    REPLICAS.iter().map(|axis| mesh.size_of(axis)).product()
-}
-
-/// The axes that split the sequences of a batch.
-const REPLICAS: [&str; 3] = ["dp", "fsdp", "ep"];
 
 /// The number in a scalar.
 pub(super) fn number_of(scalar: &Sharded) -> f64 {

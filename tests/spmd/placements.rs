@@ -193,6 +193,17 @@ fn two_axes_move_even_and_uneven_lengths() {
 }
 
 #[test]
+fn uneven_shares_move_every_length() {
+    for mesh in ["x=3:1", "x=1:2:1"] {
+        for shape in [&[8, 4, 3][..], &[5, 7], &[2, 3], &[1, 0, 6]] {
+            every_transition(mesh, shape, 1, |x| x as f32);
+        }
+    }
+    every_transition("x=3:1,y=2", &[8, 5, 3], 3, |x| x as f32);
+    every_transition("x=2,y=1:4", &[10, 7], 1, |x| bf16::from_f32(x as f32));
+}
+
+#[test]
 fn three_axes_move_even_and_uneven_lengths() {
     every_transition("x=2,y=2,z=2", &[8, 8], 3, |x| x as f32);
     every_transition("x=2,y=2,z=2", &[5, 7, 3], 41, |x| x as f32);

@@ -131,6 +131,14 @@ impl Arguments {
                 AXES.join(", ")
             ));
         }
+        if let Some(axis) = asked.axes().iter().find(|a| a.shares().is_some()) {
+            return wrong(format!(
+                "--mesh {asked}: axis '{}' has uneven shares, and a forecast prices chips that do the same; {}={} is priced",
+                axis.name(),
+                axis.name(),
+                axis.size()
+            ));
+        }
         let order: Vec<&str> = self.order.split(',').map(str::trim).collect();
         let known = |axis: &&str| order.iter().filter(|o| o == &axis).count() == 1;
         if order.len() != AXES.len() || !AXES.iter().all(known) {

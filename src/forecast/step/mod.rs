@@ -146,6 +146,10 @@ impl Setting {
                 AXES.join(", ")
             ));
         }
+        for axis in AXES {
+            let why = "a forecast prices a mesh whose chips do the same";
+            self.mesh.refuse_shares(axis, why)?;
+        }
         if self.micro_batch == 0 || self.context == 0 || self.virtual_stages == 0 {
             return wrong("micro-batch, context and virtual stages are at least 1".into());
         }

@@ -167,6 +167,7 @@ impl Chip {
         // Which keys a chip meets in a step depends on where it is.
         self.coordinate(ring.axis);
         let group = self.group(axis);
+        self.equal_shares(ring.axis, "ring attention", site);
         for x in operands {
             assert!(
                 x.placements[axis] == Shard(1) || group.size() == 1,

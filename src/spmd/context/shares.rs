@@ -56,6 +56,7 @@ impl Chip {
             refuse("it has no backward; end recording first".into());
         }
         let several = self.size_of(axis) > 1;
+        self.equal_shares(axis, "attention over shares of a cache", site);
         for (i, x) in operands.iter().enumerate() {
             let keys = matches!(i, 1 | 2 | 4);
             let wanted = if keys && several { Shard(1) } else { Replicate };
@@ -191,6 +192,7 @@ impl Shares {
         let len = lengths[0] + lengths[1];
         let mut packed = chip.allocate(&TensorType::new([len], DType::F32));
         if !chip.is_ghost() {
+            own.iter().for_each(Tensor::start_download);
             let (o, lse) = packed.bytes_mut().split_at_mut(own[0].bytes().len());
             o.copy_from_slice(own[0].bytes());
             lse.copy_from_slice(own[1].bytes());
@@ -219,6 +221,7 @@ impl Shares {
                 if !chip.is_ghost() {
                     let bytes = &all.bytes()[4 * first..][..4 * lengths[which]];
                     tensor.bytes_mut().copy_from_slice(bytes);
+                    tensor.has_arrived();
                 }
                 first += lengths[which];
                 tensor

@@ -93,6 +93,7 @@ impl Shares {
         } else {
             let mut packed = chip.allocate(x.ty());
             if !chip.is_ghost() {
+                x.start_download();
                 let cut = Cut::of(x.ty(), cut);
                 let mut rest = packed.bytes_mut();
                 for range in ranges(pieces) {
@@ -152,6 +153,7 @@ impl Shares {
                 cut.put(piece, range, tensor.bytes_mut());
                 rest = behind;
             }
+            tensor.has_arrived();
         }
         tensor
     }

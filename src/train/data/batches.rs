@@ -174,6 +174,15 @@ impl Batches {
         labels.iter().filter(|l| **l != IGNORED).count().max(1)
     }
 
+    /// The same text in steps of another number of rows, at least 1.
+    pub(crate) fn with_rows(&self, rows: usize) -> Self {
+        assert!(rows > 0, "a batch has rows");
+        Batches {
+            rows,
+            ..self.clone()
+        }
+    }
+
     /// Tokens per row: t.
     pub fn context(&self) -> usize {
         self.context
