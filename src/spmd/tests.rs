@@ -125,10 +125,11 @@ fn gradients_of_a_bucket_are_copied_when_it_starts() {
         });
         notes(chip);
         chip.last_backward(true, || loss.backward());
-        let backward = notes(chip);
+        let mut all = notes(chip);
         let mut optimizer = crate::train::Optimizer::new(Default::default(), 0);
         optimizer.step(chip, 0.01);
-        backward
+        all.extend(notes(chip));
+        all
     };
     let Some(chips) = on_two_chips(program) else {
         return;
