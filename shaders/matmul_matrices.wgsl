@@ -1,11 +1,11 @@
-// c = a b with operands in f16 and sums in f32, through cooperative matrices: every subgroup holds DOWN by ACROSS of them as sums,
+// c = a b with operands in f16 or f32 and sums in f32, through cooperative matrices of SIDE by SIDE: every subgroup holds DOWN by ACROSS of them as sums,
 // and a group four subgroups, two by two. Operands come straight from memory. Rows and columns are multiples of what a group
 // covers, k of SIDE; the sum's order inside of a step of SIDE is the device's own.
-// A_COLUMNS, B_COLUMNS 0: rows are consecutive in memory; 1: columns.
-// matrices; reads a, b; writes c: f32; numbers n, k, m, a_stride, a_batch, b_stride, b_batch; constants SIDE, DOWN, ACROSS, A_COLUMNS, B_COLUMNS
-alias Left = coop_mat16x16<f16, A>;
-alias Right = coop_mat16x16<f16, B>;
-alias Sums = coop_mat16x16<f32, C>;
+// A_COLUMNS, B_COLUMNS 0: rows are consecutive in memory; 1: columns. LOADS 1: sums begin as what c holds.
+// matrices; reads a, b; writes c: f32; numbers n, k, m, a_stride, a_batch, b_stride, b_batch; constants SIDE, LOADS, DOWN, ACROSS, A_COLUMNS, B_COLUMNS
+alias Left = coop_mat@{SIDE}x@{SIDE}<E, A>;
+alias Right = coop_mat@{SIDE}x@{SIDE}<E, B>;
+alias Sums = coop_mat@{SIDE}x@{SIDE}<f32, C>;
 
 fn tile(group: vec3<u32>, subgroup: u32) {
     let row = (group.y * 2u + subgroup / 2u) * DOWN * SIDE;
@@ -15,7 +15,13 @@ fn tile(group: vec3<u32>, subgroup: u32) {
     let c_first = group.z * numbers.m * numbers.n;
 #unroll i DOWN
 #unroll j ACROSS
-    var sum@i_@j = Sums();
+    let c@i_@j = c_first + (row + @iu * SIDE) * numbers.n + column + @ju * SIDE;
+    var sum@i_@j: Sums;
+    if (LOADS == 1u) {
+        sum@i_@j = coopLoadT<Sums>(&data_c[c@i_@j], numbers.n);
+    } else {
+        sum@i_@j = Sums();
+    }
 #end
 #end
     for (var p = 0u; p < numbers.k; p += SIDE) {
@@ -43,7 +49,7 @@ fn tile(group: vec3<u32>, subgroup: u32) {
     }
 #unroll i DOWN
 #unroll j ACROSS
-    coopStoreT(sum@i_@j, &data_c[c_first + (row + @iu * SIDE) * numbers.n + column + @ju * SIDE], numbers.n);
+    coopStoreT(sum@i_@j, &data_c[c@i_@j], numbers.n);
 #end
 #end
 }

@@ -4,19 +4,20 @@
 //! the only reference. Every allocation is rounded up to 64 bytes and counted by the chip's [`Memory`], in the same
 //! program order whether the storage is real or a ghost, so that the peak of a ghost run is the peak of a real one.
 
+#[cfg(feature = "gpu")]
+mod mirrored;
+
 use crate::cpu::memory::{Buffer, Pool};
 pub use crate::dtype::TensorType;
 use crate::dtype::{DType, Element, Slice, SliceMut};
 use crate::error::{Error, ErrorKind, Result};
+#[cfg(feature = "gpu")]
+use mirrored::Mirrored;
 use ndarray::{ArrayD, ArrayViewD, IxDyn};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::Arc;
-#[cfg(feature = "gpu")]
-use std::sync::atomic::AtomicBool;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-#[cfg(feature = "gpu")]
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// What one chip's tensors live in, with their count in bytes. Cloning shares it.
 #[derive(Clone)]
@@ -185,17 +186,9 @@ impl Memory {
                 {
                     return Err(exceeded(budget));
                 }
-                Storage::Gpu(Arc::new(Mirrored {
-                    block: chip.allocate(bytes)?,
-                    chip: chip.clone(),
-                    mirrors: mirrors.clone(),
-                    host: OnceLock::new(),
-                    arriving: Mutex::default(),
-                    written: false,
-                    stale: AtomicBool::new(false),
-                    arrived: AtomicU64::new(0),
-                    charge: Charge::new(self.clone(), bytes),
-                }))
+                let block = chip.allocate(bytes)?;
+                let charge = Charge::new(self.clone(), bytes);
+                Storage::Gpu(Arc::new(Mirrored::new(block, chip, mirrors, charge)))
             }
             Place::Ghost { budget } => {
                 if let Some(budget) = *budget
@@ -270,93 +263,6 @@ impl Drop for Charge {
 struct Block {
     buffer: Buffer,
     charge: Charge,
-}
-
-/// A block on a graphics processor, and a copy of its contents on the host where somebody asked for one. The two are the
-/// same, or `stale` says that the block is behind; writing on the device drops the copy.
-#[cfg(feature = "gpu")]
-struct Mirrored {
-    block: crate::gpu::Block,
-    chip: crate::gpu::Chip,
-    mirrors: Pool,
-    host: OnceLock<Buffer>,
-    /// A copy to the host that was started and that nobody has read.
-    arriving: Mutex<Option<crate::gpu::Download>>,
-    /// The device has written the block, or is about to.
-    written: bool,
-    /// The host's copy was written after the block.
-    stale: AtomicBool,
-    /// Bytes of the host's copy that came from another chip and that the block has not got.
-    arrived: AtomicU64,
-    charge: Charge,
-}
-
-#[cfg(feature = "gpu")]
-impl Mirrored {
-    fn mirror(&self) -> Buffer {
-        let bytes = self.charge.bytes as usize;
-        match self.mirrors.take(bytes) {
-            Ok(buffer) => buffer,
-            Err(_) => unreachable!("mirrors have no budget"),
-        }
-    }
-
-    /// The contents on the host: waits for the device the first time.
-    fn host(&self) -> &Buffer {
-        self.host.get_or_init(|| {
-            let mut buffer = self.mirror();
-            if !self.written {
-                return buffer;
-            }
-            let bytes = buffer.as_bytes_mut();
-            let started = self.arriving().take();
-            let read = match started {
-                Some(download) => self.chip.finish_read(download, bytes),
-                None => self.chip.read(&self.block, bytes),
-            };
-            read.unwrap_or_else(|e| crate::gpu::fail(e));
-            buffer
-        })
-    }
-
-    fn arriving(&self) -> MutexGuard<'_, Option<crate::gpu::Download>> {
-        self.arriving.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Starts to copy the contents to the host, unless they are there or on their way. True if it did.
-    fn start_download(&self) -> bool {
-        let mut arriving = self.arriving();
-        let starts = self.written && self.host.get().is_none() && arriving.is_none();
-        if starts {
-            *arriving = Some(self.chip.start_read(&self.block, self.charge.bytes));
-        }
-        starts
-    }
-
-    fn host_mut(&mut self) -> &mut Buffer {
-        self.host();
-        self.stale = AtomicBool::new(true);
-        self.host.get_mut().expect("the copy was just made")
-    }
-
-    /// Brings the block up to the host's copy.
-    fn upload(&self) {
-        if let Some(host) = self.host.get()
-            && self.stale.swap(false, Relaxed)
-        {
-            self.chip.write(&self.block, host.as_bytes());
-            let count = &self.charge.memory.0.to_device;
-            count.fetch_add(self.arrived.swap(0, Relaxed), Relaxed);
-        }
-    }
-
-    /// The block is about to be written by the device.
-    fn overwrite(&mut self) {
-        self.upload();
-        self.written = true;
-        self.host = OnceLock::new();
-        self.arriving = Mutex::default();
-    }
 }
 
 /// Where contents are. A closed set: no type parameter runs through the crate for it.
@@ -444,8 +350,7 @@ impl Tensor {
         if let Storage::Gpu(block) = &self.storage
             && block.start_download()
         {
-            let count = &block.charge.memory.0.to_host;
-            count.fetch_add(self.ty.bytes(), Relaxed);
+            block.count().to_host.fetch_add(self.ty.bytes(), Relaxed);
         }
     }
 
@@ -453,7 +358,7 @@ impl Tensor {
     pub(crate) fn has_arrived(&self) {
         #[cfg(feature = "gpu")]
         if let Storage::Gpu(block) = &self.storage {
-            block.arrived.store(self.ty.bytes(), Relaxed);
+            block.has_arrived(self.ty.bytes());
         }
     }
 
@@ -465,12 +370,7 @@ impl Tensor {
         };
         block.upload();
         let (dtype, n) = (self.ty.dtype, self.elements());
-        Some(crate::gpu::Operand::new(
-            &block.chip,
-            &block.block,
-            dtype,
-            n,
-        ))
+        Some(block.operand(dtype, n))
     }
 
     /// The tensor as kernels on a graphics processor write it; none if it lives elsewhere. What is there stays until they
@@ -488,12 +388,7 @@ impl Tensor {
             .unwrap_or_else(|| panic!("{ty} is shared and cannot be written in place"));
         block.overwrite();
         let (dtype, n) = (ty.dtype, ty.elements());
-        Some(crate::gpu::Operand::new(
-            &block.chip,
-            &block.block,
-            dtype,
-            n,
-        ))
+        Some(block.operand(dtype, n))
     }
 
     /// The elements. Those on a graphics processor are copied to the host, once until the device writes them again.
@@ -592,7 +487,7 @@ impl Tensor {
         match &self.storage {
             Storage::Cpu(block) => block.charge.bytes,
             #[cfg(feature = "gpu")]
-            Storage::Gpu(block) => block.charge.bytes,
+            Storage::Gpu(block) => block.bytes(),
             Storage::Ghost(charge) => charge.bytes,
         }
     }

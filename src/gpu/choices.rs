@@ -1,7 +1,7 @@
 //! Which shape each product took, kept where a trace is written: a run says how its sums were cut up.
 
 use super::chip::Chip;
-use super::tiles::{Class, Plan};
+use super::tiles::Class;
 use std::sync::PoisonError;
 
 /// How one product was cut up.
@@ -51,14 +51,14 @@ impl Chip {
             .unwrap_or_default()
     }
 
-    /// Keeps the choice of a plan or, without one, of cooperative matrices.
-    pub(super) fn chose(&self, batch: usize, sizes: [usize; 3], plan: Option<&Plan>) {
+    /// Keeps how a product is cut up: by a shape or by cooperative matrices, with k in so many parts.
+    pub(super) fn chose(&self, batch: usize, sizes: [usize; 3], tile: String, parts: usize) {
         if let Some(kept) = self.choices().as_mut() {
             kept.push(Choice {
                 batch,
                 sizes,
-                tile: plan.map_or_else(super::matrices::described, |p| p.shape.to_string()),
-                parts: plan.map_or(1, |p| p.parts),
+                tile,
+                parts,
             });
         }
     }

@@ -3,8 +3,9 @@
 use super::adapter::Adapter;
 use super::chip::Chip;
 use super::kept::Kept;
-use super::matrices;
+use super::matrices::{self, FORMS, Form};
 use super::shader::{self, Kernel, Variant, interface};
+use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -19,10 +20,9 @@ const WANTED: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY
     .union(wgpu::Features::SUBGROUP)
     .union(wgpu::Features::PIPELINE_CACHE);
 
-/// What cooperative matrices need beside.
-const MATRICES: wgpu::Features = wgpu::Features::SHADER_F16
-    .union(wgpu::Features::SUBGROUP)
-    .union(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+/// What cooperative matrices need beside; those of f16 also its arithmetic.
+const MATRICES: wgpu::Features =
+    wgpu::Features::SUBGROUP.union(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
 
 /// A pipeline, or its place until it is compiled.
 type Compiled = Arc<OnceLock<Arc<Pipeline>>>;
@@ -34,8 +34,8 @@ pub(crate) struct Device {
     pub(crate) limits: wgpu::Limits,
     pipelines: Mutex<HashMap<(Kernel, Variant), Compiled>>,
     kept: Option<Kept>,
-    /// Whether cooperative matrices were found to be right; not yet asked where it is empty.
-    matrices: OnceLock<bool>,
+    /// Whether cooperative matrices were found to be right, by form; not yet asked where it is empty.
+    matrices: [OnceLock<bool>; FORMS.len()],
     failure: Arc<Mutex<Option<Error>>>,
 }
 
@@ -56,10 +56,10 @@ impl Device {
             ..Default::default()
         };
         let plain = wanted.clone();
-        if about.matrices.iter().any(|m| m == matrices::LISTED)
-            && adapter.features().contains(MATRICES)
+        if FORMS.iter().any(|form| is_listed(about, form)) && adapter.features().contains(MATRICES)
         {
-            wanted.required_features |= MATRICES;
+            let halves = adapter.features() & wgpu::Features::SHADER_F16;
+            wanted.required_features |= MATRICES | halves;
             // SAFETY: what is experimental here is cooperative matrices; their kernel is this crate's own, reads and writes
             // inside of its operands, and is used only where a first product came out right.
             #[allow(unsafe_code)]
@@ -89,21 +89,33 @@ impl Device {
             queue,
             limits,
             pipelines: Mutex::default(),
-            matrices: OnceLock::new(),
+            matrices: Default::default(),
             failure,
         })
     }
 
-    /// Invocations of a subgroup, where cooperative matrices may be used: the first time this multiplies.
-    pub(crate) fn matrices(&self, chip: &Chip) -> Option<u32> {
-        let [least, most] = self.about.subgroup;
-        if least != most || !self.device.features().contains(MATRICES) {
+    /// Invocations of a subgroup, where cooperative matrices of this form may be used: the first time this multiplies.
+    pub(super) fn matrices(&self, chip: &Chip, form: &Form) -> Option<u32> {
+        let features = self.device.features();
+        let halves = form.operands != DType::F16 || features.contains(wgpu::Features::SHADER_F16);
+        if !is_listed(&self.about, form) || !features.contains(MATRICES) || !halves {
             return None;
         }
-        let right = self
-            .matrices
-            .get_or_init(|| matrices::are_right(chip, least));
-        right.then_some(least)
+        let subgroup = self.subgroup_of_matrices()?;
+        let number = FORMS.iter().position(|f| f == form)?;
+        let right =
+            self.matrices[number].get_or_init(|| matrices::are_right(*form, chip, subgroup));
+        right.then_some(subgroup)
+    }
+
+    fn subgroup_of_matrices(&self) -> Option<u32> {
+        let [least, most] = self.about.subgroup;
+        match least == most {
+            true => Some(least),
+            // wgpu tells the bounds of all of Metal's devices; those that list matrices run 32 invocations, and a product that
+            // counts on it comes out wrong on any other.
+            false => (self.about.backend == wgpu::Backend::Metal.to_string()).then_some(32),
+        }
     }
 
     /// The first failure, if there was one.
@@ -238,6 +250,10 @@ impl Device {
             Error::new(ErrorKind::Device, what)
         })
     }
+}
+
+fn is_listed(about: &Adapter, form: &Form) -> bool {
+    about.matrices.iter().any(|m| m == form.listed)
 }
 
 fn keep(failure: &Mutex<Option<Error>>, error: Error) {

@@ -1,45 +1,87 @@
-//! Products of f16 through cooperative matrices, where an adapter has them and gets a first product right.
+//! Products through cooperative matrices, of the size and type that an adapter lists, where it gets a first product right.
 //!
 //! One generation of cards was seen elsewhere to lose sums that cross a loop: the first use on a device multiplies small whole
-//! numbers, whose sums are exact, and a device that is wrong by anything multiplies as if it had none. No such device was at hand
-//! when this was written: naga holds the shader valid, and nothing more is known of it.
+//! numbers, whose sums are exact, and a device that is wrong by anything multiplies as if it had none.
+//!
+//! No device that lists any was at hand when this was written. naga holds the shaders valid and writes those of 8 by 8 as Metal's
+//! language; nothing more is known of them: neither that they are right on a card, nor how fast they are.
 
 use super::chip::Chip;
 use super::launch::{Launch, Operand};
 use super::library as k;
 use super::products::Matrix;
-use crate::dtype::DType;
+use crate::dtype::{DType, Element};
 use half::f16;
 
-/// Rows and columns of a matrix.
-const SIDE: usize = 16;
 /// Matrices of sums that a subgroup holds, down and across.
 const HELD: usize = 4;
-/// Rows and columns of sums of a group of four subgroups.
-const COVERS: usize = 2 * HELD * SIDE;
-/// What an adapter must list.
-pub(super) const LISTED: &str = "16x16x16 F16*F16+F32";
 
-/// True if the kernel takes such a product.
-pub(super) fn fit([m, n, k]: [usize; 3], a: &Matrix, b: &Matrix) -> bool {
-    let halves = |x: &Matrix| {
-        let stride = x.row.max(x.column);
-        x.data.dtype == DType::F16
-            && x.row.min(x.column) == 1
-            && stride.is_multiple_of(8)
-            && x.batch.is_multiple_of(8)
-    };
-    let whole = m.is_multiple_of(COVERS) && n.is_multiple_of(COVERS) && k.is_multiple_of(SIDE);
-    whole && k > 0 && halves(a) && halves(b)
+/// A size and types of cooperative matrices; sums are in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Form {
+    /// As an adapter lists it.
+    pub(super) listed: &'static str,
+    /// Rows and columns of a matrix.
+    side: usize,
+    /// Type of the operands.
+    pub(super) operands: DType,
 }
 
-/// The kernel's name in a trace.
-pub(super) fn described() -> String {
-    format!("cooperative matrices {COVERS}x{COVERS} of {LISTED}")
+/// What there are kernels for; of several for one type the first that an adapter lists.
+pub(super) const FORMS: [Form; 3] = [
+    Form {
+        listed: "16x16x16 F16*F16+F32",
+        side: 16,
+        operands: DType::F16,
+    },
+    // Metal's, on Apple's processors from the M1 and A14 on.
+    Form {
+        listed: "8x8x8 F16*F16+F32",
+        side: 8,
+        operands: DType::F16,
+    },
+    Form {
+        listed: "8x8x8 F32*F32+F32",
+        side: 8,
+        operands: DType::F32,
+    },
+];
+
+impl Form {
+    /// Rows and columns of sums of a group of four subgroups.
+    fn covers(&self) -> usize {
+        2 * HELD * self.side
+    }
+
+    /// True if sums begin as what is in the result: Metal does not say what a matrix is that nobody wrote.
+    fn loads_sums(&self) -> bool {
+        self.side == 8
+    }
+
+    /// True if the kernel takes such a product.
+    pub(super) fn fits(&self, [m, n, k]: [usize; 3], a: &Matrix, b: &Matrix) -> bool {
+        let straight = |x: &Matrix| {
+            let stride = x.row.max(x.column);
+            x.data.dtype == self.operands
+                && x.row.min(x.column) == 1
+                && stride.is_multiple_of(8)
+                && x.batch.is_multiple_of(8)
+        };
+        let covers = self.covers();
+        let whole = m.is_multiple_of(covers) && n.is_multiple_of(covers);
+        whole && k > 0 && k.is_multiple_of(self.side) && straight(a) && straight(b)
+    }
+
+    /// The kernel's name in a trace.
+    pub(super) fn described(&self) -> String {
+        let covers = self.covers();
+        format!("cooperative matrices {covers}x{covers} of {}", self.listed)
+    }
 }
 
 /// sums = a b, in f32.
 pub(super) fn product(
+    form: Form,
     batch: usize,
     [m, n, k]: [usize; 3],
     a: Matrix,
@@ -48,6 +90,10 @@ pub(super) fn product(
     subgroup: u32,
 ) {
     let (a_columns, b_columns) = (a.column != 1, b.column != 1);
+    if form.loads_sums() {
+        super::fill(0.0, None, sums.clone());
+    }
+    let covers = form.covers();
     Launch::new(&k::MATMUL_MATRICES)
         .number("m", m)
         .number("n", n)
@@ -59,36 +105,44 @@ pub(super) fn product(
         .operand("a", a.data)
         .operand("b", b.data)
         .operand("c", sums)
-        .constant("SIDE", SIDE as u32)
+        .constant("SIDE", form.side as u32)
+        .constant("LOADS", form.loads_sums() as u32)
         .constant("DOWN", HELD as u32)
         .constant("ACROSS", HELD as u32)
         .constant("A_COLUMNS", a_columns as u32)
         .constant("B_COLUMNS", b_columns as u32)
-        .run_tiles(4 * subgroup, [n / COVERS, m / COVERS, batch]);
+        .run_tiles(4 * subgroup, [n / covers, m / covers, batch]);
 }
 
 /// True if a product of small whole numbers comes out exactly, for every layout of the operands.
-pub(super) fn are_right(chip: &Chip, subgroup: u32) -> bool {
-    const K: usize = 4 * SIDE;
+pub(super) fn are_right(form: Form, chip: &Chip, subgroup: u32) -> bool {
+    match form.operands {
+        DType::F16 => come_out(form, chip, subgroup, f16::from_f32),
+        _ => come_out(form, chip, subgroup, |x| x),
+    }
+}
+
+fn come_out<T: Element>(form: Form, chip: &Chip, subgroup: u32, number: fn(f32) -> T) -> bool {
+    let (k, covers) = (4 * form.side, form.covers());
     let a = |i: usize, p: usize| ((i * 7 + p * 3) % 11) as f32 - 5.0;
     let b = |p: usize, j: usize| ((p * 5 + j * 2) % 9) as f32 - 4.0;
     let put = |rows: usize, columns: usize, f: &dyn Fn(usize, usize) -> f32| {
-        let all = (0..rows * columns).map(|x| f16::from_f32(f(x / columns, x % columns)));
-        super::table(chip, DType::F16, &all.collect::<Vec<_>>())
+        let all = (0..rows * columns).map(|x| number(f(x / columns, x % columns)));
+        super::table(chip, form.operands, &all.collect::<Vec<_>>())
     };
-    let exact: Vec<f32> = (0..COVERS * COVERS)
-        .map(|x| (0..K).map(|p| a(x / COVERS, p) * b(p, x % COVERS)).sum())
+    let exact: Vec<f32> = (0..covers * covers)
+        .map(|x| (0..k).map(|p| a(x / covers, p) * b(p, x % covers)).sum())
         .collect();
     [(false, false), (false, true), (true, false), (true, true)]
         .into_iter()
         .all(|(a_turned, b_turned)| {
             let left = match a_turned {
-                false => put(COVERS, K, &a),
-                true => put(K, COVERS, &|p, i| a(i, p)),
+                false => put(covers, k, &a),
+                true => put(k, covers, &|p, i| a(i, p)),
             };
             let right = match b_turned {
-                false => put(K, COVERS, &b),
-                true => put(COVERS, K, &|j, p| b(p, j)),
+                false => put(k, covers, &b),
+                true => put(covers, k, &|j, p| b(p, j)),
             };
             let matrix = |data, turned: bool, rows: usize, columns: usize| Matrix {
                 data,
@@ -96,14 +150,17 @@ pub(super) fn are_right(chip: &Chip, subgroup: u32) -> bool {
                 column: if turned { rows } else { 1 },
                 batch: 0,
             };
-            let left = matrix(left, a_turned, COVERS, K);
-            let right = matrix(right, b_turned, K, COVERS);
-            let Ok(block) = chip.allocate(4 * (COVERS * COVERS) as u64) else {
+            let left = matrix(left, a_turned, covers, k);
+            let right = matrix(right, b_turned, k, covers);
+            let Ok(block) = chip.allocate(4 * (covers * covers) as u64) else {
                 return false;
             };
-            let sums = Operand::new(chip, &block, DType::F32, COVERS * COVERS);
-            product(1, [COVERS, COVERS, K], left, right, sums, subgroup);
-            let mut got = vec![f32::NAN; COVERS * COVERS];
+            let mut got = vec![f32::NAN; covers * covers];
+            // Of a product before this one, in the same memory, nothing may be left.
+            chip.write(&block, bytemuck::cast_slice(&got));
+            let sums = Operand::new(chip, &block, DType::F32, covers * covers);
+            let sizes = [covers, covers, k];
+            product(form, 1, sizes, left, right, sums, subgroup);
             chip.read(&block, bytemuck::cast_slice_mut(&mut got))
                 .is_ok()
                 && got == exact

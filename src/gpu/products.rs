@@ -70,15 +70,19 @@ pub(crate) fn matmul(
         return;
     }
     let chip = c.chip.clone();
-    if matrices::fit([m, n, k], &a, &b)
-        && let Some(subgroup) = chip.device().matrices(&chip)
-    {
-        chip.chose(batch, [m, n, k], None);
-        return by_matrices(subgroup, batch, [m, n, k], [a, b], c, add, after);
+    let mut forms = matrices::FORMS.iter();
+    let usable = forms.find_map(|form| {
+        let fits = form.fits([m, n, k], &a, &b);
+        let subgroup = fits.then(|| chip.device().matrices(&chip, form)).flatten();
+        subgroup.map(|subgroup| (*form, subgroup))
+    });
+    if let Some((form, subgroup)) = usable {
+        chip.chose(batch, [m, n, k], form.described(), 1);
+        return by_matrices((form, subgroup), batch, [m, n, k], [a, b], c, add, after);
     }
     let shapes = chip.tiles().shapes(chip.device());
     let plan = chip.tiles().plan(&shapes, batch, [m, n, k]);
-    chip.chose(batch, [m, n, k], Some(&plan));
+    chip.chose(batch, [m, n, k], plan.shape.to_string(), plan.parts);
     matmul_as(plan, batch, [m, n, k], a, b, c, add, after);
 }
 
@@ -129,7 +133,7 @@ fn merge(parts: Operand, count: usize, n: usize, c: Operand, add: bool, after: A
 
 /// Through cooperative matrices, whose sums are in f32: what follows them is a pass of its own.
 fn by_matrices(
-    subgroup: u32,
+    (form, subgroup): (matrices::Form, u32),
     batch: usize,
     [m, n, k]: [usize; 3],
     [a, b]: [Matrix; 2],
@@ -139,10 +143,10 @@ fn by_matrices(
 ) {
     let plain = after.bias.is_none() && after.activation.is_none() && after.preactivation.is_none();
     if c.dtype == DType::F32 && !add && plain {
-        return matrices::product(batch, [m, n, k], a, b, c, subgroup);
+        return matrices::product(form, batch, [m, n, k], a, b, c, subgroup);
     }
     let sums = c.scratch(batch * m * n);
-    matrices::product(batch, [m, n, k], a, b, sums.clone(), subgroup);
+    matrices::product(form, batch, [m, n, k], a, b, sums.clone(), subgroup);
     merge(sums, 1, n, c, add, after);
 }
 

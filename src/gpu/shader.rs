@@ -177,8 +177,12 @@ pub(crate) fn source(kernel: &Kernel, variant: &Variant) -> String {
     let face = interface(kernel);
     let mut out = String::new();
     let mut line = |text: String| writeln!(out, "{text}").expect("a string takes any text");
+    let halves = variant.bound.contains(&Bound::Halves);
+    if halves {
+        line("enable f16;".into());
+    }
     if face.entry == Entry::Matrices {
-        line("enable f16;\nenable wgpu_cooperative_matrix;".into());
+        line("enable wgpu_cooperative_matrix;".into());
     }
     line(format!("const WG = {}u;", variant.group));
     for (name, value) in face.constants.iter().zip(&variant.constants) {
@@ -199,6 +203,7 @@ pub(crate) fn source(kernel: &Kernel, variant: &Variant) -> String {
     let element = match (&face.entry, variant.bound.first()) {
         (Entry::Map, Some(Bound::Own(DType::U32))) => "u32",
         _ if result_of_indices(&face, variant) => "u32",
+        _ if halves => "f16",
         _ => "f32",
     };
     line(format!("alias E = {element};"));

@@ -1,7 +1,7 @@
 //! Lines of a shader body that are repeated, and files that several bodies share.
 //!
 //! `#unroll i N` to `#end` repeats lines with `@i` as 0, 1, .. below N, a constant of the body or a number. `#include name a=b`
-//! brings the file `name` with `b` for `$a`. Both stand at the beginning of a line.
+//! brings the file `name` with `b` for `$a`. Both stand at the beginning of a line. `@{N}` is the constant `N` where a name needs its digits.
 
 use super::shader::Kernel;
 
@@ -48,7 +48,10 @@ pub(super) fn expand(kernel: &Kernel, names: &[String], values: &[u32]) -> Strin
         });
         values[at]
     };
-    let text = include(kernel);
+    let mut text = include(kernel);
+    for (name, value) in names.iter().zip(values) {
+        text = text.replace(&format!("@{{{name}}}"), &value.to_string());
+    }
     let lines: Vec<&str> = text.lines().collect();
     let mut out = String::new();
     unroll(kernel, &lines, &constant, &mut out);

@@ -1,13 +1,20 @@
 //! naga validates every shader with every element type of every operand, with and without the optional ones.
 
 use crate::dtype::DType;
-use crate::gpu::library::ALL;
+use crate::gpu::library::{ALL, MATMUL_MATRICES};
 use crate::gpu::shader::{Bound, Entry, Kernel, Variant, interface, source};
 
 fn validate(kernel: &Kernel, variant: &Variant) {
     let text = source(kernel, variant);
     let module = naga::front::wgsl::parse_str(&text)
         .unwrap_or_else(|e| panic!("{} {variant:?}: {}", kernel.name, e.emit_to_string(&text)));
+    validator(kernel)
+        .validate(&module)
+        .unwrap_or_else(|e| panic!("{} {variant:?}: {}", kernel.name, e.emit_to_string(&text)));
+}
+
+/// naga's, for what a kernel may use.
+fn validator(kernel: &Kernel) -> naga::valid::Validator {
     // No optional capability, but subgroups where a kernel runs in groups of one.
     let able = match interface(kernel).entry {
         Entry::Lanes => naga::valid::Capabilities::SUBGROUP,
@@ -23,8 +30,6 @@ fn validate(kernel: &Kernel, variant: &Variant) {
         .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
         .subgroup_operations(naga::valid::SubgroupOperationSet::all());
     validator
-        .validate(&module)
-        .unwrap_or_else(|e| panic!("{} {variant:?}: {}", kernel.name, e.emit_to_string(&text)));
 }
 
 /// True for kernels that move four elements at a time.
@@ -41,6 +46,7 @@ fn bindings(kernel: &Kernel) -> Vec<Vec<Bound>> {
     for slot in &face.slots {
         let mut choices: Vec<Bound> = match slot.dtype {
             Some(dtype) => vec![Bound::Own(dtype)],
+            // Both operands are of one type.
             None if face.entry == Entry::Matrices => vec![Bound::Halves],
             None if takes_fours(kernel) => [Bound::Own, Bound::Fours]
                 .iter()
@@ -85,7 +91,8 @@ fn constants(kernel: &Kernel) -> Vec<Vec<u32>> {
         "LANES" => [4, 8],
         "DOWN" | "ACROSS" => [1, 4],
         "A_COLUMNS" | "B_COLUMNS" => [0, 1],
-        "SIDE" => [16, 16],
+        "SIDE" => [16, 8],
+        "LOADS" => [0, 1],
         "D" => [1, 64],
         other => panic!("the test knows no values of {other}"),
     };
@@ -164,5 +171,62 @@ fn operands_may_be_results_and_indices_may_be_moved() {
                 proven: false,
             },
         );
+    }
+}
+
+/// The kernel through cooperative matrices of 8 by 8, for operands of this type, rows or columns in a row.
+fn of_eight(operands: Bound, columns: u32) -> Variant {
+    let constants = |name: &String| match name.as_str() {
+        "SIDE" => 8,
+        "DOWN" | "ACROSS" => 4,
+        "LOADS" => 1,
+        _ => columns,
+    };
+    let face = interface(&MATMUL_MATRICES);
+    Variant {
+        bound: vec![operands, operands, Bound::Own(DType::F32)],
+        constants: face.constants.iter().map(constants).collect(),
+        group: 128,
+        proven: false,
+    }
+}
+
+/// Metal's language has matrices of 8 by 8, in f16 and f32: naga holds the kernel valid and writes it. No Metal compiler was at hand.
+#[test]
+fn matrices_of_eight_are_written_for_metal() {
+    for (operands, ty) in [(Bound::Own(DType::F32), "float"), (Bound::Halves, "half")] {
+        for columns in [0, 1] {
+            let variant = of_eight(operands, columns);
+            validate(&MATMUL_MATRICES, &variant);
+            let text = source(&MATMUL_MATRICES, &variant);
+            assert_eq!(text.contains("enable f16;"), ty == "half");
+            let module = naga::front::wgsl::parse_str(&text).expect("it was parsed before");
+            let info = validator(&MATMUL_MATRICES).validate(&module);
+            let options = naga::back::msl::Options {
+                lang_version: (2, 3),
+                fake_missing_bindings: true,
+                ..Default::default()
+            };
+            let pipeline = naga::back::msl::PipelineOptions::default();
+            let info = info.expect("it was valid before");
+            let (msl, _) = naga::back::msl::write_string(&module, &info, &options, &pipeline)
+                .unwrap_or_else(|e| panic!("{operands:?} {columns}: {e}"));
+            let operand = format!("simdgroup_{ty}8x8");
+            for word in [
+                &*operand,
+                "simdgroup_float8x8",
+                "simdgroup_multiply_accumulate",
+                "simdgroup_store",
+            ] {
+                assert!(msl.contains(word), "no {word} in {msl}");
+            }
+            assert!(!msl.contains("16x16"), "{msl}");
+            // A language before 2.3 has none.
+            let old = naga::back::msl::Options {
+                lang_version: (2, 2),
+                ..options
+            };
+            naga::back::msl::write_string(&module, &info, &old, &pipeline).expect_err("too old");
+        }
     }
 }
