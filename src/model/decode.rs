@@ -334,9 +334,9 @@ impl Transformer {
             return chip.cached(name, x, &past.starts, past.capacity);
         }
         let here = chip.coordinate("cp");
-        // A prompt of a single token is the first chip's.
+        // A prompt of a single token is the last chip's, as `used` counts it.
         let at = match (past.is_empty(), past.splits()) {
-            (true, splits) => (splits || here == 0).then_some(0),
+            (true, splits) => (splits || here + 1 == chips).then_some(0),
             (false, _) => (past.step() % chips == here).then(|| past.used(chips, here) - 1),
         };
         chip.cached_share(name, x, "cp", at, past.share(chips))

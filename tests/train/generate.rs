@@ -243,6 +243,45 @@ fn has_axes(config: &Config, mesh: &str) -> bool {
     config.mixture.is_some() || !mesh.contains("ep=")
 }
 
+/// Logits behind each token of two sequences that begin with a token each.
+fn from_one_token(model: &Transformer, chip: &Chip) -> Vec<Vec<f32>> {
+    let part = Part {
+        stage: 0,
+        layers: 0..model.config().layers,
+    };
+    let forward = |start: usize| {
+        let past = Past {
+            starts: [start; 2].into(),
+            prompts: [1; 2].into(),
+            capacity: CONTEXT,
+        };
+        let row = [start as u32 + 3, 2 * start as u32 + 1];
+        let tokens = model.prompts(chip, [2, 1], &past, &row[..]);
+        let parts = std::slice::from_ref(&part);
+        let logits = model.next_logits(chip, &tokens, parts, &past, &[0, 0]);
+        let logits = logits.gather().read().expect("contents");
+        logits.iter().copied().collect()
+    };
+    (0..5).map(forward).collect()
+}
+
+#[test]
+fn a_prompt_of_one_token_stays_in_the_cache() {
+    let (dense, latent) = (tiny::transformer(llama()), tiny::transformer(latent()));
+    let keys = latent.clone().with_absorbed_latents(false);
+    for (name, model) in [("llama", dense), ("latent", latent), ("keys", keys)] {
+        let on = |at: &str| {
+            let run = world(&mesh(at)).run(|chip| from_one_token(&model, chip));
+            let run = run.unwrap_or_else(|e| panic!("{name} on {at}: {e}"));
+            vec![run.into_outputs().swap_remove(0)]
+        };
+        let want = on("single");
+        for at in ["cp=2", "cp=3", "cp=4"] {
+            assert_near(&on(at), &want, &format!("{name} on {at}"));
+        }
+    }
+}
+
 #[test]
 fn texts_depend_neither_on_the_mesh_nor_on_each_other() {
     let written = [
