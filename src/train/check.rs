@@ -71,20 +71,23 @@ impl Training {
     /// Checks what is split of parameters, on a mesh whose shares over dp are still to be measured if so said.
     pub(super) fn check_zero(&self, mesh: &Mesh, measured: bool) -> Result<()> {
         let (zero, axis) = self.zero(mesh);
-        if zero == Zero::Nothing {
-            return Ok(());
-        }
+        let split = match zero {
+            Zero::Nothing => return Ok(()),
+            Zero::State => "the optimizer's state is",
+            Zero::Gradients => "the optimizer's state and gradients are",
+            Zero::Parameters => "parameters, gradients and the optimizer's state are",
+        };
         if self.options.zero.is_some() && mesh.size_of(axis) == 1 {
             return Err(Error::new(
                 ErrorKind::Mesh,
                 format!(
-                    "{zero:?} are to be split over the chips of fsdp or dp, and the mesh {mesh} has neither; a mesh with \
+                    "{split} to be split over the chips of fsdp or dp, and the mesh {mesh} has neither; a mesh with \
                      fsdp=2 would do"
                 ),
             ));
         }
         let why = format!(
-            "{zero:?} are to be cut along it too, and a faster chip has no more memory for them"
+            "{split} to be cut along it too, and a faster chip has no more memory for that"
         );
         if measured && axis == "dp" {
             return Err(Error::new(

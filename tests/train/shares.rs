@@ -201,11 +201,16 @@ fn what_cannot_be_uneven_is_refused_with_the_reason() {
     zero.options.zero = Some(Zero::State);
     refused(
         zero.check(&mesh("dp=3:1")),
-        &["dp=3:1", "State", "no more memory", "dp=2 would do"],
+        &[
+            "dp=3:1",
+            "the optimizer's state is",
+            "no more memory",
+            "dp=2 would do",
+        ],
     );
     refused(
         zero.measure_shares(&world(&mesh("dp=2"))),
-        &["dp", "State", "leave out ZeRO"],
+        &["dp", "the optimizer's state is", "leave out ZeRO"],
     );
     // 8 sequences over 5 shares, and 10 do divide.
     refused(
