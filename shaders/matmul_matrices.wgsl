@@ -1,5 +1,5 @@
-// c = a b with operands in f16 or f32 and sums in f32, through cooperative matrices of SIDE by SIDE: every subgroup holds DOWN by ACROSS of them as sums,
-// and a group four subgroups, two by two. Operands come straight from memory. Rows and columns are multiples of what a group
+// c = a b with operands in f16 or f32 and sums in f32, through cooperative matrices of SIDE by SIDE: every subgroup holds DOWN by
+// ACROSS of them as sums, and a group four subgroups, two by two. Operands come straight from memory. Rows and columns are multiples of what a group
 // covers, k of SIDE; the sum's order inside of a step of SIDE is the device's own.
 // A_COLUMNS, B_COLUMNS 0: rows are consecutive in memory; 1: columns. LOADS 1: sums begin as what c holds.
 // matrices; reads a, b; writes c: f32; numbers n, k, m, a_stride, a_batch, b_stride, b_batch; constants SIDE, LOADS, DOWN, ACROSS, A_COLUMNS, B_COLUMNS

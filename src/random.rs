@@ -123,12 +123,6 @@ pub(crate) struct Many {
 }
 
 impl Many {
-    /// Counters from c on, for [`Many::next`].
-    #[inline(always)]
-    pub(crate) fn from(&self, c: u64) -> Counters {
-        Counters(std::array::from_fn(|i| c.wrapping_add(i as u64)))
-    }
-
     /// The four words at each of the next `COUNTERS` counters: [`Stream::words`] in loops over counters, which a compiler makes
     /// vectors of. Inlined, so that they are those of the caller's instruction set.
     ///
@@ -164,6 +158,14 @@ type Words = [u64; COUNTERS];
 
 /// Counters that follow one another; kept, because they are vectors from one call to the next.
 pub(crate) struct Counters(Words);
+
+impl Counters {
+    /// Those from c on.
+    #[inline(always)]
+    pub(crate) fn from(c: u64) -> Self {
+        Counters(std::array::from_fn(|i| c.wrapping_add(i as u64)))
+    }
+}
 
 #[inline(always)]
 #[allow(clippy::needless_range_loop)]
@@ -222,7 +224,7 @@ mod tests {
         let stream = Stream::new(7, "many");
         for c in [0, 5, u32::MAX as u64 - 3, u64::MAX - 2] {
             let many = stream.many();
-            let mut counters = many.from(c);
+            let mut counters = Counters::from(c);
             let all = [many.next(&mut counters), many.next(&mut counters)];
             for (i, words) in all.as_flattened().iter().enumerate() {
                 assert_eq!(*words, stream.words(c.wrapping_add(i as u64)), "{c} + {i}");

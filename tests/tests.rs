@@ -8,6 +8,8 @@ mod examples;
 #[cfg(feature = "cli")]
 mod forecast_command;
 #[cfg(feature = "cli")]
+mod forecast_refusals;
+#[cfg(feature = "cli")]
 mod generate_command;
 #[cfg(feature = "gpu")]
 mod gpu;

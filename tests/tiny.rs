@@ -17,6 +17,11 @@ pub(crate) const VOCAB: usize = 29;
 /// Tokens per row.
 pub(crate) const CONTEXT: usize = 16;
 
+/// The mesh that is written so.
+pub(crate) fn mesh_of(text: &str) -> Mesh {
+    Mesh::parse(text).expect("a mesh")
+}
+
 /// Sentences of a few words, the same every time, with all letters of the alphabet.
 pub(crate) fn text() -> String {
     let words = "the quick brown fox jumps over a lazy dog while six big wizards vex my jovial knight and quack";

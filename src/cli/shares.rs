@@ -59,10 +59,7 @@ impl Arguments {
             Ok(Chosen { mesh, why })
         };
         let chips = mesh.size_of("dp");
-        let named = mesh
-            .axes()
-            .iter()
-            .any(|a| a.name() == "dp" && a.shares().is_some());
+        let named = mesh.axis("dp").is_some_and(|a| a.shares().is_some());
         if let (Some(wish), true) = (&self.shares, named) {
             return Err(Error::new(
                 ErrorKind::Input,

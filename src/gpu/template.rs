@@ -1,7 +1,8 @@
 //! Lines of a shader body that are repeated, and files that several bodies share.
 //!
 //! `#unroll i N` to `#end` repeats lines with `@i` as 0, 1, .. below N, a constant of the body or a number. `#include name a=b`
-//! brings the file `name` with `b` for `$a`. Both stand at the beginning of a line. `@{N}` is the constant `N` where a name needs its digits.
+//! brings the file `name` with `b` for `$a`. Both stand at the beginning of a line. `@{N}` is the constant `N` where a name needs
+//! its digits.
 
 use super::shader::Kernel;
 

@@ -167,16 +167,20 @@ impl Mesh {
         }
     }
 
+    /// The axis called `name`, if there is one.
+    pub fn axis(&self, name: &str) -> Option<&Axis> {
+        self.axes.iter().find(|axis| axis.name == name)
+    }
+
     /// True if an axis is called `name`.
     pub fn has(&self, name: &str) -> bool {
-        self.axes.iter().any(|axis| axis.name == name)
+        self.axis(name).is_some()
     }
 
     /// Chips along the axis called `name`; 1 if the mesh has no such axis, so that a program written for `tp` runs
     /// on a mesh without it.
     pub fn size_of(&self, name: &str) -> usize {
-        let axis = self.axes.iter().find(|axis| axis.name == name);
-        axis.map_or(1, Axis::size)
+        self.axis(name).map_or(1, Axis::size)
     }
 
     /// The number of chips: the product of the sizes.

@@ -72,10 +72,12 @@ impl Mesh {
         Ok(Mesh { axes: axes.into() })
     }
 
-    /// Refuses uneven shares along the axis `name`, because of what `why` says.
-    pub(crate) fn refuse_shares(&self, name: &str, why: &str) -> Result<()> {
-        let axis = self.axes.iter().find(|a| a.name == name);
-        match axis.filter(|a| a.shares.is_some()) {
+    /// Refuses uneven shares along the axis `name`, because of what `why` says: for programs that need equal pieces.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Mesh`] if the axis has them, with the axis, the reason, and the axis that would do.
+    pub fn refuse_shares(&self, name: &str, why: &str) -> Result<()> {
+        match self.axis(name).filter(|a| a.shares.is_some()) {
             None => Ok(()),
             Some(axis) => Err(Error::new(
                 ErrorKind::Mesh,
@@ -90,14 +92,15 @@ impl Mesh {
 
     /// The sum of the shares along the axis `name`, as [`Axis::units`]; 1 if the mesh has no such axis.
     pub(crate) fn units_of(&self, name: &str) -> usize {
-        let axis = self.axes.iter().find(|a| a.name == name);
-        axis.map_or(1, Axis::units)
+        self.axis(name).map_or(1, Axis::units)
     }
 
     /// An axis as it is written: `dp=3:1`.
     pub(crate) fn written(&self, name: &str) -> String {
-        let axis = self.axes.iter().find(|a| a.name == name);
-        format!("{name}={}", axis.map_or("1".into(), Axis::extent))
+        format!(
+            "{name}={}",
+            self.axis(name).map_or("1".into(), Axis::extent)
+        )
     }
 
     /// The same mesh with an axis under another name, and equal shares along it.

@@ -125,7 +125,7 @@ impl Transformer {
         let mut left = past.starts.len();
         let mut named = Vec::new();
         for axis in ["dp", "fsdp", "ep"] {
-            let along = chip.mesh().axes().iter().find(|a| a.name() == axis);
+            let along = chip.mesh().axis(axis);
             let pieces = along.map(|a| (0..a.size()).map(|i| cut(left, a, i).len()));
             match pieces.and_then(Iterator::min) {
                 Some(0) | None => {}

@@ -231,7 +231,7 @@ impl Chip {
 
     /// Panics if the chips along an axis have uneven shares, which `what` is not made for.
     pub(super) fn equal_shares(&self, axis: &str, what: &str, site: &'static Location<'static>) {
-        let why = format!("{what} wants pieces of one length along it");
+        let why = format!("{what} wants equal pieces along it");
         let refused = self.mesh().refuse_shares(axis, &why);
         refused.unwrap_or_else(|e| panic!("{e} (called at {site})"));
     }

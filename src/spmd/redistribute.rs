@@ -352,7 +352,6 @@ impl Chip {
         let axis = &self.mesh().axes()[request.axis];
         let n = request.group.map_or(axis.size(), |g| g.size());
         let part = request.group.filter(|g| g.size() < axis.size());
-        let whole = self.mesh().group(self.rank(), axis.name());
         let size = input.dtype.size() as u64;
         // The mean over the group: shares may be uneven, the class of chips is one.
         let per_chip = |elements: u64| (elements * size).div_ceil(n as u64);
@@ -380,7 +379,7 @@ impl Chip {
             traffic: Some(Traffic {
                 axis: axis.name().to_string(),
                 chips: n,
-                stride: part.map(|group| group.stride() / whole.stride()),
+                stride: part.map(|group| group.stride() / self.group(request.axis).stride()),
                 collective: Some((request.kind, request.algorithm, request.reduce)),
                 offset: None,
                 bytes: per_chip(sent),

@@ -129,9 +129,7 @@ impl Chip {
         );
         let splits = stage != Zero::Nothing && self.size_of(axis) > 1;
         if splits {
-            let why = "parameters are split along it in equal pieces";
-            let refused = self.mesh().refuse_shares(axis, why);
-            refused.unwrap_or_else(|e| panic!("split_parameters: {e}"));
+            self.equal_shares(axis, "split_parameters", Location::caller());
         }
         let zero = splits.then(|| (stage, self.mesh().axis_index(axis)));
         self.inner().zero.set(zero);

@@ -115,7 +115,8 @@ pub(crate) fn short(n: u64) -> String {
 
 impl Trace {
     /// A table of what ran and what moved: for the class of rank 0 the ops by time (or flops), on a graphics processor its
-    /// products by sizes with the tile that they took, then for each collective and axis calls, bytes, floor bytes and the overlapped share, what went through host memory, then each class's peak memory.
+    /// products by sizes with the tile that they took, then for each collective and axis calls, bytes, floor bytes and the overlapped
+    /// share, what went through host memory, then each class's peak memory.
     pub fn summary(&self) -> String {
         let mut out = String::new();
         let chip = self.chip(0);

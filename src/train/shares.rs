@@ -217,10 +217,7 @@ fn lowest(shares: Vec<usize>) -> Vec<usize> {
 
 /// The shares over dp, equal ones too; none if it has one chip.
 fn shares_of(mesh: &Mesh) -> Option<Vec<usize>> {
-    let axis = mesh
-        .axes()
-        .iter()
-        .find(|a| a.name() == AXIS && a.size() > 1)?;
+    let axis = mesh.axis(AXIS).filter(|a| a.size() > 1)?;
     let equal = || vec![1; axis.size()];
     Some(axis.shares().map_or_else(equal, <[usize]>::to_vec))
 }

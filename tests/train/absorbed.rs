@@ -1,8 +1,8 @@
 //! New tokens attend over the latents of a cache as they are: the logits and texts are those with keys and values, for the
 //! operations that their formula says.
 
-use super::generate::{assert_near, generate, logits, mesh, on, texts, trained};
-use crate::tiny::{self, CONTEXT, VOCAB, deepseek, latent, training, world};
+use super::generate::{assert_near, generate, logits, on, texts, trained};
+use crate::tiny::{self, CONTEXT, VOCAB, deepseek, latent, mesh_of, training, world};
 use supernode::DType;
 use supernode::model::{Config, Latent, Part, Past, Transformer};
 use supernode::pipeline::layers_of_parts;
@@ -105,12 +105,12 @@ fn in_bf16_they_agree_within_its_rounding() {
 #[cfg(feature = "gpu")]
 pub(crate) fn check_on(device: &supernode::spmd::Device) {
     for (name, config) in models() {
-        let keys = world(&mesh("single")).run(|chip| logits(&model(&config, false), chip, true));
+        let keys = world(&mesh_of("single")).run(|chip| logits(&model(&config, false), chip, true));
         let want = &keys.expect("it runs on cpu").into_outputs()[0];
         for at in ["single", "tp=2", "dp=2", "cp=2"] {
             let absorbed = model(&config, true);
             let run = |device| {
-                let world = tiny::world_on(&mesh(at), device);
+                let world = tiny::world_on(&mesh_of(at), device);
                 let run = world.run(|chip| logits(&absorbed, chip, true));
                 run.unwrap_or_else(|e| panic!("{name} on {at}: {e}"))
             };
@@ -134,7 +134,7 @@ fn a_token_costs_what_the_formula_says() {
     for (at, tp) in [("single", 1), ("tp=2", 2)] {
         let of = |absorbed| {
             let model = model(&config, absorbed);
-            let run = world(&mesh(at)).run(|chip| logits(&model, chip, true));
+            let run = world(&mesh_of(at)).run(|chip| logits(&model, chip, true));
             products(run.expect("a run").trace())
         };
         let (b, h, s) = (texts().len(), config.heads / tp, CONTEXT);
@@ -183,9 +183,9 @@ fn several_new_tokens_at_once_attend_over_latents() {
     ] {
         let run = |at: &str, absorbed| {
             let model = model(&config, absorbed);
-            let run = world(&mesh(at)).run(|chip| in_chunks(&model, chip, chunk));
+            let run = world(&mesh_of(at)).run(|chip| in_chunks(&model, chip, chunk));
             let run = run.unwrap_or_else(|e| panic!("{name} on {at}: {e}"));
-            let ghost = World::ghost(&mesh(at)).trace(|chip| in_chunks(&model, chip, chunk));
+            let ghost = World::ghost(&mesh_of(at)).trace(|chip| in_chunks(&model, chip, chunk));
             let ghost = ghost.expect("a trace");
             assert_eq!(run.trace().difference(&ghost), None, "{name} on {at}");
             run.into_outputs().swap_remove(0)
@@ -220,7 +220,7 @@ fn what_makes_keys_and_values_is_turned_once_in_a_text() {
         };
         trace.chip(0).events().filter(shape).count() as u64
     };
-    let run = world(&mesh("single")).run(|chip| drop(logits(&model, chip, true)));
+    let run = world(&mesh_of("single")).run(|chip| drop(logits(&model, chip, true)));
     // Keys' and values' matrix of each block, for five tokens.
     assert_eq!(count(run.expect("a run").trace()), 2 * layers);
 }

@@ -4,9 +4,8 @@
 use super::meshes::everything;
 use super::overlap::flops_beside;
 use super::splits::{ROWS, STEPS, agree_on, split};
-use crate::tiny::{Cut, gpt2, llama, training};
+use crate::tiny::{Cut, gpt2, llama, mesh_of, training};
 use supernode::World;
-use supernode::mesh::Mesh;
 use supernode::model::Config;
 use supernode::spmd::{BUCKET_BYTES, Zero};
 use supernode::trace::{EventKind, Stream, Trace};
@@ -19,10 +18,6 @@ fn models() -> [(&'static str, Config); 2] {
     [("gpt2", gpt2()), ("llama", llama())]
 }
 
-fn parsed(mesh: &str) -> Mesh {
-    Mesh::parse(mesh).expect("a mesh")
-}
-
 fn in_buckets(plain: &Training, bytes: u64) -> Training {
     let mut training = plain.clone();
     training.options.bucket_bytes = bytes;
@@ -30,7 +25,7 @@ fn in_buckets(plain: &Training, bytes: u64) -> Training {
 }
 
 fn traced(training: &Training, mesh: &str) -> Trace {
-    let ghost = World::ghost(&parsed(mesh));
+    let ghost = World::ghost(&mesh_of(mesh));
     training.trace(&ghost).unwrap_or_else(|e| panic!("{e}"))
 }
 
@@ -67,7 +62,7 @@ fn bits_do_not_depend_on_buckets() {
         for (name, config) in models() {
             let plain = split(&training(config, 12, 3), ("", None, sequence));
             for (plain, what) in [(plain.clone(), ""), (zero_1(&plain), "ZeRO-1")] {
-                let of = |bytes| everything(&in_buckets(&plain, bytes), &parsed(mesh), 1);
+                let of = |bytes| everything(&in_buckets(&plain, bytes), &mesh_of(mesh), 1);
                 let alone = of(0);
                 for bytes in &SIZES[1..] {
                     let (got, what) = (of(*bytes), format!("{name} {what} on {mesh}, {bytes}"));
@@ -142,7 +137,7 @@ fn losses_and_traces_are_those_of_one_chip_and_of_the_ghost() {
         let meshes = ["dp=2", "dp=4", "dp=2,tp=2", "pp=2,dp=2", "dp=2,fsdp=2"];
         meshes.into_iter().map(move |mesh| -> Cut {
             let what = format!("{mesh} in buckets of {bytes}");
-            Box::new(move |plain| (parsed(mesh), what.clone(), in_buckets(plain, bytes)))
+            Box::new(move |plain| (mesh_of(mesh), what.clone(), in_buckets(plain, bytes)))
         })
     };
     for (name, config) in models() {
@@ -153,7 +148,7 @@ fn losses_and_traces_are_those_of_one_chip_and_of_the_ghost() {
                 let what = format!("{mesh} with ZeRO-1 in buckets of {bytes}");
                 Box::new(move |plain| {
                     let split = in_buckets(&zero_1(plain), bytes);
-                    (parsed(mesh), what.clone(), split)
+                    (mesh_of(mesh), what.clone(), split)
                 })
             };
             let meshes = ["dp=2", "dp=4", "dp=2,tp=2"].into_iter().map(scattered);

@@ -4,11 +4,10 @@
 use super::gradients;
 use super::overlap::flops_beside;
 use super::splits::{ROWS, STEPS, agree_on, split};
-use crate::tiny::{CONTEXT, Cut, bits, gpt2, llama, losses, training, world};
+use crate::tiny::{CONTEXT, Cut, bits, gpt2, llama, losses, mesh_of, training, world};
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
 use supernode::World;
-use supernode::mesh::Mesh;
 use supernode::model::Config;
 use supernode::pipeline::Schedule;
 use supernode::trace::Trace;
@@ -30,10 +29,6 @@ fn models() -> [(&'static str, Config); 2] {
     [("gpt2", gpt2()), ("llama", llama())]
 }
 
-fn parsed(mesh: &str) -> Mesh {
-    Mesh::parse(mesh).expect("a mesh")
-}
-
 /// Sequence parallelism with products beside its transfers.
 pub(crate) fn beside(plain: &Training) -> Training {
     let mut training = split(plain, ("", None, true));
@@ -42,7 +37,7 @@ pub(crate) fn beside(plain: &Training) -> Training {
 }
 
 fn on(meshes: impl Iterator<Item = &'static str>) -> impl Iterator<Item = Cut> {
-    meshes.map(|mesh| -> Cut { Box::new(move |plain| (parsed(mesh), mesh.into(), beside(plain))) })
+    meshes.map(|mesh| -> Cut { Box::new(move |plain| (mesh_of(mesh), mesh.into(), beside(plain))) })
 }
 
 fn cuts() -> impl Iterator<Item = Cut> {
@@ -97,14 +92,14 @@ fn it_goes_with_recomputation_dropout_micro_batches_and_zero_bubbles() {
 fn two_runs_are_equal_bit_for_bit() {
     let training = beside(&training(gpt2(), ROWS, 4));
     for mesh in ["tp=2", "tp=4", "fsdp=2,tp=2"] {
-        let first = losses(&training, &world(&parsed(mesh)).with_threads(1));
-        let again = losses(&training, &world(&parsed(mesh)).with_threads(2));
+        let first = losses(&training, &world(&mesh_of(mesh)).with_threads(1));
+        let again = losses(&training, &world(&mesh_of(mesh)).with_threads(2));
         assert_eq!(bits(&first), bits(&again), "{mesh}");
     }
 }
 
 fn traced(training: &Training, mesh: &str) -> Trace {
-    let ghost = World::ghost(&parsed(mesh));
+    let ghost = World::ghost(&mesh_of(mesh));
     training.trace(&ghost).unwrap_or_else(|e| panic!("{e}"))
 }
 
@@ -131,7 +126,7 @@ fn bytes_are_those_without_and_a_blocks_are_all_beside() {
             let what = format!("{name} on {mesh}");
             let without = traced(&split(&plain, ("", None, true)), mesh);
             let with = traced(&beside(&plain), mesh);
-            let (p, parts) = (parsed(mesh).size_of("tp"), parsed(mesh).chips());
+            let (p, parts) = (mesh_of(mesh).size_of("tp"), mesh_of(mesh).chips());
             let rows = ROWS * p / parts;
             // Beside either: gradients of what tp does not split, summed over its tokens.
             let (all, early) = sent(&without, "tp");
@@ -157,10 +152,10 @@ fn a_product_runs_beside_every_chunk() {
             let moves: BTreeSet<u64> = moves.filter_map(|e| e.ticket).collect();
             let mut beside = flops_beside(chip);
             beside.retain(|ticket, _| moves.contains(ticket));
-            let chunks = 8 * config.layers * (parsed(mesh).size_of("tp") - 1);
+            let chunks = 8 * config.layers * (mesh_of(mesh).size_of("tp") - 1);
             assert_eq!(beside.len(), chunks, "{name} on {mesh}");
             let least = 2 * ROWS * CONTEXT * config.hidden * config.hidden;
-            let least = (least / parsed(mesh).chips().pow(2)) as u64;
+            let least = (least / mesh_of(mesh).chips().pow(2)) as u64;
             for (ticket, flops) in beside {
                 assert!(flops >= least, "{name} on {mesh}: {ticket} has {flops}");
             }
@@ -171,7 +166,7 @@ fn a_product_runs_beside_every_chunk() {
 #[test]
 fn a_real_runs_table_shows_it() {
     let training = beside(&training(llama(), ROWS, 1));
-    let run = training.run(&world(&parsed("tp=2")), &|_| (), &AtomicBool::new(false));
+    let run = training.run(&world(&mesh_of("tp=2")), &|_| (), &AtomicBool::new(false));
     let table = run.expect("a run").trace().summary();
     let row = table.lines().find(|l| l.starts_with("shift"));
     let row = row.unwrap_or_else(|| panic!("no chunk moves in\n{table}"));
@@ -181,7 +176,7 @@ fn a_real_runs_table_shows_it() {
 #[test]
 fn what_stands_in_the_way_is_said() {
     let refused = |training: &Training, mesh: &str| {
-        let refused = training.check(&parsed(mesh));
+        let refused = training.check(&mesh_of(mesh));
         refused.expect_err("refused").to_string()
     };
     let plain = training(llama(), ROWS, 1);

@@ -1,19 +1,16 @@
 //! Decoding over a cache gives the logits and the texts of the whole forward, on one chip and on meshes; texts do not depend
 //! on the mesh, on each other, or on the one that wrote the checkpoint.
 
-use crate::tiny::{self, CONTEXT, deepseek, gpt2, latent, llama, mixture, training, world};
+use crate::tiny::{
+    self, CONTEXT, deepseek, gpt2, latent, llama, mesh_of, mixture, training, world,
+};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
-use supernode::mesh::Mesh;
 use supernode::model::{Config, ContextMethod, Part, Past, Transformer};
 use supernode::pipeline::{Schedule, layers_of_parts};
 use supernode::spmd::{Chip, World};
 use supernode::train::data::Sampler;
 use supernode::train::{Generate, Trained, Training};
-
-pub(crate) fn mesh(text: &str) -> Mesh {
-    Mesh::parse(text).expect("a mesh")
-}
 
 /// Rows of token numbers of different lengths.
 pub(crate) fn texts() -> Vec<Vec<u32>> {
@@ -91,10 +88,10 @@ pub(crate) fn logits(model: &Transformer, chip: &Chip, cached: bool) -> Vec<Vec<
 pub(crate) fn check_on(device: &supernode::spmd::Device) {
     for (name, config) in [("gpt2", gpt2()), ("llama", llama()), ("latent", latent())] {
         let model = tiny::transformer(config);
-        let want = world(&mesh("single")).run(|chip| logits(&model, chip, false));
+        let want = world(&mesh_of("single")).run(|chip| logits(&model, chip, false));
         let want = want.expect("it runs on cpu").into_outputs().swap_remove(0);
         for at in ["single", "tp=2", "dp=2", "pp=2", "cp=2"] {
-            let run = tiny::world_on(&mesh(at), device.clone());
+            let run = tiny::world_on(&mesh_of(at), device.clone());
             let run = run.run(|chip| logits(&model, chip, true));
             let run = run.unwrap_or_else(|e| panic!("{name} on {at}: {e}"));
             let got = run.into_outputs().swap_remove(0);
@@ -127,7 +124,7 @@ fn decoders() -> [(&'static str, Transformer); 5] {
 }
 
 pub(crate) fn on(what: &str, at: &str, model: &Transformer, cached: bool) -> Vec<Vec<Vec<f32>>> {
-    let run = world(&mesh(at)).run(|chip| logits(model, chip, cached));
+    let run = world(&mesh_of(at)).run(|chip| logits(model, chip, cached));
     let run = run.unwrap_or_else(|e| panic!("{what} on {at}: {e}"));
     let all = run.into_outputs();
     assert!(all.iter().all(|one| *one == all[0]), "{what} on {at}");
@@ -208,7 +205,7 @@ fn a_cache_whose_tokens_chips_share_gives_the_same_logits() {
 pub(crate) fn trained(dir: &Path, at: &str, plain: &Training) {
     let mut plain = plain.clone();
     plain.options.checkpoint = Some(dir.into());
-    let run = plain.run(&world(&mesh(at)), &|_| (), &AtomicBool::new(false));
+    let run = plain.run(&world(&mesh_of(at)), &|_| (), &AtomicBool::new(false));
     run.unwrap_or_else(|e| panic!("on {at}: {e}"));
 }
 
@@ -222,10 +219,10 @@ pub(crate) fn generate(
     let model = Trained::open(dir).expect("a checkpoint");
     let sampler = Sampler::new(11, temperature, Some(20)).expect("a temperature");
     let how = Generate { tokens, sampler };
-    let run = model.generate(&world(&mesh(at)), prompts, &how);
+    let run = model.generate(&world(&mesh_of(at)), prompts, &how);
     let run = run.unwrap_or_else(|e| panic!("on {at}: {e}"));
     let ghost = model
-        .trace(&World::ghost(&mesh(at)), prompts, &how)
+        .trace(&World::ghost(&mesh_of(at)), prompts, &how)
         .expect("a trace");
     assert_eq!(run.trace().difference(&ghost), None, "on {at}");
     for other in run.outputs() {
@@ -271,7 +268,7 @@ fn a_prompt_of_one_token_stays_in_the_cache() {
     let keys = latent.clone().with_absorbed_latents(false);
     for (name, model) in [("llama", dense), ("latent", latent), ("keys", keys)] {
         let on = |at: &str| {
-            let run = world(&mesh(at)).run(|chip| from_one_token(&model, chip));
+            let run = world(&mesh_of(at)).run(|chip| from_one_token(&model, chip));
             let run = run.unwrap_or_else(|e| panic!("{name} on {at}: {e}"));
             vec![run.into_outputs().swap_remove(0)]
         };
@@ -345,7 +342,7 @@ fn a_text_goes_on_beyond_the_context() {
     plain.options.sample = 2 * CONTEXT;
     plain.options.temperature = 0.0;
     let sample = |plain: &Training, at: &str| {
-        let run = plain.run(&world(&mesh(at)), &|_| (), &AtomicBool::new(false));
+        let run = plain.run(&world(&mesh_of(at)), &|_| (), &AtomicBool::new(false));
         let run = run.unwrap_or_else(|e| panic!("on {at}: {e}"));
         run.into_outputs().swap_remove(0).sample
     };
@@ -380,7 +377,7 @@ fn a_cache_is_split_as_its_heads_and_sequences_are() {
     };
     let bytes = |at: &str| {
         let run = model
-            .generate(&world(&mesh(at)), &texts(), &how)
+            .generate(&world(&mesh_of(at)), &texts(), &how)
             .expect("texts");
         run.outputs()[0].cached_bytes
     };
@@ -418,7 +415,7 @@ fn latent_attention_keeps_its_latents_alone() {
     let layers = latent().layers as u64;
     for at in ["single", "tp=2"] {
         let run = model
-            .generate(&world(&mesh(at)), &texts(), &how)
+            .generate(&world(&mesh_of(at)), &texts(), &how)
             .expect("texts");
         // 4 sequences of at most 12 tokens, in f32, the same on every chip of tp.
         let one = 4 * 12 * (sizes.kv_rank + sizes.rope_dim) as u64 * 4;
@@ -436,7 +433,7 @@ fn what_cannot_be_continued_is_said() {
         sampler: Sampler::new(1, 0.0, None).expect("a temperature"),
     };
     let refused = |at: &str, prompts: &[Vec<u32>]| {
-        let run = model.generate(&world(&mesh(at)), prompts, &how);
+        let run = model.generate(&world(&mesh_of(at)), prompts, &how);
         run.expect_err("refused").to_string()
     };
     for (at, prompts, parts) in [

@@ -1,7 +1,8 @@
 //! Checkpoints and what ends a run: nothing is lost, nothing is mixed up, and a resumed run is the uninterrupted one.
 
 use crate::tiny::{
-    self, CONTEXT, assert_close, bits, losses, reports, step_losses, training, weights, world,
+    self, CONTEXT, assert_close, bits, losses, mesh_of, reports, step_losses, training, weights,
+    world,
 };
 use std::path::Path;
 use std::sync::Mutex;
@@ -15,10 +16,6 @@ use supernode::train::schedule::LearningRate;
 use supernode::train::{AdamW, Report, Training, checkpoint};
 
 const HALF: u64 = 6;
-
-fn mesh(text: &str) -> Mesh {
-    Mesh::parse(text).expect("a mesh")
-}
 
 /// The training, to `steps` steps, with checkpoints in `dir`.
 fn into(dir: &Path, of: &Training, steps: u64, resume: bool) -> Training {
@@ -48,7 +45,7 @@ fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
                 tempfile::tempdir().expect("a directory"),
             ];
             let (whole, halves) = (dirs[0].path(), dirs[1].path());
-            let world = world(&mesh(on));
+            let world = world(&mesh_of(on));
             let want = losses(&into(whole, &training, 2 * HALF, false), &world);
             let first = losses(&into(halves, &training, HALF, false), &world);
             assert_eq!(bits(&first), bits(&want[..HALF as usize]), "{name} on {on}");
@@ -82,11 +79,11 @@ fn a_run_goes_on_on_another_mesh() {
             let dir = tempfile::tempdir().expect("a directory");
             losses(
                 &into(dir.path(), &training, HALF, false),
-                &world(&mesh(from)),
+                &world(&mesh_of(from)),
             );
             let told = reports(
                 &into(dir.path(), &training, 2 * HALF, true),
-                &world(&mesh(to)),
+                &world(&mesh_of(to)),
             )
             .expect("it goes on");
             assert_close(
@@ -104,7 +101,7 @@ fn a_checkpoint_holds_whole_unpadded_tensors_whatever_the_mesh() {
     let training = training(tiny::llama(), 8, 1);
     let shapes = |on: &str| {
         let dir = tempfile::tempdir().expect("a directory");
-        losses(&into(dir.path(), &training, 1, false), &world(&mesh(on)));
+        losses(&into(dir.path(), &training, 1, false), &world(&mesh_of(on)));
         let loaded = checkpoint::load(dir.path()).expect("a checkpoint");
         let all = loaded
             .tensors()
@@ -144,7 +141,7 @@ fn a_stop_request_finishes_the_step_and_saves() {
                 .push(report.clone());
         };
         let run = into(dir.path(), &of, 1000, false)
-            .run(&world(&mesh(on)), &observe, &stop)
+            .run(&world(&mesh_of(on)), &observe, &stop)
             .expect("it ends well");
         let steps = run.outputs()[0].steps;
         // Over several chips another one may have asked for step 4 before the first one told of step 3.
@@ -167,10 +164,13 @@ fn a_stop_request_finishes_the_step_and_saves() {
         assert_eq!(told[told.len() - 2..], last, "on {on}");
         let want = losses(
             &into(&dir.path().join("other"), &of, steps + 2, false),
-            &world(&mesh(on)),
+            &world(&mesh_of(on)),
         );
-        let rest = reports(&into(dir.path(), &of, steps + 2, true), &world(&mesh(on)))
-            .expect("it goes on");
+        let rest = reports(
+            &into(dir.path(), &of, steps + 2, true),
+            &world(&mesh_of(on)),
+        )
+        .expect("it goes on");
         assert_eq!(
             bits(&step_losses(&rest)),
             bits(&want[steps as usize..]),
@@ -184,13 +184,13 @@ fn a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
     for on in ["single", "dp=2,tp=2"] {
         let dir = tempfile::tempdir().expect("a directory");
         let of = training(tiny::gpt2(), 8, 20);
-        losses(&into(dir.path(), &of, HALF, false), &world(&mesh(on)));
+        losses(&into(dir.path(), &of, HALF, false), &world(&mesh_of(on)));
         let good = weights(dir.path());
         let mut wild = into(dir.path(), &of, 20, true);
         wild.options.learning_rate = LearningRate::Constant { lr: 1e30 };
         for eval_every in [None, Some(1)] {
             wild.options.eval_every = eval_every;
-            let error = refused(&wild, &mesh(on));
+            let error = refused(&wild, &mesh_of(on));
             assert_eq!(error.kind(), ErrorKind::NotFinite, "{error}");
             let sentence = error.to_string();
             // Step 7 does the damage; its evaluation or step 8 finds it.
@@ -208,8 +208,8 @@ fn a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(
                 "the checkpoint is untouched on {on}, evaluating every {eval_every:?}"
             );
         }
-        let told =
-            reports(&into(dir.path(), &of, HALF + 2, true), &world(&mesh(on))).expect("it goes on");
+        let told = reports(&into(dir.path(), &of, HALF + 2, true), &world(&mesh_of(on)))
+            .expect("it goes on");
         assert_eq!(step_losses(&told).len(), 2);
     }
 }
@@ -344,7 +344,7 @@ fn a_damaged_checkpoint_is_refused() {
         (&flipped, "damaged"),
     ] {
         std::fs::write(&path, bytes).expect("a file");
-        let error = refused(&into(dir.path(), &of, 2, true), &mesh("dp=2"));
+        let error = refused(&into(dir.path(), &of, 2, true), &mesh_of("dp=2"));
         assert_eq!(error.kind(), ErrorKind::Checkpoint);
         assert!(error.to_string().contains(word), "{error}");
     }
@@ -355,7 +355,7 @@ fn a_damaged_checkpoint_is_refused() {
 #[test]
 fn meshes_that_do_not_divide_are_told_before_anything_runs() {
     let check = |training: &Training, on: &str, kind: ErrorKind, parts: &[&str]| {
-        let error = refused(training, &mesh(on));
+        let error = refused(training, &mesh_of(on));
         assert_eq!(error.kind(), kind, "{error}");
         for part in parts {
             assert!(
@@ -452,7 +452,7 @@ fn the_validation_loss_is_the_mean_over_all_windows_whatever_batch_and_mesh() {
         (8, "tp=2"),
         (16, "dp=4,tp=2"),
     ] {
-        let told = reports(&of(rows), &world(&mesh(on))).expect("it runs");
+        let told = reports(&of(rows), &world(&mesh_of(on))).expect("it runs");
         let got = told.iter().find_map(|r| match r {
             Report::Validation { step: 1, loss } => Some(*loss),
             _ => None,

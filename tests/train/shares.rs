@@ -2,8 +2,8 @@
 //! refused with the reason.
 
 use crate::tiny::{
-    self, assert_close, batches, bits, losses, mixture, models, reports, step_losses, training,
-    world,
+    self, assert_close, batches, bits, losses, mesh_of, mixture, models, reports, step_losses,
+    training, world,
 };
 use supernode::mesh::Mesh;
 use supernode::model::{Config, ContextMethod};
@@ -13,14 +13,10 @@ use supernode::{ErrorKind, Result};
 
 const STEPS: u64 = 12;
 
-fn mesh(text: &str) -> Mesh {
-    Mesh::parse(text).expect("a mesh")
-}
-
 fn agree(what: &str, plain: &Training, split: &Training, meshes: &[&str]) {
     let want = losses(plain, &world(&Mesh::single()));
     for on in meshes {
-        let got = losses(split, &world(&mesh(on)));
+        let got = losses(split, &world(&mesh_of(on)));
         assert_close(&got, &want, 1e-5, &format!("{what} on {on}"));
     }
 }
@@ -75,7 +71,7 @@ fn uneven_shares_go_with_every_other_axis() {
 fn a_trace_is_the_ghosts_and_names_the_shares() {
     let mut plain = training(tiny::gpt2(), 8, 1);
     for on in ["dp=3:1", "dp=2:1:1,tp=2", "dp=1:3,pp=2", "dp=3:1,fsdp=2"] {
-        let on = mesh(on);
+        let on = mesh_of(on);
         plain.options.micro_batch = Some(1);
         let ghost = plain.trace(&World::ghost(&on)).expect("a trace");
         let run = plain.run(&world(&on), &|_| (), &Default::default());
@@ -93,7 +89,7 @@ fn a_trace_is_the_ghosts_and_names_the_shares() {
     }
     // Three quarters of the batch take more memory than one.
     let ghost = plain
-        .trace(&World::ghost(&mesh("dp=3:1")))
+        .trace(&World::ghost(&mesh_of("dp=3:1")))
         .expect("a trace");
     let peaks = ghost.peak_bytes();
     assert!(peaks[0] > peaks[1], "{peaks:?}");
@@ -104,7 +100,7 @@ fn a_trace_is_the_ghosts_and_names_the_shares() {
 fn chips_of_one_share_are_one_class() {
     let plain = training(tiny::gpt2(), 8, 1);
     let ghost = plain
-        .trace(&World::ghost(&mesh("dp=3:1,tp=8")))
+        .trace(&World::ghost(&mesh_of("dp=3:1,tp=8")))
         .expect("a trace");
     assert!(ghost.classes.len() <= 4, "{}", ghost.classes.len());
 }
@@ -117,20 +113,20 @@ fn a_resumed_run_takes_the_shares_that_its_checkpoint_names() {
     half.options.checkpoint = Some(dir.path().into());
     half.options.steps = 4;
     assert_eq!(half.recorded_shares().expect("nothing yet"), None);
-    let on = mesh("dp=2:1:1");
+    let on = mesh_of("dp=2:1:1");
     let want = losses(&plain, &world(&on));
     losses(&half, &world(&on));
     let shares = half.recorded_shares().expect("a checkpoint");
     assert_eq!(shares, Some(vec![2, 1, 1]));
     half.options.resume = true;
     half.options.steps = 8;
-    let again = with_shares(&mesh("dp=3"), &shares.expect("some")).expect("shares");
+    let again = with_shares(&mesh_of("dp=3"), &shares.expect("some")).expect("shares");
     assert_eq!(again, on);
     let told = reports(&half, &world(&again)).expect("it goes on");
     assert_eq!(bits(&step_losses(&told)), bits(&want[4..]));
     // A checkpoint belongs to no mesh, and one of equal shares says so too.
     half.options.steps = 10;
-    let one = reports(&half, &world(&mesh("dp=2"))).expect("it goes on");
+    let one = reports(&half, &world(&mesh_of("dp=2"))).expect("it goes on");
     assert_eq!(step_losses(&one).len(), 2);
     assert_eq!(
         half.recorded_shares().expect("a checkpoint"),
@@ -157,13 +153,15 @@ fn measured_shares_can_carry_the_batch() {
                 .expect("threads")
                 .with_seed(7)
         };
-        let speeds = plain.measure_shares(&world_of(&mesh(on))).expect("speeds");
+        let speeds = plain
+            .measure_shares(&world_of(&mesh_of(on)))
+            .expect("speeds");
         assert_eq!(
             (speeds.seconds.len(), speeds.shares.len()),
-            (mesh(on).size_of("dp"), mesh(on).size_of("dp"))
+            (mesh_of(on).size_of("dp"), mesh_of(on).size_of("dp"))
         );
         assert!(speeds.seconds.iter().all(|s| *s > 0.0), "{speeds:?}");
-        let on = with_shares(&mesh(on), &speeds.shares).expect("shares");
+        let on = with_shares(&mesh_of(on), &speeds.shares).expect("shares");
         let got = losses(&plain, &world(&on));
         assert_close(&got, &want, 1e-5, &format!("measured {on}"));
     }
@@ -193,14 +191,14 @@ fn what_cannot_be_uneven_is_refused_with_the_reason() {
         ("fsdp=3:1", "no more memory"),
     ] {
         refused(
-            plain.check(&mesh(on)),
+            plain.check(&mesh_of(on)),
             &[on, "uneven shares", reason, "=2 would do"],
         );
     }
     let mut zero = plain.clone();
     zero.options.zero = Some(Zero::State);
     refused(
-        zero.check(&mesh("dp=3:1")),
+        zero.check(&mesh_of("dp=3:1")),
         &[
             "dp=3:1",
             "the optimizer's state is",
@@ -209,12 +207,12 @@ fn what_cannot_be_uneven_is_refused_with_the_reason() {
         ],
     );
     refused(
-        zero.measure_shares(&world(&mesh("dp=2"))),
+        zero.measure_shares(&world(&mesh_of("dp=2"))),
         &["dp", "the optimizer's state is", "leave out ZeRO"],
     );
     // 8 sequences over 5 shares, and 10 do divide.
     refused(
-        plain.check(&mesh("dp=3:2")),
+        plain.check(&mesh_of("dp=3:2")),
         &[
             "8 sequences",
             "5 shares of mesh axis dp=3:2",
@@ -222,17 +220,17 @@ fn what_cannot_be_uneven_is_refused_with_the_reason() {
         ],
     );
     refused(
-        plain.check(&mesh("dp=3:1,fsdp=4")),
+        plain.check(&mesh_of("dp=3:1,fsdp=4")),
         &["fsdp=4", "8 sequences"],
     );
     refused(
-        plain.check(&mesh("dp=5:6")),
+        plain.check(&mesh_of("dp=5:6")),
         &["8 sequences", "11 shares", "a batch of 11 does"],
     );
     let mut cut = plain.clone();
     cut.options.micro_batch = Some(4);
     refused(
-        cut.check(&mesh("dp=3:1")),
+        cut.check(&mesh_of("dp=3:1")),
         &[
             "micro-batch of 4",
             "share of 2",
@@ -244,21 +242,21 @@ fn what_cannot_be_uneven_is_refused_with_the_reason() {
         &["single", "dp=2 has"],
     );
     refused(
-        plain.measure_shares(&world(&mesh("dp=9"))),
+        plain.measure_shares(&world(&mesh_of("dp=9"))),
         &["batch of 8", "9 chips", "a batch of 9 can"],
     );
     refused(
-        with_shares(&mesh("dp=2"), &[1, 2, 3]),
+        with_shares(&mesh_of("dp=2"), &[1, 2, 3]),
         &["3 shares", "2 chips"],
     );
-    refused(with_shares(&mesh("tp=2"), &[1, 2]), &["tp=2 has not"]);
-    refused(with_shares(&mesh("dp=2"), &[1, 0]), &["is 0"]);
+    refused(with_shares(&mesh_of("tp=2"), &[1, 2]), &["tp=2 has not"]);
+    refused(with_shares(&mesh_of("dp=2"), &[1, 0]), &["is 0"]);
 }
 
 /// Parts of the library that cut into pieces of one length say so too.
 #[test]
 fn programs_that_need_equal_pieces_panic_with_the_reason() {
-    let run = world(&mesh("dp=3:1")).run(|chip| chip.split_parameters(Zero::Parameters, "dp"));
+    let run = world(&mesh_of("dp=3:1")).run(|chip| chip.split_parameters(Zero::Parameters, "dp"));
     let why = run.expect_err("refused").to_string();
     assert!(
         why.contains("dp=3:1") && why.contains("equal pieces"),

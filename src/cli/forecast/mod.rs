@@ -131,13 +131,9 @@ impl Arguments {
                 AXES.join(", ")
             ));
         }
-        if let Some(axis) = asked.axes().iter().find(|a| a.shares().is_some()) {
-            return wrong(format!(
-                "--mesh {asked}: axis '{}' has uneven shares, and a forecast prices chips that do the same; {}={} is priced",
-                axis.name(),
-                axis.name(),
-                axis.size()
-            ));
+        for axis in asked.axes() {
+            let why = "a forecast prices a mesh whose chips do the same";
+            asked.refuse_shares(axis.name(), why)?;
         }
         let order: Vec<&str> = self.order.split(',').map(str::trim).collect();
         let known = |axis: &&str| order.iter().filter(|o| o == &axis).count() == 1;

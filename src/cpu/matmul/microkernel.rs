@@ -391,19 +391,28 @@ pub(super) unsafe fn keep<S: Simd>(
     }
 }
 
-/// Takes finished sums to C: adds the bias, keeps the preactivation, applies the activation, narrows.
+/// Takes finished sums to C: adds the bias, keeps the preactivation, applies the activation, narrows; or has a unit narrow them
+/// ([`super::Product::narrowed_by`]).
 ///
 /// # Safety
 /// As [`widen_output`], with `from` readable and C's elements writable by nobody else.
 #[inline(always)]
 pub(super) unsafe fn finish<S: Simd>(
-    s: S,
+    (s, narrow): (S, Option<PairUnit>),
     c: &Output,
     at: (usize, usize, usize),
     shape: (usize, usize),
     from: Sums,
 ) {
-    s.run(Finish { c, at, shape, from });
+    match narrow {
+        Some(unit) => {
+            let to = (c.at(at).cast(), c.row_stride);
+            let from = (from.data.cast_const(), from.row_stride);
+            // SAFETY: the caller's promise.
+            unsafe { unit.narrow(shape.into(), from, to) }
+        }
+        None => s.run(Finish { c, at, shape, from }),
+    }
 }
 
 /// The arguments of [`finish`], whose promise holds wherever one is made.

@@ -34,7 +34,7 @@ mod unit;
 #[cfg(target_arch = "x86_64")]
 mod unit_stream;
 
-use super::simd::{Isa, isa};
+use super::simd::{Isa, PairUnit, isa};
 use super::{Accum, Activation};
 use crate::dtype::{DType, Slice, SliceMut};
 use pack::Terms;
@@ -220,11 +220,6 @@ impl Output {
         self.dtype == DType::F32 && self.is_bare()
     }
 
-    /// Whether sums need but be narrowed to bf16.
-    fn is_only_narrow(&self) -> bool {
-        self.dtype == DType::Bf16 && self.is_bare()
-    }
-
     fn is_bare(&self) -> bool {
         self.bias.is_none() && self.activation.is_none() && self.preactivation.is_none()
     }
@@ -375,6 +370,13 @@ impl Product {
             accum,
         };
         (needed > 0).then(|| product.folded())
+    }
+
+    /// The unit whose sums these are, if they need but be narrowed to bf16: it never gives subnormal numbers, so that its rounding,
+    /// which takes them for 0, is the one of `finish`.
+    fn narrowed_by(&self, unit: Option<PairUnit>) -> Option<PairUnit> {
+        let bare = self.c.dtype == DType::Bf16 && self.c.is_bare();
+        unit.filter(|_| bare && self.k > 0)
     }
 
     /// The terms of its chains on an instruction set.

@@ -213,7 +213,7 @@ impl Region<'_> {
                 }
             }
             // SAFETY: as above; no other region has these elements of C.
-            unsafe { finish(s, &p.c, at, shape, y) }
+            unsafe { finish((s, None), &p.c, at, shape, y) }
         }
     }
 }
@@ -522,20 +522,16 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
             _ => places.tile,
         };
         // Sums that stay where they are, or narrowed at once: the next tile's place, or this one's.
-        let ends_in_c = last && to.data != c.data;
+        let (rows, row_stride): (*const u8, _) = if last && to.data != c.data {
+            (p.c.at(at), p.c.row_stride * p.c.dtype.size())
+        } else {
+            (to.data.wrapping_add(Self::NR).cast(), 4 * to.row_stride)
+        };
         let ahead = Ahead {
             at: wanted,
             bytes,
-            rows: if ends_in_c {
-                p.c.at(at).cast_const()
-            } else {
-                to.data.wrapping_add(Self::NR).cast_const().cast()
-            },
-            row_stride: if ends_in_c {
-                p.c.row_stride * p.c.dtype.size()
-            } else {
-                4 * to.row_stride
-            },
+            rows,
+            row_stride,
         };
         let pairs = self.terms.pairs();
         // SAFETY: a and b are packed panels or lie in A and B; C's whole tiles, kept sums and the scratch tile hold
@@ -550,17 +546,7 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
         }
         if last && !(whole && p.c.is_plain()) {
             // SAFETY: the tile lies in this region of C, which no other region shares.
-            unsafe {
-                match pairs {
-                    // The unit's sums are never subnormal, so its rounding is the one of `finish`.
-                    Some(unit) if p.k > 0 && p.c.is_only_narrow() => {
-                        let from = (to.data.cast_const(), to.row_stride);
-                        let c = (p.c.at(at).cast(), p.c.row_stride);
-                        unit.narrow([shape.0, shape.1], from, c);
-                    }
-                    _ => finish(s, &p.c, at, shape, to),
-                }
-            }
+            unsafe { finish((s, p.narrowed_by(pairs)), &p.c, at, shape, to) }
         } else if !last && in_c && !whole {
             // SAFETY: as above.
             unsafe { keep(s, &p.c, at, shape, to) }

@@ -244,14 +244,8 @@ impl Strip<'_> {
         if depth.end == p.k {
             // SAFETY: rows and columns of C are this thread's.
             unsafe {
-                if p.k > 0 && p.c.is_only_narrow() {
-                    // The unit's sums are never subnormal, so the CPU's rounding is the one of `finish`.
-                    let to = (p.c.at(at).cast(), p.c.row_stride);
-                    let from = (sums.data.cast_const(), sums.row_stride);
-                    self.unit.pairs().narrow([shape.0, shape.1], from, to);
-                } else {
-                    finish(s, &p.c, at, shape, sums);
-                }
+                let narrow = p.narrowed_by(Some(self.unit.pairs()));
+                finish((s, narrow), &p.c, at, shape, sums);
             }
         }
     }

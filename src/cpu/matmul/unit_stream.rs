@@ -132,7 +132,7 @@ impl<const R: usize> Kernel for Few<'_, R> {
             }
         }
         // SAFETY: as above; no other region has these elements of C.
-        unsafe { finish(s, &p.c, at, shape, c) }
+        unsafe { finish((s, None), &p.c, at, shape, c) }
     }
 }
 

@@ -10,7 +10,7 @@ use super::lanes::{ahead, widen, written};
 use super::parallel::{Out, for_rows};
 use crate::cpu::simd::{Kernel, Simd, dispatch, isa};
 use crate::dtype::{Slice, SliceMut};
-use crate::random::{COUNTERS, Many, Stream};
+use crate::random::{COUNTERS, Counters, Many, Stream};
 use std::ops::Range;
 
 const BLOCK: usize = 512;
@@ -104,7 +104,7 @@ const WORDS: usize = 4 * COUNTERS;
 fn mask<S: Simd>(s: S, x: &[f32], y: &mut [f32], kept: Kept, many: &Many, first: u64) {
     let skip = (first % 4) as usize;
     let end = skip + x.len();
-    let mut counters = many.from(first / 4);
+    let mut counters = Counters::from(first / 4);
     for at in (0..end).step_by(WORDS) {
         let words = many.next(&mut counters);
         let words = words.as_flattened();

@@ -13,14 +13,14 @@ use half::bf16;
 
 /// Proof that this CPU has AVX-512 and AVX512-BF16.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512Bf16(());
+pub(crate) struct Avx512Bf16(Avx512);
 
 impl Avx512Bf16 {
     /// The token, on a CPU that has it.
     #[inline]
     pub(crate) fn new() -> Option<Self> {
-        let has = Avx512::new().is_some() && is_x86_feature_detected!("avx512bf16");
-        has.then_some(Avx512Bf16(()))
+        let vectors = Avx512::new().filter(|_| is_x86_feature_detected!("avx512bf16"));
+        vectors.map(Avx512Bf16)
     }
 
     /// [`super::Simd::tile_loop`] over pairs of k in place of k: elements of A and B are pairs, the even one lower in memory, and so
@@ -43,7 +43,7 @@ impl Avx512Bf16 {
 
     /// AVX-512, which it includes.
     pub(crate) fn vectors(self) -> Avx512 {
-        Avx512::new().expect("this token proves it")
+        self.0
     }
 
     /// c = a b, or c + a b unless `fresh`: 16 x 16 f32, its rows `c_row` f32 apart, and the sum over k of tiles `a(k)` and `b(k)` of

@@ -45,7 +45,7 @@ const TILE: usize = 16;
 
 /// Proof that this CPU has AMX-BF16, AVX-512 and AVX512-BF16, that the system lends its tiles, and that they sum as is said here.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Amx(Avx512);
+pub(crate) struct Amx(Avx512Bf16);
 
 impl Amx {
     /// The token, on a machine that has the unit, unless `SUPERNODE_MATRIX_UNITS` leaves it out. The first call tries it.
@@ -56,13 +56,12 @@ impl Amx {
 
     /// The instruction for pairs, and that which narrows.
     pub(crate) fn pairs(self) -> Avx512Bf16 {
-        Avx512Bf16::new().expect("this token proves it")
+        self.0
     }
 
     /// The token, if a product of the unit has the bits that it should have.
     fn tried() -> Option<Self> {
-        let vectors = Avx512::new().filter(|_| is_x86_feature_detected!("avx512bf16"));
-        let unit = Amx(vectors.filter(|_| is_here() && is_lent())?);
+        let unit = Amx(Avx512Bf16::new().filter(|_| is_here() && is_lent())?);
         let (blocks, mut state) = (3, 1u32);
         let mut number = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -102,7 +101,7 @@ impl Amx {
 
     /// AVX-512, which every CPU with AMX has.
     pub(crate) fn vectors(self) -> Avx512 {
-        self.0
+        self.0.vectors()
     }
 
     /// Configures this thread's tiles, runs f, and lets go of them, so that the system need not save them any more.

@@ -23,7 +23,7 @@ pub(crate) struct Lines {
 /// The lines are readable; ceil(lines / 32) ceil(depth / 32) [`BLOCK`] elements are writable at `to`.
 pub(crate) unsafe fn pack_left(unit: Amx, from: Lines, to: *mut bf16) {
     // SAFETY: the token proves AVX-512; the caller's promise.
-    unsafe { pack::<false>(unit.0, from, to) }
+    unsafe { pack::<false>(unit.vectors(), from, to) }
 }
 
 /// As [`pack_left`], for panels of 32 columns of B.
@@ -32,7 +32,7 @@ pub(crate) unsafe fn pack_left(unit: Amx, from: Lines, to: *mut bf16) {
 /// As [`pack_left`].
 pub(crate) unsafe fn pack_right(unit: Amx, from: Lines, to: *mut bf16) {
     // SAFETY: the token proves AVX-512; the caller's promise.
-    unsafe { pack::<true>(unit.0, from, to) }
+    unsafe { pack::<true>(unit.vectors(), from, to) }
 }
 
 /// Tiles of 16 lines by 32 k: rows of a tile are lines, or pairs of k if `PAIRS`.
