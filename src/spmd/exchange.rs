@@ -11,9 +11,13 @@
 //! someone waits for it in vain. When a run fails its error is stored once, all waiters wake, and each leaves its
 //! program by unwinding with [`Stopped`].
 //!
-//! A chip has two lanes: its program, and its transfers that run beside it. Both wait here, each on a bell of its own.
+//! A chip has two lanes: its program, and its transfers that run beside it. Both wait here, each on a bell of its own. Where
+//! there are too few cores for all programs, one that waits leaves its [turn](super::turns) to another.
+
+mod diagnosis;
 
 use super::payload::Payload;
+use super::turns::{PATIENCE, Turns};
 use crate::error::{Error, ErrorKind};
 use crate::mesh::Mesh;
 use std::collections::{HashMap, VecDeque};
@@ -104,6 +108,8 @@ struct State {
     lanes: Vec<LaneState>,
     ended: Vec<bool>,
     last_seen: Vec<Option<Whereabouts>>,
+    /// Absent where all programs may compute at once.
+    turns: Option<Turns>,
     decisions: HashMap<u64, (bool, usize)>,
     error: Option<Error>,
 }
@@ -140,7 +146,8 @@ pub(super) struct Sent {
 }
 
 impl Exchange {
-    pub(super) fn new(mesh: Arc<Mesh>, deadline: Duration) -> Arc<Self> {
+    /// The wire of a mesh of which `at_once` programs may compute at a time.
+    pub(super) fn new(mesh: Arc<Mesh>, deadline: Duration, at_once: usize) -> Arc<Self> {
         let chips = mesh.chips();
         let state = State {
             lanes: (0..2 * chips)
@@ -151,6 +158,7 @@ impl Exchange {
                 .collect(),
             ended: vec![false; chips],
             last_seen: vec![None; chips],
+            turns: Turns::new(chips, at_once),
             ..State::default()
         };
         Arc::new(Exchange {
@@ -208,6 +216,7 @@ impl Exchange {
         };
         self.poison(&mut state, error);
         state.ended[rank] = true;
+        self.leave_turn(&mut state, rank);
     }
 
     /// Notes that the program of `rank` returned.
@@ -215,80 +224,16 @@ impl Exchange {
         let mut state = self.lock();
         state.ended[rank] = true;
         state.lanes[2 * rank].jobs = 0;
+        self.leave_turn(&mut state, rank);
         self.diagnose(&mut state);
     }
 
-    /// Stops the run if nothing can move any more.
-    fn diagnose(&self, state: &mut State) {
-        if state.error.is_some() {
-            return;
+    /// Lets another program compute in place of this one.
+    fn leave_turn(&self, state: &mut State, rank: usize) {
+        let next = state.turns.as_mut().and_then(|t| t.give_back(rank));
+        if let Some(next) = next {
+            self.bells[2 * next].notify_all();
         }
-        // Someone waits for a chip that has returned: no need to let the others run on. This comes first, so that the
-        // error is the same whether or not the others wait by now.
-        for (number, lane) in state.lanes.iter().enumerate() {
-            let Some(waiting) = &lane.waiting else {
-                continue;
-            };
-            if state.satisfied(&waiting.until) {
-                continue;
-            }
-            let peer = match &waiting.until {
-                Until::Message(channel) => channel.from,
-                Until::Received(_, to) => *to,
-                Until::Done(_) => continue,
-            };
-            if state.ended[peer] {
-                let error = Error::new(
-                    ErrorKind::Chip,
-                    format!(
-                        "{} waits in {} for {}, whose program has returned without taking part; every chip must make \
-                         the same calls in the same order",
-                        self.name(number / 2),
-                        waiting.header,
-                        self.name(peer)
-                    ),
-                );
-                self.poison(state, error);
-                return;
-            }
-        }
-        let stuck = |lane: &LaneState| {
-            lane.jobs == 0
-                || lane
-                    .waiting
-                    .as_ref()
-                    .is_some_and(|w| !state.satisfied(&w.until))
-        };
-        let waits = |lane: &LaneState| lane.jobs > 0 && lane.waiting.is_some();
-        if state.lanes.iter().any(waits) && state.lanes.iter().all(stuck) {
-            let report = self.report(state);
-            self.poison(state, Error::new(ErrorKind::Deadlock, report));
-        }
-    }
-
-    fn report(&self, state: &State) -> String {
-        let mut lines = vec!["every chip waits for another one".to_string()];
-        for (number, lane) in state.lanes.iter().enumerate() {
-            let Some(waiting) = lane.waiting.as_ref().filter(|_| lane.jobs > 0) else {
-                continue;
-            };
-            let whom = match &waiting.until {
-                Until::Message(channel) => {
-                    format!("for a message from {}", self.name(channel.from))
-                }
-                Until::Received(_, to) => format!("for {} to receive", self.name(*to)),
-                Until::Done(_) => "for its own started transfer".to_string(),
-            };
-            lines.push(format!(
-                "{} waits in {} {whom}",
-                self.name(number / 2),
-                waiting.header
-            ));
-        }
-        for (rank, _) in state.ended.iter().enumerate().filter(|(_, ended)| **ended) {
-            lines.push(format!("{} has returned", self.name(rank)));
-        }
-        lines.join("; ")
     }
 }
 
@@ -328,8 +273,50 @@ impl Lane {
         if self.exchange.poisoned.load(SeqCst) {
             return Err(Stopped);
         }
-        self.exchange.lock().last_seen[self.rank] = Some(at);
+        let mut state = self.exchange.lock();
+        state.last_seen[self.rank] = Some(at);
+        if let Some(turns) = &mut state.turns
+            && turns.arrive(self.rank)
+        {
+            self.exchange.leave_turn(&mut state, self.rank);
+            drop(self.turn(state)?);
+        }
         Ok(())
+    }
+
+    /// Waits until this chip's program may compute.
+    pub(super) fn begin(&self) -> Result<(), Stopped> {
+        self.turn(self.exchange.lock()).map(drop)
+    }
+
+    /// Waits for a turn, if this is a program's lane.
+    fn turn<'a>(&self, mut state: MutexGuard<'a, State>) -> Result<MutexGuard<'a, State>, Stopped> {
+        let bell = &self.exchange.bells[self.number];
+        loop {
+            if state.error.is_some() {
+                return Err(Stopped);
+            }
+            let Some(turns) = state.turns.as_mut().filter(|_| self.is_program()) else {
+                return Ok(state);
+            };
+            if turns.take(self.rank) {
+                return Ok(state);
+            }
+            let before = turns.progress();
+            let woken = bell.wait_timeout(state, PATIENCE);
+            let (back, waited) = woken.unwrap_or_else(|broken| broken.into_inner());
+            state = back;
+            if let Some(turns) = &mut state.turns
+                && waited.timed_out()
+                && turns.progress() == before
+            {
+                turns.make_up(self.rank);
+            }
+        }
+    }
+
+    fn is_program(&self) -> bool {
+        self.number == 2 * self.rank
     }
 
     /// The first rank to ask decides; see [`super::Chip::agree`].
@@ -510,8 +497,12 @@ impl Lane {
             }
             let waiting = state.lanes[self.number].waiting.as_ref();
             if state.satisfied(&waiting.expect("only this lane clears its wait").until) {
+                let mut state = self.turn(state)?;
                 state.lanes[self.number].waiting = None;
                 return Ok(state);
+            }
+            if self.is_program() {
+                exchange.leave_turn(&mut state, self.rank);
             }
             exchange.diagnose(&mut state);
             if state.error.is_some() {
@@ -526,34 +517,5 @@ impl Lane {
             let woken = exchange.bells[self.number].wait_timeout(state, left);
             state = woken.unwrap_or_else(|broken| broken.into_inner()).0;
         }
-    }
-
-    /// The error of a wait that outlasted the deadline: who computes all the while, and where it was last seen.
-    fn overdue(&self, state: &State) -> Error {
-        let computing = |rank: &usize| {
-            !state.ended[*rank] && state.lanes[2 * rank].waiting.is_none() && *rank != self.rank
-        };
-        let ranks = (0..state.ended.len()).filter(computing);
-        let seen: Vec<String> = ranks
-            .map(|rank| match &state.last_seen[rank] {
-                Some(at) => format!("{} computes at or after {at}", self.exchange.name(rank)),
-                None => format!("{} computes", self.exchange.name(rank)),
-            })
-            .collect();
-        let waiting = state.lanes[self.number]
-            .waiting
-            .as_ref()
-            .expect("this lane waits");
-        Error::new(
-            ErrorKind::Deadline,
-            format!(
-                "{} has waited in {} for more than the deadline of {} s while {}; raise the deadline if the program is \
-                 only slow",
-                self.exchange.name(self.rank),
-                waiting.header,
-                self.exchange.deadline.as_secs_f64(),
-                seen.join(" and ")
-            ),
-        )
     }
 }

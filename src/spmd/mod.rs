@@ -54,6 +54,7 @@ mod started;
 #[cfg(all(test, feature = "gpu"))]
 mod tests;
 mod threads;
+mod turns;
 mod update;
 mod zero;
 

@@ -70,11 +70,10 @@ impl Threads {
             ));
         }
         device.check(None)?;
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Threads {
             mesh: Arc::new(mesh.clone()),
             device,
-            threads: (cores / chips).max(1),
+            threads: (cores() / chips).max(1),
             seed: 0,
             algorithm: Algorithm::Tree,
             budget: None,
@@ -152,7 +151,7 @@ impl Threads {
     /// The first failure of any chip, with the chip's name and where its program was: a panic, an exceeded budget, a
     /// deadlock, calls that do not match, a missed deadline. The others are stopped.
     pub fn run<T: Send>(&self, program: impl Fn(&Chip) -> T + Sync) -> Result<Run<T>> {
-        let exchange = Exchange::new(self.mesh.clone(), self.deadline);
+        let exchange = Exchange::new(self.mesh.clone(), self.deadline, self.at_once());
         let began = Instant::now();
         let ends: Vec<Option<End<T>>> = std::thread::scope(|scope| {
             let one = |rank: usize| {
@@ -210,6 +209,15 @@ impl Threads {
         Ok(run)
     }
 
+    /// How many programs may compute at a time. One that drives another device leaves the cores to others by itself.
+    fn at_once(&self) -> usize {
+        if self.device.is_cpu() {
+            (cores() / self.threads).max(1)
+        } else {
+            self.mesh.chips()
+        }
+    }
+
     fn rank<T: Send>(
         &self,
         rank: usize,
@@ -247,6 +255,9 @@ impl Threads {
                 began,
                 lane: Some(exchange.lane(rank)),
             });
+            let lane = exchange.lane(rank);
+            lane.begin()
+                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
             let output = program(&chip);
             let trace = chip.finish().trace;
             let pool_peak = chip.memory().pool_peak().unwrap_or(0);
@@ -268,6 +279,10 @@ impl Threads {
             }
         }
     }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 struct End<T> {

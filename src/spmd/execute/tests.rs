@@ -75,7 +75,7 @@ fn run(
     longest: usize,
 ) -> Vec<Vec<u8>> {
     let mesh = Arc::new(Mesh::new([("dp", n)]));
-    let exchange = Exchange::new(mesh.clone(), Duration::from_secs(60));
+    let exchange = Exchange::new(mesh.clone(), Duration::from_secs(60), mesh.chips());
     let chip = |index: usize| {
         let (exchange, mesh, memory) = (&exchange, &mesh, Memory::cpu(None));
         let (brings, takes) = sizes(kind, counts, n, index);
