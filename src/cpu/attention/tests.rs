@@ -1,6 +1,8 @@
 //! Attention against the textbook in f64: all masks, caps, groups, types and ragged sizes, on every instruction set of this
 //! machine, with one thread and two.
 
+mod accuracy;
+
 use super::*;
 use crate::cpu::rows::tests::{Data, U, bits, check, everywhere_on};
 use crate::cpu::simd::Isa;

@@ -180,6 +180,21 @@ impl Tiles {
         unsafe { _mm512_castsi512_ps(_mm512_permutexvar_epi16(halves(), _mm512_castps_si512(row))) }
     }
 
+    /// Adds to each lane of `sum` the two bf16 of that lane of a row of a right operand.
+    #[inline(always)]
+    pub(crate) fn add_pairs(self, sum: __m512, row: __m512) -> __m512 {
+        /// 1 and 1, in bf16.
+        const ONES: i32 = 0x3f80_3f80;
+        // SAFETY: `Tiles` proves AVX512-BF16; all types are 64 bytes of any bits.
+        unsafe {
+            let (row, ones) = (
+                core::mem::transmute(row),
+                core::mem::transmute(_mm512_set1_epi32(ONES)),
+            );
+            _mm512_dpbf16_ps(sum, row, ones)
+        }
+    }
+
     /// As [`Tiles::pairs`], of two rows of 16 bf16, the elements of both in the lower half of a vector's bits.
     #[inline(always)]
     pub(crate) fn interleave(self, low: __m256i, high: __m256i) -> __m512 {
