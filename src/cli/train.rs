@@ -188,7 +188,7 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
     let mesh = &chosen.mesh;
     training.check(mesh)?;
     if a.ghost {
-        return a.ghost(mesh, &training);
+        return a.ghost(mesh, &training, device);
     }
     let world = a.chips.world(mesh, device, a.seed)?;
     let stop = stop_on_interrupt()?;
@@ -350,8 +350,8 @@ impl Arguments {
         })
     }
 
-    fn ghost(&self, mesh: &Mesh, training: &Training) -> Result<()> {
-        let ghost = self.chips.ghost(mesh);
+    fn ghost(&self, mesh: &Mesh, training: &Training, device: Device) -> Result<()> {
+        let ghost = self.chips.ghost(mesh, device);
         if self.layout {
             super::progress::print_layout(&training.layout(&ghost)?, self.json);
         }
