@@ -121,6 +121,24 @@ fn sharded_parameters_gradients_and_states_train_as_one_chip_does() {
     no_adapter,
     ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
 )]
+fn gradients_in_buckets_train_as_one_chip_does() {
+    let plain = training(gpt2(), 4, 6);
+    for bytes in [3_000, 40_000] {
+        for (mesh, stage) in [("dp=2", 0), ("dp=4", 0), ("dp=2,tp=2", 0), ("dp=2", 1)] {
+            let what = format!("ZeRO-{stage} in buckets of {bytes}");
+            split_agrees(&what, &plain, mesh, |t| {
+                t.options.bucket_bytes = bytes;
+                with_zero(stage)(t);
+            });
+        }
+    }
+}
+
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
 fn split_tokens_train_as_one_chip_does() {
     let plain = training(llama(), 4, 6);
     split_agrees("sequence parallel", &plain, "tp=2", |t| {

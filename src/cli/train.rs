@@ -148,7 +148,8 @@ pub(super) struct Arguments {
     /// Write the trace, for this crate and for Perfetto or Chrome
     #[arg(long, value_name = "OUT.json", help_heading = "Results")]
     trace: Option<PathBuf>,
-    /// Trace one step without running it: peak bytes and traffic per chip of any mesh
+    /// Trace one step without running it: peak bytes and traffic per chip of any mesh; with --device gpu also what goes through host
+    /// memory
     #[arg(long, help_heading = "Results")]
     pub(super) ghost: bool,
     /// With --ghost: print which chip keeps what of each parameter, and what moves in each phase of a step

@@ -24,8 +24,8 @@ pub(super) struct Clock {
     stamped: Vec<u64>,
     /// Nanoseconds of a tick.
     tick: f64,
-    /// What the host's clock, from a moment on that was given, is ahead of the device's, in nanoseconds.
-    ahead: f64,
+    /// Ticks of the device and time of the host, from a moment on that was given, of one moment.
+    set_at: (u64, Duration),
     done: Vec<CopyTime>,
 }
 
@@ -76,8 +76,10 @@ impl Clock {
     }
 
     fn since(&self, ticks: u64) -> Duration {
-        let nanoseconds = ticks as f64 * self.tick + self.ahead;
-        Duration::from_nanos(nanoseconds.max(0.0) as u64)
+        let (set, now) = self.set_at;
+        // Copies are recorded after the clock was set.
+        let nanoseconds = ticks.saturating_sub(set) as f64 * self.tick;
+        now + Duration::from_nanos(nanoseconds as u64)
     }
 }
 
@@ -116,7 +118,7 @@ impl Chip {
         });
         self.finish()?;
         // The stamp was made between the submission and now; the device had nothing else to do.
-        let now = began.elapsed().as_nanos() as f64;
+        let now = began.elapsed();
         let mut ticks = [0; 8];
         self.download(&resolved, &mut ticks)?;
         let tick = f64::from(self.device().queue.get_timestamp_period());
@@ -125,7 +127,7 @@ impl Chip {
             resolved,
             stamped: Vec::new(),
             tick,
-            ahead: now - u64::from_le_bytes(ticks) as f64 * tick,
+            set_at: (u64::from_le_bytes(ticks), now),
             done: Vec::new(),
         });
         Ok(true)

@@ -263,6 +263,14 @@ fn copies_through_host_memory_have_the_bytes_that_shapes_say() {
     );
     let shown = serde_json::to_string(&trace.chrome_events()).expect("JSON");
     assert!(shown.contains("\"to_host_bytes\":128"), "{shown}");
+    // Copies have a track of their own.
+    let events = trace.chrome_events();
+    let named = |name: &str| events.iter().filter(|e| e["name"] == name).count();
+    assert_eq!((named("to host"), named("to device")), (2 * 3, 2 * 3));
+    let track = |e: &&serde_json::Value| e["args"]["name"] == "copies through host memory";
+    let track = events.iter().find(track).expect("a track")["tid"].clone();
+    let on_it = |e: &&serde_json::Value| e["ph"] == "X" && e["tid"] == track;
+    assert_eq!(events.iter().filter(on_it).count(), 2 * 6);
     let file = tempfile::NamedTempFile::new().expect("a file");
     trace.save(file.path()).expect("it is written");
     let read = Trace::load(file.path()).expect("it is read");

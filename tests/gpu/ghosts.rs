@@ -158,3 +158,36 @@ fn later_steps_are_the_ghosts_too() {
         assert_eq!(run.trace().difference(&ghost), None, "{mesh}");
     }
 }
+
+/// The command's ghost of devices, which need not be here: bytes in the summary and as JSON, the kinds of a mixed mesh apart.
+#[cfg(feature = "cli")]
+#[test]
+fn the_commands_ghost_counts_what_a_device_would_copy() {
+    let bench = crate::command::Bench::new();
+    let of = |device: &str| {
+        let ghost = ["--ghost", "--mesh", "dp=2", "--device", device];
+        bench.json(&ghost).pop().expect("a line")
+    };
+    let copied =
+        |object: &serde_json::Value, way: &str| object["through_host_memory"][way].as_u64();
+    let gpu = of("gpu");
+    let sent = copied(&gpu, "to_host").expect("bytes");
+    // What a chip sends over dp is copied to the host, and what it gets back again.
+    let reduced = gpu["collectives"].as_array().expect("a list");
+    let reduced: u64 = reduced.iter().filter_map(|c| c["bytes"].as_u64()).sum();
+    assert!(sent > 0 && sent >= reduced / 2, "{gpu}");
+    assert!(copied(&gpu, "to_device") > Some(0), "{gpu}");
+    assert_eq!(of("cpu")["through_host_memory"], serde_json::Value::Null);
+    let mixed = of("gpu,cpu");
+    assert_eq!(
+        mixed["classes"].as_array().map(Vec::len),
+        Some(2),
+        "{mixed}"
+    );
+    assert!(copied(&mixed, "to_host") > Some(0), "{mixed}");
+    let text = bench.run(&[
+        "--text", "text", "--ghost", "--mesh", "dp=2", "--device", "gpu",
+    ]);
+    let text = String::from_utf8_lossy(&text.stdout).into_owned();
+    assert!(text.contains("through host memory (chip 0): "), "{text}");
+}
