@@ -86,7 +86,8 @@
 //! subnormal numbers are taken as 0. That order is as fixed, for any number of threads and any shape, but its bits are those of
 //! machines with the unit. `SUPERNODE_MATRIX_UNITS=off` in the environment gives those of all others: a chain that takes of k and
 //! k + 1, k even, the odd one first, as the instruction for pairs of bf16 does (`vdpbf16ps` of AVX512-BF16; used where it is fast,
-//! or with `pairs` for the variable). Attention in bf16 follows such a unit where there is one ([`ops::Attention`]).
+//! or with `pairs` for the variable). Attention in bf16 follows such a unit where there is one ([`ops::Attention`]). Any other word is an
+//! error of [`World::threads`], and a panic in a kernel that is called by itself.
 //!
 //! # Mistakes and failures
 //!

@@ -203,6 +203,34 @@ fn what_cannot_be_run_is_said_in_a_sentence() {
     assert!(String::from_utf8_lossy(&out.stderr).contains("train_step"));
 }
 
+/// A word that the environment may not have is told before anything is computed, by every command that computes.
+#[test]
+fn unknown_units_for_products_are_refused_in_a_sentence() {
+    let cases = file(&[MATMUL]);
+    let path = cases.path().to_str().expect("a UTF-8 path");
+    let folder = tempfile::tempdir().expect("a folder");
+    let machine = folder.path().join("machine.toml");
+    let machine = machine.to_str().expect("a UTF-8 path");
+    let text = concat!(env!("CARGO_MANIFEST_DIR"), "/src/lib.rs");
+    for command in [
+        &["bench", "--json", "--cases", path][..],
+        &["train", "--text", text, "--steps", "1"],
+        &["calibrate", "--out", machine],
+    ] {
+        let out = Command::new(env!("CARGO_BIN_EXE_supernode"))
+            .args(command)
+            .env("SUPERNODE_MATRIX_UNITS", "foo")
+            .env_remove("RUST_BACKTRACE")
+            .output()
+            .expect("the command starts");
+        let error = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(1), "{command:?}: {error}");
+        assert!(!error.contains("panicked"), "{command:?}: {error}");
+        let told = "SUPERNODE_MATRIX_UNITS is \"foo\"; set it to on, off or pairs";
+        assert!(error.contains(told), "{command:?}: {error}");
+    }
+}
+
 /// On a graphics processor the same cases are verified, timed, and told kernel by kernel.
 #[cfg(feature = "gpu")]
 #[test]

@@ -2,6 +2,7 @@
 //!
 //! A machine without one leaves these cases out and says so; where `SUPERNODE_REQUIRE_GPU` is set, that is a failure.
 
+mod ghosts;
 mod tiles;
 
 use crate::parity::models::check_on;
@@ -9,12 +10,13 @@ use crate::tiny::{
     assert_close, batches, bits, deepseek, gpt2, latent, llama, losses, mixture, models,
     models_of_three, training, world, world_on,
 };
+use ghosts::step_is_the_ghosts;
 use supernode::mesh::Mesh;
 use supernode::model::{Config, ContextMethod};
 use supernode::ops::Activation;
 use supernode::pipeline::Schedule;
 use supernode::placement::Placement::{Replicate, Shard};
-use supernode::spmd::{Chip, Device, FromIndex, Init, World, Zero};
+use supernode::spmd::{Device, FromIndex, Init, World, Zero};
 use supernode::train::{Training, with_shares};
 
 /// The first graphics processor, if there is one.
@@ -83,15 +85,17 @@ fn a_mesh_of_four_chips_trains_as_one_does() {
     assert_close(&got, &want, 1e-4, name);
 }
 
-/// A training on `mesh` of chips that share the adapter has the losses of one chip on the processor.
+/// A training on `mesh` of chips that share the adapter has the losses of one chip on the processor, and the ghost's trace.
 fn split_agrees(what: &str, plain: &Training, mesh: &str, change: impl FnOnce(&mut Training)) {
     let Some(gpu) = gpu() else { return };
     let want = losses(plain, &world(&Mesh::single()));
     let mut training = plain.clone();
     change(&mut training);
     let mesh = Mesh::parse(mesh).expect("a mesh");
-    let got = losses(&training, &world_on(&mesh, gpu));
-    assert_close(&got, &want, 1e-4, &format!("{what} on {mesh}"));
+    let got = losses(&training, &world_on(&mesh, gpu.clone()));
+    let what = format!("{what} on {mesh}");
+    assert_close(&got, &want, 1e-4, &what);
+    step_is_the_ghosts(&what, &training, &mesh, &gpu);
 }
 
 fn with_zero(stage: usize) -> impl FnOnce(&mut Training) {
@@ -110,6 +114,24 @@ fn sharded_parameters_gradients_and_states_train_as_one_chip_does() {
         split_agrees(&format!("ZeRO-{stage}"), &plain, "dp=2", with_zero(stage));
     }
     split_agrees("ZeRO-2", &plain, "dp=2,tp=2", with_zero(2));
+}
+
+#[test]
+#[cfg_attr(
+    no_adapter,
+    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
+)]
+fn gradients_in_buckets_train_as_one_chip_does() {
+    let plain = training(gpt2(), 4, 6);
+    for bytes in [3_000, 40_000] {
+        for (mesh, stage) in [("dp=2", 0), ("dp=4", 0), ("dp=2,tp=2", 0), ("dp=2", 1)] {
+            let what = format!("ZeRO-{stage} in buckets of {bytes}");
+            split_agrees(&what, &plain, mesh, |t| {
+                t.options.bucket_bytes = bytes;
+                with_zero(stage)(t);
+            });
+        }
+    }
 }
 
 #[test]
@@ -290,6 +312,8 @@ fn a_mesh_of_both_kinds_trains_as_one_chip_does() {
         assert_close(&got, &want, 1e-4, name);
         let again = losses(&training, &world_on(&Mesh::new(axes), mixed.clone()));
         assert_eq!(bits(&got), bits(&again), "two runs of {name}");
+        let what = format!("{name} on both kinds");
+        step_is_the_ghosts(&what, &training, &Mesh::new(axes), &mixed);
     }
 }
 
@@ -362,43 +386,6 @@ fn parameters_of_both_kinds_stay_the_same() {
     assert_eq!(run.outputs()[0], run.outputs()[1]);
     let summary = run.trace().summary().to_string();
     assert!(summary.contains("broadcast"), "{summary}");
-}
-
-/// A product whose result is gathered.
-fn program(chip: &Chip) -> Option<ndarray::ArrayD<f32>> {
-    let x = chip.input(
-        "x",
-        [6, 8],
-        [Shard(0), Replicate],
-        &FromIndex(|i| (i % 5) as f32),
-    );
-    let w = chip.parameter("w", [8, 4], [Replicate, Shard(1)], Init::ones());
-    x.matmul(&w).gather().read()
-}
-
-#[test]
-#[cfg_attr(
-    no_adapter,
-    ignore = "no Vulkan driver is installed; mesa-vulkan-drivers brings a software one"
-)]
-fn a_trace_is_the_ghosts() {
-    let Some(gpu) = gpu() else { return };
-    let mesh = Mesh::new([("dp", 2), ("tp", 2)]);
-    let run = World::threads(&mesh, gpu)
-        .expect("it was opened before")
-        .run(program)
-        .expect("the run succeeds");
-    let want = World::threads(&mesh, Device::cpu())
-        .expect("a small mesh")
-        .run(program)
-        .expect("the run succeeds");
-    assert_eq!(
-        run.outputs(),
-        want.outputs(),
-        "small whole numbers are exact"
-    );
-    let ghost = World::ghost(&mesh).trace(program).expect("a trace");
-    assert_eq!(run.trace().difference(&ghost), None);
 }
 
 #[test]

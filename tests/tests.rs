@@ -34,7 +34,7 @@ mod spmd {
     mod diagnosis;
     mod experts;
     mod faults;
-    mod ghost;
+    pub(crate) mod ghost;
     mod grid;
     mod own_op;
     mod placements;

@@ -39,9 +39,12 @@ impl Chips {
         })
     }
 
-    /// Its ghost.
-    pub(super) fn ghost(&self, mesh: &Mesh) -> Ghost {
-        let ghost = World::ghost(mesh).with_algorithm(self.collectives);
+    /// Its ghost. One of processors stands for any device.
+    pub(super) fn ghost(&self, mesh: &Mesh, device: Device) -> Ghost {
+        let mut ghost = World::ghost(mesh).with_algorithm(self.collectives);
+        if !device.is_cpu() {
+            ghost = ghost.with_device(device);
+        }
         match self.memory_budget {
             Some(bytes) => ghost.with_memory_budget(bytes),
             None => ghost,

@@ -202,8 +202,7 @@ impl Progress {
                 "val_loss": finished.val_loss, "tokens_per_second": rate, "ms_per_step_median": median(&seen.ms),
                 "peak_bytes_per_chip": run.trace().peak_bytes(), "collectives": totals(run.trace().collectives()),
             });
-            let copies = run.trace().chip(0).host;
-            if !copies.is_none() {
+            if let Some(copies) = run.trace().chip(0).host {
                 done["through_host_memory"] = json!(copies);
             }
             print_line(&done);
@@ -247,6 +246,9 @@ pub(super) fn print_ghost(trace: &Trace, config: &Config, json: bool) {
         "done": true, "ghost": true, "mesh": trace.mesh.to_string(), "chips": chips, "parameters": config.parameters(),
         "classes": trace.classes.iter().map(class).collect::<Vec<_>>(), "collectives": totals(trace.collectives()),
     });
+    if let Some(copies) = trace.chip(0).host {
+        done["through_host_memory"] = json!(copies);
+    }
     if chips <= LISTED {
         done["peak_bytes_per_chip"] = json!(trace.peak_bytes());
     }

@@ -148,7 +148,8 @@ pub(super) struct Arguments {
     /// Write the trace, for this crate and for Perfetto or Chrome
     #[arg(long, value_name = "OUT.json", help_heading = "Results")]
     trace: Option<PathBuf>,
-    /// Trace one step without running it: peak bytes and traffic per chip of any mesh
+    /// Trace one step without running it: peak bytes and traffic per chip of any mesh; with --device gpu also what goes through host
+    /// memory
     #[arg(long, help_heading = "Results")]
     pub(super) ghost: bool,
     /// With --ghost: print which chip keeps what of each parameter, and what moves in each phase of a step
@@ -188,7 +189,7 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
     let mesh = &chosen.mesh;
     training.check(mesh)?;
     if a.ghost {
-        return a.ghost(mesh, &training);
+        return a.ghost(mesh, &training, device);
     }
     let world = a.chips.world(mesh, device, a.seed)?;
     let stop = stop_on_interrupt()?;
@@ -350,8 +351,8 @@ impl Arguments {
         })
     }
 
-    fn ghost(&self, mesh: &Mesh, training: &Training) -> Result<()> {
-        let ghost = self.chips.ghost(mesh);
+    fn ghost(&self, mesh: &Mesh, training: &Training, device: Device) -> Result<()> {
+        let ghost = self.chips.ghost(mesh, device);
         if self.layout {
             super::progress::print_layout(&training.layout(&ghost)?, self.json);
         }

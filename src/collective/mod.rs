@@ -86,6 +86,15 @@ impl Kind {
         matches!(self, Kind::AllReduce | Kind::ReduceScatter)
     }
 
+    /// True if chip `index` of the group sends, adds or copies its input, where it has one.
+    pub fn reads_input(self, index: usize) -> bool {
+        match self {
+            Kind::Broadcast { root } => index == root,
+            Kind::Barrier => false,
+            _ => true,
+        }
+    }
+
     /// The name in traces: `all-reduce`, `reduce-scatter`, `all-gather`, `all-to-all`, `broadcast`, `shift`,
     /// `barrier`.
     pub const fn name(self) -> &'static str {
@@ -250,16 +259,6 @@ impl Schedule {
     /// Elements that this chip sends.
     pub fn sent_elements(&self) -> u64 {
         self.sends().map(|send| send.place.len as u64).sum()
-    }
-
-    /// True if the chip's input is sent, added or copied somewhere.
-    pub fn reads_input(&self) -> bool {
-        let read = |place: &Place| place.buffer == Buffer::Input && place.len > 0;
-        self.steps.iter().any(|step| match step {
-            Step::Round { sends, .. } => sends.iter().any(|send| read(&send.place)),
-            Step::Reduce { sources, .. } => sources.iter().any(read),
-            Step::Copy { from, .. } => read(from),
-        })
     }
 
     /// Elements that this chip receives.

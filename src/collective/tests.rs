@@ -293,3 +293,31 @@ fn counts_must_fit_the_group() {
         0,
     );
 }
+
+/// A chip whose input has elements reads it by its list exactly if the kind says so.
+#[test]
+fn lists_read_the_inputs_that_their_kinds_do() {
+    let read = |place: &Place| place.buffer == Buffer::Input && place.len > 0;
+    let reads = |step: &Step| match step {
+        Step::Round { sends, .. } => sends.iter().any(|send| read(&send.place)),
+        Step::Reduce { sources, .. } => sources.iter().any(read),
+        Step::Copy { from, .. } => read(from),
+    };
+    for n in SIZES {
+        for (kind, counts) in cases(n) {
+            // Where every chip has elements: at least one for each.
+            if !matches!(counts, Counts::Len(len) if len >= n) {
+                continue;
+            }
+            for (algorithm, index) in ALGORITHMS.iter().flat_map(|a| (0..n).map(move |i| (*a, i))) {
+                let list = schedule(kind, algorithm, &counts, n, index);
+                let found = list.steps.iter().any(reads);
+                assert_eq!(
+                    found,
+                    kind.reads_input(index),
+                    "{algorithm} {kind} of {counts:?} on chip {index} of {n}"
+                );
+            }
+        }
+    }
+}

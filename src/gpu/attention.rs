@@ -4,9 +4,9 @@
 //! take an invocation for each row and, where rows are few (decoding), for each part of its keys, whose results are joined in order.
 //! Neither adds in an order that chance decides.
 
+use super::launch::table;
 use super::launch::{Launch, Operand};
 use super::library as k;
-use super::rows::table;
 use crate::dtype::DType;
 
 /// What attends to what; see the CPU's.

@@ -6,6 +6,7 @@
 
 use super::adapter::{self, Adapter};
 use super::choices::Choice;
+use super::clock::Clock;
 use super::device::Device;
 use super::tiles::{Chosen, Tiles};
 use super::watch::Watch;
@@ -17,8 +18,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub(super) const SLOT: usize = 256;
 /// Dispatches that are recorded before they are submitted: enough to hide the submission, few enough to start early.
 const GATHERED: usize = 64;
-/// Uploads up to this many bytes share staging buffers, which go round; larger ones have their own.
-const STAGED: u64 = 1 << 20;
 
 /// A chip on an adapter. Clones are the same chip.
 #[derive(Clone)]
@@ -49,6 +48,8 @@ pub(super) struct Inner {
     recording: Mutex<Recording>,
     pool: Mutex<Pool>,
     watch: Mutex<Option<Watch>>,
+    /// When copies through host memory ran, where somebody wants to know.
+    clock: Mutex<Option<Clock>>,
     /// How products and attention are cut up here.
     tiles: Arc<Tiles>,
     /// Where that is written.
@@ -72,7 +73,7 @@ pub(super) struct Recording {
     /// The numbers of dispatches that are recorded and not submitted, a slot each.
     pub(super) numbers: Vec<u8>,
     /// Room for uploads, which comes back when the device has read it.
-    belt: Option<wgpu::util::StagingBelt>,
+    pub(super) belt: Option<wgpu::util::StagingBelt>,
     last: Option<wgpu::SubmissionIndex>,
 }
 
@@ -175,6 +176,7 @@ impl Chip {
             recording: Mutex::default(),
             pool: Mutex::default(),
             watch: Mutex::default(),
+            clock: Mutex::default(),
             tiles: chosen.tiles,
             table: chosen.table,
             choices: Mutex::default(),
@@ -197,6 +199,13 @@ impl Chip {
     pub(super) fn watch(&self) -> MutexGuard<'_, Option<Watch>> {
         self.inner()
             .watch
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn clock(&self) -> MutexGuard<'_, Option<Clock>> {
+        self.inner()
+            .clock
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
@@ -226,7 +235,7 @@ impl Chip {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn recording(&self) -> MutexGuard<'_, Recording> {
+    pub(super) fn recording(&self) -> MutexGuard<'_, Recording> {
         self.inner()
             .recording
             .lock()
@@ -366,54 +375,10 @@ impl Chip {
         }
     }
 
-    /// Copies `bytes` to the block, after what was recorded before.
-    pub(crate) fn write(&self, block: &Block, bytes: &[u8]) {
-        if bytes.is_empty() {
-            return;
-        }
-        let size = (bytes.len() as u64).next_multiple_of(4);
-        if size <= STAGED && self.device().failure().is_none() {
-            return self.stage(block, bytes, size);
-        }
-        let staging = self
-            .inner()
-            .device
-            .device
-            .create_buffer(&wgpu::BufferDescriptor {
-                label: Some("upload"),
-                size,
-                usage: wgpu::BufferUsages::COPY_SRC,
-                mapped_at_creation: true,
-            });
-        match staging.get_mapped_range_mut(..) {
-            Ok(mut view) => view.slice(..bytes.len()).copy_from_slice(bytes),
-            Err(e) => fail(self.refused("an upload", &e)),
-        }
-        staging.unmap();
+    /// Copies the first `bytes` of a buffer to byte `at` and on of another, after what was recorded before.
+    pub(super) fn copy(&self, from: &Held, to: &Held, at: u64, bytes: u64) {
         self.record(|encoder, _| {
-            encoder.copy_buffer_to_buffer(&staging, 0, block.buffer.seen(), 0, size);
-        });
-    }
-
-    fn stage(&self, block: &Block, bytes: &[u8], size: u64) {
-        let mut recording = self.recording();
-        let device = &self.inner().device.device;
-        let Recording { encoder, belt, .. } = &mut *recording;
-        let encoder = encoder.get_or_insert_with(|| {
-            device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default())
-        });
-        let belt = belt.get_or_insert_with(|| wgpu::util::StagingBelt::new(device.clone(), STAGED));
-        let Some(size) = wgpu::BufferSize::new(size) else {
-            return;
-        };
-        let mut view = belt.write_buffer(encoder, block.buffer.seen(), 0, size);
-        view.slice(..bytes.len()).copy_from_slice(bytes);
-    }
-
-    /// Copies the first `bytes` of a block to another, after what was recorded before.
-    pub(super) fn copy(&self, from: &Block, to: &Block, bytes: u64) {
-        self.record(|encoder, _| {
-            encoder.copy_buffer_to_buffer(from.buffer.seen(), 0, to.buffer.seen(), 0, bytes);
+            encoder.copy_buffer_to_buffer(from.seen(), 0, to.seen(), at, bytes);
         });
     }
 

@@ -17,6 +17,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
 
 /// What is asked for where an adapter has it.
 const WANTED: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY
+    .union(wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS)
     .union(wgpu::Features::SUBGROUP)
     .union(wgpu::Features::PIPELINE_CACHE);
 

@@ -36,6 +36,28 @@ impl Operand {
             held: None,
         }
     }
+
+    /// f32 working memory on the same chip.
+    pub(crate) fn scratch(&self, elements: usize) -> Operand {
+        self.scratch_of(DType::F32, elements)
+    }
+
+    /// Working memory of any type on the same chip.
+    pub(crate) fn scratch_of(&self, dtype: DType, elements: usize) -> Operand {
+        let bytes = (elements * dtype.size()) as u64;
+        let block = self.chip.allocate(bytes).unwrap_or_else(|e| fail(e));
+        Operand::holding(&self.chip, block, dtype, elements)
+    }
+}
+
+/// A table of this crate's numbers on the chip.
+pub(crate) fn table<T: bytemuck::Pod>(chip: &Chip, dtype: DType, contents: &[T]) -> Operand {
+    let bytes: &[u8] = bytemuck::cast_slice(contents);
+    let block = chip
+        .allocate(bytes.len() as u64)
+        .unwrap_or_else(|e| fail(e));
+    chip.write(&block, bytes);
+    Operand::holding(chip, block, dtype, contents.len())
 }
 
 impl std::fmt::Debug for Operand {
@@ -372,4 +394,11 @@ impl Launch {
         );
         words.iter().flat_map(|w| w.to_ne_bytes()).collect()
     }
+}
+
+/// A launch that writes all of y, its first slot, and how many elements that has.
+pub(super) fn map(kernel: &Kernel, y: Operand) -> (Launch, usize) {
+    let n = y.elements;
+    let name = interface(kernel).slots[0].name.clone();
+    (Launch::new(kernel).operand(&name, y), n)
 }

@@ -57,6 +57,7 @@ kernels! {
     NORM "norm",
     NORM_BACKWARD "norm_backward",
     NORM_WEIGHT "norm_weight",
+    PACK "pack",
     PEAK "peak",
     PLACE "place",
     PUT "put",

@@ -63,7 +63,7 @@ impl Chip {
         let most = self.adapter().largest_tensor / 2;
         let half = (bytes / 2).clamp(1 << 16, most).next_multiple_of(64);
         let [from, to] = [self.allocate(half)?, self.allocate(half)?];
-        let seconds = self.best_of(|| self.copy(&from, &to, half))?;
+        let seconds = self.best_of(|| self.copy(&from.buffer, &to.buffer, 0, half))?;
         Ok(2.0 * half as f64 / seconds)
     }
 }

@@ -1,8 +1,10 @@
 //! Mixtures of experts: choice, slots, rows mixed from other rows, the balance loss; and heads joined with what they share.
 
+use super::elementwise::fill;
 use super::launch::{Launch, Operand};
+use super::launch::{map, table};
 use super::library as k;
-use super::rows::{fill, map, sum, table};
+use super::rows::sum;
 use crate::dtype::DType;
 
 pub(crate) fn sigmoid(x: Operand, y: Operand) {

@@ -4,13 +4,13 @@
 //! |---|---|
 //! | `adapter`, `device` | what this machine has; pipelines; failures |
 //! | `chip` | memory, and the commands recorded until somebody asks for a value |
-//! | `download` | copies to the host beside what the program does next |
+//! | `download`, `upload`, `clock` | copies to the host beside what the program does next, and back; when they ran |
 //! | `shader`, `template`, `library` | WGSL sources by element type; this crate's own |
 //! | `launch`, `watch` | running a kernel, a user's own too; how long it took |
 //! | `tiles`, `written`, `tune`, `choices` | how products are cut up, by kind of adapter, and how they were |
 //! | `kept` | compiled pipelines on disk |
 //! | `limits` | what a device could do at best |
-//! | `rows`, `products`, `matrices`, `attention`, `mixture` | what ops call |
+//! | `elementwise`, `moves`, `rows`, `products`, `matrices`, `attention`, `mixture`, `optimizer` | what ops call |
 //!
 //! Kernels use no atomic sums and no order that chance decides: two runs on one adapter give the same bits. Another
 //! adapter may round otherwise, and so does a processor.
@@ -19,14 +19,18 @@ mod adapter;
 mod attention;
 mod chip;
 mod choices;
+mod clock;
 mod device;
 mod download;
+mod elementwise;
 mod kept;
 mod launch;
 mod library;
 mod limits;
 mod matrices;
 mod mixture;
+mod moves;
+mod optimizer;
 mod products;
 mod rows;
 mod shader;
@@ -35,6 +39,7 @@ mod template;
 mod tests;
 mod tiles;
 mod tune;
+mod upload;
 mod watch;
 mod written;
 
@@ -43,9 +48,14 @@ pub(crate) use attention::*;
 pub use chip::Chip;
 pub(crate) use chip::{Block, fail};
 pub(crate) use choices::Choice;
+pub(crate) use clock::CopyTime;
 pub(crate) use download::Download;
+pub(crate) use elementwise::*;
+pub(crate) use launch::table;
 pub use launch::{Launch, Number, Operand};
 pub(crate) use mixture::*;
+pub(crate) use moves::*;
+pub(crate) use optimizer::*;
 pub(crate) use products::*;
 pub(crate) use rows::*;
 pub use shader::Kernel;

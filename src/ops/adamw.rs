@@ -1,6 +1,7 @@
 //! AdamW, one pass over a parameter and its state, in place. Not an [`Op`](super::Op): it has no result and no gradient.
 
 use super::Cost;
+use super::device::only_traced;
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
 use crate::cpu::rows;
@@ -58,6 +59,9 @@ impl AdamW {
     ) {
         for (name, other) in [("m", &*m), ("v", &*v), ("g", g)] {
             same_shape("adamw", p, name, other);
+        }
+        if only_traced([g].into_iter().chain(factor), [&*p, &*m, &*v]) {
+            return;
         }
         #[cfg(feature = "gpu")]
         if p.is_on_gpu() {

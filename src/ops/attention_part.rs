@@ -7,6 +7,7 @@
 //! `D = rowsum(do o)` (Dao et al. 2022, section 3.1; Liu et al. 2023, arXiv:2310.01889).
 
 use super::attention::{heads, heads_mut};
+use super::device::only_traced;
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
 use super::{Attention, Cost, traffic};
@@ -36,6 +37,13 @@ pub(crate) struct Operands<'a> {
     pub(crate) k: &'a Tensor,
     pub(crate) v: &'a Tensor,
     pub(crate) documents: Option<[&'a Tensor; 2]>,
+}
+
+impl<'a> Operands<'a> {
+    fn all(&self) -> impl Iterator<Item = &'a Tensor> + use<'a> {
+        let documents = self.documents.into_iter().flatten();
+        [self.q, self.k, self.v].into_iter().chain(documents)
+    }
 }
 
 /// [b, range, ..] of a [b, t, ..].
@@ -140,6 +148,9 @@ impl AttentionPart {
 
     /// The part's output [b, queries, h, d] and log-sum-exp [b, h, queries].
     pub(crate) fn forward(&self, x: Operands, o: &mut Tensor, lse: &mut Tensor) {
+        if only_traced(x.all(), [&*o, &*lse]) {
+            return;
+        }
         #[cfg(feature = "gpu")]
         if o.is_on_gpu() {
             return gpu::attention(&self.heads_gpu(&x), self.qkv_gpu(&x), write(o), write(lse));
@@ -165,6 +176,9 @@ impl AttentionPart {
         [o, lse, dout]: [&Tensor; 3],
         gradients: &mut [Tensor; 3],
     ) {
+        if only_traced(x.all().chain([o, lse, dout]), &*gradients) {
+            return;
+        }
         #[cfg(feature = "gpu")]
         if gradients[0].is_on_gpu() {
             let kept = [
@@ -244,6 +258,9 @@ fn cut_gpu(x: &Tensor, axis: usize, range: &Range<usize>) -> gpu::Operand {
 
 /// Merges the results of a part, from query `first` on, into o [b, t, h, d] and lse [b, h, t], all in f32.
 pub(crate) fn merge_results(whole: &mut [Tensor; 2], part: &[Tensor; 2], first: usize) {
+    if only_traced(part, &*whole) {
+        return;
+    }
     let [b, t, h, d] = whole[0].shape()[..] else {
         unreachable!("an output has four axes")
     };
@@ -280,6 +297,9 @@ pub(crate) fn merge_results(whole: &mut [Tensor; 2], part: &[Tensor; 2], first: 
 
 /// Fills o [b, t, h, d] and lse [b, h, t] with what a query has that saw nothing yet.
 pub(crate) fn begin_results(whole: &mut [Tensor; 2]) {
+    if only_traced([], &*whole) {
+        return;
+    }
     #[cfg(feature = "gpu")]
     if whole[0].is_on_gpu() {
         gpu::fill(0.0, None, write(&mut whole[0]));
@@ -291,6 +311,9 @@ pub(crate) fn begin_results(whole: &mut [Tensor; 2]) {
 
 /// Adds a part [b, n, ..] to tokens `first .. first + n` of a gradient [b, t, ..], both in f32.
 pub(crate) fn add_tokens(whole: &mut Tensor, more: &Tensor, first: usize) {
+    if only_traced([more], [&*whole]) {
+        return;
+    }
     let line: usize = whole.shape()[2..].iter().product();
     let (batch, tokens, n) = (whole.shape()[0], whole.shape()[1], more.shape()[1]);
     #[cfg(feature = "gpu")]

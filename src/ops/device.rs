@@ -8,8 +8,29 @@ use crate::cpu::rows;
 use crate::gpu::{self, Operand};
 use crate::tensor::Tensor;
 
+/// Brings what is read to the device that computes. In a ghost this, and that the rest is written, is all that happens: true
+/// there.
+///
+/// All operands go, also those of which a kernel may read nothing: what is copied then follows from the program alone, and a
+/// ghost counts it.
+pub(crate) fn only_traced<'a>(
+    reads: impl IntoIterator<Item = &'a Tensor>,
+    writes: impl IntoIterator<Item = &'a Tensor>,
+) -> bool {
+    reads.into_iter().for_each(Tensor::upload);
+    let mut writes = writes.into_iter().peekable();
+    let ghost = writes.peek().is_some_and(|y| y.is_ghost());
+    if ghost {
+        writes.for_each(Tensor::overwrite);
+    }
+    ghost
+}
+
 /// Computes the results of `op` where they live.
 pub(crate) fn forward(op: &dyn Op, site: &Site, inputs: &[&Tensor], outputs: &mut [Tensor]) {
+    if only_traced(inputs.iter().copied(), outputs.iter()) {
+        return;
+    }
     #[cfg(feature = "gpu")]
     if outputs.iter().any(Tensor::is_on_gpu) {
         return op.forward_gpu(site, inputs, outputs);
@@ -19,6 +40,12 @@ pub(crate) fn forward(op: &dyn Op, site: &Site, inputs: &[&Tensor], outputs: &mu
 
 /// Computes the wanted gradients of `op` where they live.
 pub(crate) fn backward(op: &dyn Op, site: &Site, backward: &mut Backward) {
+    let operands = [backward.inputs, backward.outputs, backward.gradients];
+    let reads = operands.into_iter().flatten().flatten();
+    let writes = backward.wanted.iter().flatten().map(|g| &g.tensor);
+    if only_traced(reads, writes) {
+        return;
+    }
     #[cfg(feature = "gpu")]
     if backward
         .wanted
@@ -33,6 +60,9 @@ pub(crate) fn backward(op: &dyn Op, site: &Site, backward: &mut Backward) {
 
 /// `sum += x`, both float tensors of one shape.
 pub(crate) fn add_assign(sum: &mut Tensor, x: &Tensor) {
+    if only_traced([x], [&*sum]) {
+        return;
+    }
     #[cfg(feature = "gpu")]
     if sum.is_on_gpu() {
         return gpu::add_assign(write(sum), read(x));
@@ -42,6 +72,9 @@ pub(crate) fn add_assign(sum: &mut Tensor, x: &Tensor) {
 
 /// `y = x` in the type of y, both floats.
 pub(crate) fn cast(x: &Tensor, y: &mut Tensor) {
+    if only_traced([x], [&*y]) {
+        return;
+    }
     #[cfg(feature = "gpu")]
     if y.is_on_gpu() {
         return gpu::cast(read(x), write(y));
@@ -51,6 +84,9 @@ pub(crate) fn cast(x: &Tensor, y: &mut Tensor) {
 
 /// `y = x`, of one type.
 pub(crate) fn copy(x: &Tensor, y: &mut Tensor) {
+    if only_traced([x], [&*y]) {
+        return;
+    }
     #[cfg(feature = "gpu")]
     if y.is_on_gpu() {
         return gpu::cast(read(x), write(y));
@@ -60,6 +96,9 @@ pub(crate) fn copy(x: &Tensor, y: &mut Tensor) {
 
 /// Zeros, of a float tensor.
 pub(crate) fn clear(x: &mut Tensor) {
+    if only_traced([], [&*x]) {
+        return;
+    }
     #[cfg(feature = "gpu")]
     if x.is_on_gpu() {
         return gpu::fill(0.0, None, write(x));
@@ -69,6 +108,9 @@ pub(crate) fn clear(x: &mut Tensor) {
 
 /// Copies rows of x [b, n, ..] to tokens `starts[b]` and on of a cache [b, capacity, ..].
 pub(crate) fn write_tokens(x: &Tensor, starts: &[usize], cache: &mut Tensor) {
+    if only_traced([x], [&*cache]) {
+        return;
+    }
     let line: usize = x.shape()[2..].iter().product();
     let (b, n) = (x.shape()[0], x.shape()[1]);
     let inner = cache.shape()[1] * line;

@@ -2,6 +2,7 @@
 
 use super::Cost;
 use super::adamw::{number, same_shape};
+use super::device::only_traced;
 #[cfg(feature = "gpu")]
 use super::device::{read, write};
 use crate::cpu::rows;
@@ -38,6 +39,10 @@ impl Sgd {
         same_shape("sgd", p, "g", g);
         if let Some(u) = momentum.as_deref() {
             same_shape("sgd", p, "the momentum", u);
+        }
+        let writes = [&*p].into_iter().chain(momentum.as_deref());
+        if only_traced([g].into_iter().chain(factor), writes) {
+            return;
         }
         #[cfg(feature = "gpu")]
         if p.is_on_gpu() {

@@ -8,7 +8,7 @@ use crate::dtype::TensorType;
 use crate::ops::{self, Cost, Local, Op, Site};
 use crate::placement::Placements;
 use crate::tensor::Tensor;
-use crate::trace::{Event, EventKind, HostCopies, MemoryChange, Stream, Time, Traffic, Value};
+use crate::trace::{Event, EventKind, MemoryChange, Stream, Time, Traffic, Value};
 use std::panic::Location;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -53,14 +53,16 @@ impl Chip {
         let local_out: Vec<TensorType> = locals.iter().map(|l| l.ty.clone()).collect();
         let mut outputs: Vec<Tensor> = local_out.iter().map(|ty| self.allocate(ty)).collect();
         let began = self.now();
-        if !self.is_ghost() {
+        let tensors: Vec<&Tensor> = inputs.iter().map(|x| &x.tensor).collect();
+        if self.is_ghost() {
+            ops::device::only_traced(tensors, &outputs);
+        } else {
             let shares = self.locals(inputs, site);
             let at = Site {
                 inputs: &shares,
                 outputs: &locals,
                 seed: self.seed(),
             };
-            let tensors: Vec<&Tensor> = inputs.iter().map(|x| &x.tensor).collect();
             ops::device::forward(&*op, &at, &tensors, &mut outputs);
         }
         self.refuse_lost(inputs, op.name(), site);
@@ -152,8 +154,7 @@ impl Chip {
         });
         let mut recorder = self.recorder();
         let products = products::since_the_event_before(self.memory(), &mut recorder);
-        let [to_host, to_device] = self.memory().take_copies();
-        let host = HostCopies { to_host, to_device };
+        let host = self.copies_since_the_event_before();
         let event = Event {
             kind: told.kind,
             op: told.op,
@@ -171,8 +172,10 @@ impl Chip {
             ticket: told.ticket,
             time,
             products,
-            host: (!host.is_none()).then_some(host),
+            host,
         };
         recorder.push(event);
+        drop(recorder);
+        self.note_times_of_copies();
     }
 }

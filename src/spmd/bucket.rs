@@ -8,6 +8,9 @@
 //! order of ranks wherever it lies, so a bucket changes no bit; by rings and by halving the place of an element in its tensor
 //! decides, and a bucket is another tensor.
 //!
+//! On a graphics processor a bucket's gradients go to the host as it starts, one behind the other by one submission, and come back
+//! by one copy when it is waited for.
+//!
 //! Gradients were once copied into a tensor and out of one. With four chips on two cores that, and a copy of each summand and
 //! of each chunk for each peer, was 2 % of a step of `char-6x384`.
 

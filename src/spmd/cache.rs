@@ -41,10 +41,11 @@ impl Chip {
         );
         let mut cache = self.cache(name, x, (capacity, x.placements.clone()), site);
         let began = self.now();
-        if !self.is_ghost() {
-            let first = self.local(&x.global, x.dtype(), &x.placements, site).start[0];
-            device::write_tokens(&x.tensor, &starts[first..], &mut cache.tensor);
-        }
+        let first = match self.is_ghost() {
+            true => 0,
+            false => self.local(&x.global, x.dtype(), &x.placements, site).start[0],
+        };
+        device::write_tokens(&x.tensor, &starts[first..], &mut cache.tensor);
         self.keep_cache(name, cache, (Some(x), began), site)
     }
 
@@ -86,7 +87,7 @@ impl Chip {
         };
         let mut cache = self.cache(name, x, (capacity, placed), site);
         let began = self.now();
-        if at.is_some() && !self.is_ghost() {
+        if at.is_some() {
             device::write_tokens(&x.tensor, &starts, &mut cache.tensor);
         }
         self.keep_cache(name, cache, (at.map(|_| x), began), site)
@@ -106,10 +107,8 @@ impl Chip {
         let cache = kept.unwrap_or_else(|| {
             let local = self.local(&shape, x.dtype(), &placements, site);
             let mut tensor = self.allocate(&local.ty);
-            if !tensor.is_ghost() {
-                // Attention multiplies what is hidden by 0, which NaN would survive.
-                device::clear(&mut tensor);
-            }
+            // Attention multiplies what is hidden by 0, which NaN would survive.
+            device::clear(&mut tensor);
             Cache {
                 tensor,
                 global: shape.clone(),

@@ -38,10 +38,10 @@ pub(super) struct Inner {
     algorithm: Algorithm,
     /// The kind of every chip, by rank, as a number; empty where all are alike.
     pub(super) kinds: Arc<[usize]>,
-    began: Instant,
+    pub(super) began: Instant,
     pub(super) lane: Option<Lane>,
     pub(super) staging: Pool,
-    read_axes: RefCell<BTreeSet<usize>>,
+    pub(super) read_axes: RefCell<BTreeSet<usize>>,
     recorder: RefCell<Recorder>,
     pub(super) counted: Cell<(u64, u64)>,
     phase: Cell<Phase>,
@@ -83,7 +83,7 @@ pub(super) struct Remains {
 impl Chip {
     pub(super) fn new(setup: Setup) -> Self {
         let axes = setup.mesh.axes().len();
-        Chip(Rc::new(Inner {
+        let chip = Chip(Rc::new(Inner {
             coordinates: setup.mesh.coordinates(setup.rank),
             mesh: setup.mesh,
             rank: setup.rank,
@@ -113,7 +113,9 @@ impl Chip {
             caches: RefCell::default(),
             made: RefCell::default(),
             overlap: RefCell::default(),
-        }))
+        }));
+        chip.begin_to_count_copies();
+        chip
     }
 
     pub(super) fn inner(&self) -> &Inner {
@@ -129,6 +131,7 @@ impl Chip {
                 format!("the program ended with {open} started transfer(s) that nobody waited for; call Pending::wait"),
             ));
         }
+        self.end_of_copies();
         let recorder = self.0.recorder.replace(Recorder::new());
         Remains {
             trace: recorder.finish(self.0.memory.count().peak),

@@ -1,5 +1,6 @@
 //! What chips compute on: slices of this machine's processor, or its graphics processors.
 
+use crate::cpu::simd::check_units;
 use crate::error::{Error, ErrorKind, Result};
 use crate::tensor::Memory;
 use std::fmt;
@@ -74,10 +75,27 @@ impl Device {
     /// The memory of the chip of this rank.
     pub(super) fn memory(&self, rank: usize, budget: Option<u64>) -> Result<Memory> {
         match self.kinds[rank % self.kinds.len()] {
-            Kind::Cpu => Ok(Memory::cpu(budget)),
+            Kind::Cpu => {
+                check_units()?;
+                Ok(Memory::cpu(budget))
+            }
             #[cfg(feature = "gpu")]
             Kind::Gpu(index) => Ok(Memory::gpu(crate::gpu::Chip::open(index)?, budget)),
         }
+    }
+
+    /// The memory of a ghost in place of the chip of this rank.
+    pub(super) fn ghost_memory(&self, rank: usize, budget: Option<u64>) -> Memory {
+        match self.kinds[rank % self.kinds.len()] {
+            Kind::Cpu => Memory::ghost(budget),
+            #[cfg(feature = "gpu")]
+            Kind::Gpu(_) => Memory::ghost_of_gpu(budget),
+        }
+    }
+
+    /// How many names chips take in turn.
+    pub(super) fn kind_count(&self) -> usize {
+        self.kinds.len()
     }
 
     /// Opens what the chips will need, so that a missing one is an error before anything runs.

@@ -52,13 +52,6 @@ impl Call {
             .try_for_each(|s| self.lane.wait_sent(s).map(drop))
     }
 
-    /// Starts to copy what a graphics processor has of the input to the host, if the list reads it.
-    pub(super) fn start_downloads(&self, input: &[Piece]) {
-        if self.schedule.reads_input() {
-            input.iter().for_each(|piece| piece.tensor.start_download());
-        }
-    }
-
     fn send(&self, rooms: &Rooms, sends: &[Transfer], sent: &mut Vec<Sent>) -> Result<(), Stopped> {
         // What goes to several peers is copied once.
         let mut copied: Option<(Place, Arc<Buffer>, usize)> = None;

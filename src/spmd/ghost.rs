@@ -7,7 +7,7 @@
 
 use super::chip::{Remains, Setup};
 use super::threads::failure;
-use super::{Chip, exchange::Stopped};
+use super::{Chip, Device, exchange::Stopped};
 use crate::collective::Algorithm;
 use crate::error::Result;
 use crate::mesh::Mesh;
@@ -24,6 +24,7 @@ pub struct Ghost {
     seed: u64,
     algorithm: Algorithm,
     budget: Option<u64>,
+    device: Option<Device>,
 }
 
 impl Ghost {
@@ -33,6 +34,7 @@ impl Ghost {
             seed: 0,
             algorithm: Algorithm::Tree,
             budget: None,
+            device: None,
         }
     }
 
@@ -54,13 +56,25 @@ impl Ghost {
         self
     }
 
+    /// What the chips would compute on, in place of any device: bytes that transfers take through the host memory of graphics
+    /// processors are counted as a run counts them, and in a mesh of several kinds one of them decides what all hold
+    /// ([`Device::parse`]). Nothing is opened; the device need not be here.
+    pub fn with_device(mut self, device: Device) -> Self {
+        self.device = Some(device);
+        self
+    }
+
     /// Traces the program once per class of chips; what it returns is dropped.
     ///
     /// # Errors
     /// The budget's, or that of a panic in the program, with the chip's name.
     pub fn trace<T>(&self, program: impl Fn(&Chip) -> T) -> Result<Trace> {
         let axes = self.mesh.axes().len();
-        let mut open = vec![vec![None; axes]];
+        let mut open = match self.kinds() {
+            // Chips of several kinds differ by rank, which no program has to ask for.
+            Some(_) => self.every_chip(),
+            None => vec![vec![None; axes]],
+        };
         let mut classes = Vec::new();
         while let Some(pattern) = open.pop() {
             let at: Vec<usize> = pattern
@@ -92,15 +106,33 @@ impl Ghost {
         })
     }
 
+    /// The kinds of the chips, if there are several.
+    fn kinds(&self) -> Option<Arc<[usize]>> {
+        let device = self.device.as_ref().filter(|d| d.kind_count() > 1)?;
+        Some(device.kinds(self.mesh.chips()))
+    }
+
+    /// A class for each chip, the last one first.
+    fn every_chip(&self) -> Vec<Vec<Option<usize>>> {
+        let at = |rank| {
+            let coordinates = self.mesh.coordinates(rank);
+            coordinates.iter().copied().map(Some).collect()
+        };
+        (0..self.mesh.chips()).rev().map(at).collect()
+    }
+
     fn one<T>(&self, rank: usize, program: impl Fn(&Chip) -> T) -> Result<Remains> {
         let run = || {
             let chip = Chip::new(Setup {
                 mesh: self.mesh.clone(),
                 rank,
-                memory: Memory::ghost(self.budget),
+                memory: match &self.device {
+                    Some(device) => device.ghost_memory(rank, self.budget),
+                    None => Memory::ghost(self.budget),
+                },
                 seed: self.seed,
                 algorithm: self.algorithm,
-                kinds: Arc::from([]),
+                kinds: self.kinds().unwrap_or_default(),
                 began: Instant::now(),
                 lane: None,
             });

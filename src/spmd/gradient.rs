@@ -128,9 +128,7 @@ impl Chip {
             (true, _) => (sum, more),
             (false, false) => (self.copy_of(&sum), more),
         };
-        if !self.is_ghost() {
-            device::add_assign(&mut target, &other);
-        }
+        device::add_assign(&mut target, &other);
         let bytes = 2 * ty.bytes() + other.ty().bytes();
         drop(other);
         self.tell(Told {
@@ -154,9 +152,7 @@ impl Chip {
 
     fn copy_of(&self, tensor: &Tensor) -> Tensor {
         let mut copy = self.allocate(tensor.ty());
-        if !self.is_ghost() {
-            device::copy(tensor, &mut copy);
-        }
+        device::copy(tensor, &mut copy);
         copy
     }
 
@@ -348,7 +344,9 @@ impl Applied {
         }
         let (mut slots, before) = self.slots(chip, gradients, &wanted, pass);
         let began = chip.now();
-        if !chip.is_ghost() {
+        if chip.is_ghost() {
+            self.trace(settled, &slots);
+        } else {
             self.compute(chip, settled, &mut slots);
         }
         for x in self.inputs.iter_mut().filter(|x| x.regather.is_some()) {
@@ -410,6 +408,14 @@ impl Applied {
             }));
         }
         (slots, before)
+    }
+
+    /// Notes, in a ghost, what [`Applied::compute`] reads and writes.
+    fn trace(&self, settled: &[Option<Tensor>], slots: &[Option<Gradient>]) {
+        let saved_in = self.inputs.iter().filter_map(|x| x.saved.as_ref());
+        let saved_out = self.outputs.iter().filter_map(|x| x.saved.as_ref());
+        let reads = saved_in.chain(saved_out).chain(settled.iter().flatten());
+        device::only_traced(reads, slots.iter().flatten().map(|slot| &slot.tensor));
     }
 
     fn compute(&self, chip: &Chip, settled: &[Option<Tensor>], slots: &mut [Option<Gradient>]) {
@@ -500,9 +506,7 @@ impl Chip {
         let began = self.now();
         let ty = TensorType::new(dy.shape(), dtype);
         let mut cast = self.allocate(&ty);
-        if !self.is_ghost() {
-            device::cast(dy, &mut cast);
-        }
+        device::cast(dy, &mut cast);
         let value = |ty: &TensorType| Value {
             ty: ty.clone(),
             placement: p.clone(),

@@ -134,6 +134,7 @@ impl Chip {
     /// Puts the message on its way; nothing in a ghost.
     fn post(&self, x: &Sharded, route: Route, site: Site) -> Option<Sent> {
         self.mesh().axis_index(route.axis);
+        Tensor::start_downloads([&x.tensor]);
         let lane = self.inner().lane.as_ref()?;
         let channel = Channel {
             from: self.rank(),
@@ -141,7 +142,6 @@ impl Chip {
             call: self.queue(route),
         };
         let header = Arc::new(self.message_header(route, x.tensor.ty(), site));
-        x.tensor.start_download();
         let payload = Payload::Shared(vec![Piece::whole(&x.tensor)]);
         let sent = lane.start_send(channel, &header, payload);
         let sent = sent.unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
@@ -163,8 +163,8 @@ impl Chip {
             self.submit_recorded();
             lane.receive(channel, &header, tensor.bytes_mut())
                 .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
-            tensor.has_arrived();
         }
+        tensor.has_arrived();
         let value = Value {
             ty: ty.clone(),
             placement: p.clone(),

@@ -11,7 +11,7 @@
 //! | `gradient`, `recompute`, `segment` | backward: settling, adding, computing again, tapes apart |
 //! | `count` | statistics that a program keeps for the loop around its steps |
 //! | `zero`, `update` | what belongs to a parameter split over the batch's axis; changing parameters |
-//! | `redistribute` | moving between placements; collectives as events |
+//! | `redistribute`, `cut` | moving between placements; collectives as events; pieces of a dimension in a row |
 //! | `grid` | matmul on a grid of chips: 1-D, SUMMA, 2.5-D |
 //! | `cache` | what a chip keeps between forwards of a text that grows |
 //! | `context` | attention over a sequence that chips share: ring, USP |
@@ -21,7 +21,7 @@
 //! | `bucket` | gradients of several small parameters in one all-reduce |
 //! | `execute`, `rooms` | walks a collective's list of steps over a wire; where its elements lie |
 //! | `exchange`, `payload` | the wire between threads: messages, waits, diagnosis |
-//! | `device`, `products` | what a chip computes on; how products were cut up there |
+//! | `device`, `products`, `copies` | what a chip computes on; how products were cut up there; what went through host memory |
 //! | `threads`, `ghost` | the worlds |
 
 mod apply;
@@ -30,7 +30,9 @@ mod cache;
 mod chip;
 mod collective_matmul;
 mod context;
+mod copies;
 mod count;
+mod cut;
 mod device;
 mod exchange;
 mod execute;

@@ -8,6 +8,7 @@
 //! all-gather whose consumers differ is answered by a reduce-scatter, one whose consumers agree by a slice.
 
 use super::apply::Told;
+use super::cut::Cut;
 use super::exchange::{Header, Stopped};
 use super::execute::Call;
 use super::payload::Piece;
@@ -123,10 +124,7 @@ impl Chip {
             self.coordinates()[axis],
         );
         let mut piece = self.allocate(&local.ty);
-        if !self.is_ghost() {
-            let cut = Cut::of(x.ty(), dim);
-            cut.take(x.bytes(), range, piece.bytes_mut());
-        }
+        Cut::of(x.ty(), dim).piece(x, range, &mut piece);
         self.tell(Told {
             kind: EventKind::Op,
             op: "slice".into(),
@@ -202,7 +200,7 @@ impl Chip {
         };
         let unpacked = match transition {
             Transition::AllGather { dim } | Transition::AllToAll { from: dim, .. }
-                if Cut::of(&ty, dim).outer > 1 =>
+                if Cut::of(&ty, dim).outer() > 1 =>
             {
                 2 * ty.bytes()
             }
@@ -227,20 +225,11 @@ impl Chip {
     /// Pieces of dimension `dim` one behind the other, in rank order.
     fn pack(&self, x: &Tensor, dim: usize, axis: &Axis) -> (Tensor, u64) {
         let whole = Cut::of(x.ty(), dim);
-        if whole.outer == 1 {
+        if whole.outer() == 1 {
             return (x.clone(), 0);
         }
         let mut packed = self.allocate(x.ty());
-        if !self.is_ghost() {
-            x.start_download();
-            let mut rest = packed.bytes_mut();
-            for i in 0..axis.size() {
-                let range = cut(whole.len, axis, i);
-                let (piece, behind) = rest.split_at_mut(whole.bytes_of(range.len()));
-                whole.take(x.bytes(), range, piece);
-                rest = behind;
-            }
-        }
+        whole.pack(x, &pieces(x.shape()[dim], axis), &mut packed);
         (packed, 2 * x.ty().bytes())
     }
 
@@ -260,21 +249,12 @@ impl Chip {
         };
         let ty = self.local(global, gathered.dtype(), after, site).ty;
         let whole = Cut::of(&ty, dim);
-        if whole.outer == 1 {
+        if whole.outer() == 1 {
             return gathered.reshape(ty.shape);
         }
         let axis = &self.mesh().axes()[axis];
         let mut tensor = self.allocate(&ty);
-        if !self.is_ghost() {
-            let mut rest = gathered.bytes();
-            for i in 0..axis.size() {
-                let range = cut(whole.len, axis, i);
-                let (piece, behind) = rest.split_at(whole.bytes_of(range.len()));
-                whole.put(piece, range, tensor.bytes_mut());
-                rest = behind;
-            }
-            tensor.has_arrived();
-        }
+        whole.unpack(&gathered, &pieces(ty.shape[dim], axis), &mut tensor);
         tensor
     }
 
@@ -282,14 +262,14 @@ impl Chip {
     pub(super) fn collective(&self, input: &Tensor, request: &Request) -> Tensor {
         let mut output = self.allocate(&request.result);
         let began = self.now();
+        self.start_downloads([input], request);
         if let Some(call) = self.call(input.ty(), request) {
             let input = [Piece::whole(input)];
-            call.start_downloads(&input);
             self.submit_recorded();
             call.run(&input, slice::from_mut(&mut output))
                 .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
-            output.has_arrived();
         }
+        output.has_arrived();
         self.tell_collective(input.ty(), request, Stream::Compute, None, began);
         output
     }
@@ -461,55 +441,7 @@ impl Chip {
     }
 }
 
-/// A tensor seen as [outer, len, inner]: what is before a dimension, the dimension, and the bytes behind it.
-pub(super) struct Cut {
-    outer: usize,
-    len: usize,
-    /// Bytes of one index of the dimension.
-    inner: usize,
-    size: usize,
-}
-
-impl Cut {
-    pub(super) fn of(ty: &TensorType, dim: usize) -> Self {
-        let size = ty.dtype.size();
-        let inner: usize = ty.shape[dim + 1..].iter().product();
-        Cut {
-            outer: ty.shape[..dim].iter().product(),
-            len: ty.shape[dim],
-            inner: inner * size,
-            size,
-        }
-    }
-
-    /// Product of the sizes before the dimension: 1 if its pieces are runs of memory.
-    pub(super) fn outer(&self) -> usize {
-        self.outer
-    }
-
-    /// Bytes of `len` indices of the dimension.
-    pub(super) fn bytes_of(&self, len: usize) -> usize {
-        self.outer * len * self.inner
-    }
-
-    /// Elements per index of the dimension.
-    fn rest(&self) -> usize {
-        self.outer * (self.inner / self.size)
-    }
-
-    pub(super) fn take(&self, from: &[u8], range: Range<usize>, to: &mut [u8]) {
-        let run = range.len() * self.inner;
-        for (o, piece) in to.chunks_exact_mut(run.max(1)).enumerate() {
-            let at = (o * self.len + range.start) * self.inner;
-            piece.copy_from_slice(&from[at..at + run]);
-        }
-    }
-
-    pub(super) fn put(&self, from: &[u8], range: Range<usize>, to: &mut [u8]) {
-        let run = range.len() * self.inner;
-        for (o, piece) in from.chunks_exact(run.max(1)).enumerate() {
-            let at = (o * self.len + range.start) * self.inner;
-            to[at..at + run].copy_from_slice(piece);
-        }
-    }
+/// The piece of each chip of an axis, of a dimension of length `len`.
+fn pieces(len: usize, axis: &Axis) -> Vec<Range<usize>> {
+    (0..axis.size()).map(|i| cut(len, axis, i)).collect()
 }

@@ -111,6 +111,7 @@ impl Sharded {
     /// This chip's share widened to f32; none in a ghost. The loop around a training step may read; the program itself
     /// does not branch on contents.
     pub fn read(&self) -> Option<ArrayD<f32>> {
+        self.tensor.read_on_host();
         (!self.tensor.is_ghost()).then(|| self.tensor.to_array())
     }
 

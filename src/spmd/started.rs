@@ -169,11 +169,9 @@ impl Chip {
     ) -> (u64, Running) {
         let output = results.iter().map(|ty| self.allocate(ty)).collect();
         let ticket = self.open_ticket();
+        self.start_downloads(input.iter().map(|piece| &piece.tensor), request);
         let running = match self.call(ty, request) {
-            Some(call) => {
-                call.start_downloads(input);
-                self.start(call, input.to_vec(), output)
-            }
+            Some(call) => self.start(call, input.to_vec(), output),
             // A ghost's results are allocated and wait for nothing.
             None => Running::finished(output),
         };
@@ -197,6 +195,10 @@ impl Chip {
         let (results, time) = delivered.expect("a transfer that is done has delivered");
         self.close_ticket(ticket);
         results.iter().for_each(Tensor::has_arrived);
+        if results.len() > 1 {
+            // A bucket: kernels read all of it, and one copy brings it back.
+            Tensor::upload_all(&results);
+        }
         if !self.is_ghost() {
             self.recorder().complete(ticket, time);
         }

@@ -32,7 +32,7 @@ impl Chip {
         self.phase(Phase::Update, || (0..count).filter_map(reduce).collect())
     }
 
-    /// Runs a change in place as one event: `change` is not called in a ghost.
+    /// Runs a change in place as one event.
     #[track_caller]
     pub(crate) fn change(
         &self,
@@ -44,9 +44,7 @@ impl Chip {
         let site = Location::caller();
         self.arrive(op, site);
         let began = self.now();
-        if !self.is_ghost() {
-            change();
-        }
+        change();
         self.tell(Told {
             kind: EventKind::Op,
             op: op.into(),

@@ -9,10 +9,12 @@
 
 mod chrome;
 mod file;
+mod host;
 mod products;
 mod recorder;
 mod summary;
 
+pub use host::{HostCopy, HostTotal};
 pub use products::{Product, Shape, Tiles};
 pub use recorder::Recorder;
 pub use summary::{CollectiveTotal, OpTotal};
@@ -117,27 +119,6 @@ pub struct Time {
     pub duration_ns: u64,
 }
 
-/// Copies between a graphics processor and host memory, through which goes what its chip sends to others and gets from them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HostCopies {
-    /// Bytes copied to the host, to be sent or added there.
-    pub to_host: u64,
-    /// Bytes copied to the device that came from other chips.
-    pub to_device: u64,
-}
-
-impl HostCopies {
-    /// True if there were none.
-    pub fn is_none(&self) -> bool {
-        *self == HostCopies::default()
-    }
-
-    fn add(&mut self, other: &HostCopies) {
-        self.to_host += other.to_host;
-        self.to_device += other.to_device;
-    }
-}
-
 /// One thing that a chip did.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Event {
@@ -174,15 +155,16 @@ pub struct Event {
     /// Indices into [`ChipTrace::products`]: its products, in order, where the chip's device chooses how they are cut up.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub products: Vec<u32>,
-    /// Copies through host memory that transfers between chips took, begun since the event before; none where there were none. To the
-    /// host goes what a transfer sends, when it begins; back goes what arrived, when a kernel first needs it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub host: Option<HostCopies>,
+    /// Copies through host memory that transfers between chips took, begun since the event before. To the host goes what a transfer
+    /// sends, when it begins; back goes what arrived, when an op first takes it as an operand, a bucket's gradients when they are
+    /// waited for. Empty on a processor, and in a ghost that stands for no graphics processor.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host: Vec<HostCopy>,
 }
 
 impl Event {
     /// True if both did the same, whenever they did it, however its products were cut up, and whatever went through host memory: a
-    /// ghost stands for any device.
+    /// ghost may stand for any device.
     pub fn same(&self, other: &Event) -> bool {
         let key = |e: &Event| {
             (
@@ -231,9 +213,9 @@ pub struct ChipTrace {
     pub peak_bytes: u64,
     /// Largest scratch of any op, in bytes.
     pub peak_scratch_bytes: u64,
-    /// Copies through host memory over the whole run; none but on a graphics processor.
-    #[serde(default, skip_serializing_if = "HostCopies::is_none")]
-    pub host: HostCopies,
+    /// Copies through host memory over the whole run, on a graphics processor and in a ghost of one; none elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostTotal>,
     /// What products are cut up by on a graphics processor; none on a processor and in a ghost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tiles: Option<Tiles>,
@@ -260,7 +242,7 @@ impl ChipTrace {
     }
 
     /// The first place where two chips' kept events differ, as a sentence. How products were cut up is compared where both
-    /// chips have a table of tiles: a ghost stands for any device and has none.
+    /// chips have a table of tiles: a ghost has none. What went through host memory is compared where both count it.
     pub fn difference(&self, other: &ChipTrace) -> Option<String> {
         let (a, b) = (self.events().count(), other.events().count());
         for (i, (x, y)) in self.events().zip(other.events()).enumerate() {
@@ -278,6 +260,9 @@ impl ChipTrace {
             }
             if let Some(tiles) = self.difference_of_tiles(x, other, y) {
                 return Some(format!("event {i} differs: {tiles}"));
+            }
+            if let Some(copies) = self.difference_of_copies(x, other, y) {
+                return Some(format!("event {i} differs: {copies}"));
             }
         }
         if a != b {

@@ -1,7 +1,7 @@
 //! Writes one chip's trace while it runs.
 
-use super::{ChipTrace, Event, EventKind, Product, Step, Tiles, Time};
-use std::collections::HashMap;
+use super::{ChipTrace, Event, EventKind, HostTotal, Product, Step, Tiles, Time};
+use std::collections::{BTreeMap, HashMap};
 use std::panic::Location;
 use std::sync::Arc;
 
@@ -12,6 +12,9 @@ pub struct Recorder {
     scopes: HashMap<Arc<str>, u32>,
     sites: HashMap<(&'static str, u32), u32>,
     products: HashMap<Product, u32>,
+    /// Copies whose times may come, by number: to the host or not.
+    copies: BTreeMap<u64, bool>,
+    times_copies: bool,
     open_scopes: Vec<u32>,
     in_step: bool,
 }
@@ -96,6 +99,12 @@ impl Recorder {
         self.trace.tiles = Some(tiles);
     }
 
+    /// Says that the chip's copies through host memory are counted, and whether their times will come.
+    pub fn counts_copies(&mut self, timed: bool) {
+        self.trace.host = Some(HostTotal::default());
+        self.times_copies = timed;
+    }
+
     /// Index of a product, with its calls added to those before.
     pub fn product(&mut self, product: Product) -> u32 {
         let calls = product.calls;
@@ -136,6 +145,10 @@ impl Recorder {
     /// Appends an event.
     pub fn push(&mut self, event: Event) {
         self.trace.count(&event);
+        if self.times_copies {
+            let copies = event.host.iter().map(|c| (c.number, c.to_host));
+            self.copies.extend(copies);
+        }
         let trace = &mut self.trace;
         // A program without steps is kept whole; between the steps of a long run (evaluations, samples) a little is.
         let outside = if trace.steps == 0 { 1 << 20 } else { 1 << 12 };
@@ -160,6 +173,25 @@ impl Recorder {
         let started = |e: &&mut Event| e.ticket == Some(ticket) && e.kind != EventKind::Wait;
         if let Some(event) = events.into_iter().find(started) {
             event.time = Some(time);
+        }
+    }
+
+    /// Gives the copy through host memory with this number the time at which it ran.
+    pub(crate) fn complete_copy(&mut self, number: u64, time: Time) {
+        // They come in order: what is older and lacks its time will not get it.
+        self.copies = self.copies.split_off(&number);
+        let Some(to_host) = self.copies.remove(&number) else {
+            return;
+        };
+        let trace = &mut self.trace;
+        trace.host.get_or_insert_default().add_time(to_host, time);
+        let steps = trace.latest.iter_mut().chain(&mut trace.first);
+        let events = steps
+            .flat_map(|s| s.events.iter_mut().rev())
+            .chain(trace.outside.iter_mut().rev());
+        let mut copies = events.flat_map(|e| &mut e.host);
+        if let Some(copy) = copies.find(|c| c.number == number) {
+            copy.time = Some(time);
         }
     }
 

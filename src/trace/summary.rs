@@ -44,8 +44,8 @@ impl ChipTrace {
     pub(super) fn count(&mut self, event: &Event) {
         let duration_ns = event.time.map_or(0, |t| t.duration_ns);
         self.peak_scratch_bytes = self.peak_scratch_bytes.max(event.scratch);
-        if let Some(copies) = &event.host {
-            self.host.add(copies);
+        for copy in &event.host {
+            self.host.get_or_insert_default().add(copy);
         }
         if let Some(traffic) = &event.traffic {
             let found = self
@@ -175,12 +175,18 @@ impl Trace {
                 c.op, c.axis, c.calls
             );
         }
-        if !chip.host.is_none() {
+        if let Some(copies) = chip.host.filter(|c| c.to_host + c.to_device > 0) {
+            let took = |ns: u64| match ns {
+                0 => String::new(),
+                _ => format!(" in {:.2} ms", ns as f64 / 1e6),
+            };
             let _ = writeln!(
                 out,
-                "through host memory (chip 0): {}B from the device, {}B to it",
-                short(chip.host.to_host),
-                short(chip.host.to_device)
+                "through host memory (chip 0): {}B from the device{}, {}B to it{}",
+                short(copies.to_host),
+                took(copies.to_host_ns),
+                short(copies.to_device),
+                took(copies.to_device_ns)
             );
         }
         let peak = self

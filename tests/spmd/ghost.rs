@@ -322,8 +322,8 @@ fn a_trace_in_a_file_is_the_same_trace_and_a_viewers_too() {
         assert_eq!(spans.len(), kept, "one event per kept event");
         assert_eq!(
             events.len() - spans.len(),
-            trace.classes.len(),
-            "and a name per chip"
+            3 * trace.classes.len(),
+            "and a name per chip and stream"
         );
         for span in spans {
             assert!(

@@ -9,11 +9,15 @@
 #![recursion_limit = "512"]
 
 mod gpt;
-mod ours;
+/// The model in this crate, as `supernode bench` trains it.
+#[path = "../../../src/cli/bench/trainer.rs"]
+mod trainer;
 
 use burn::tensor::{Device, DeviceKind, Tensor, TensorData};
 use std::time::Instant;
+use supernode::DType;
 use supernode::mesh::Mesh;
+use supernode::model::Config;
 use supernode::placement::Placement::Replicate;
 use supernode::random::Stream;
 use supernode::spmd::{Chip, Device as Kind, FromIndex, World};
@@ -136,14 +140,9 @@ fn check(side: &str, n: usize, a: &[f32], b: &[f32], got: &[f32]) {
 
 fn step(chip: &Chip, device: &Device, rounds: usize) {
     let [layers, width, heads, vocab, tokens, rows] = CHAR_6X384;
-    let [ids, labels] = ["tokens", "labels"].map(|name| -> Vec<u32> {
-        let stream = Stream::new(0, name);
-        let count = (rows * tokens) as u64;
-        (0..count)
-            .map(|i| stream.below(i, vocab as u64) as u32)
-            .collect()
-    });
-    let mut mine = ours::Trainer::new(chip, ids.clone(), labels.clone());
+    let [ids, labels] = trainer::random_tokens([rows, tokens], vocab);
+    let config = Config::gpt2(layers, width, heads, vocab, tokens);
+    let mut mine = trainer::Trainer::new(chip, config, DType::F32, [rows, tokens]);
     let mut theirs = gpt::Trainer::new(&device.clone().autodiff(), &ids, &labels);
     let (mut a, mut b) = (vec![], vec![]);
     let [ours, burn] = in_turn(rounds, || a.push(mine.step()), || b.push(theirs.step()));

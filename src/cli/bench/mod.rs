@@ -12,6 +12,7 @@ mod measure;
 mod operands;
 mod table;
 mod train_step;
+mod trainer;
 #[cfg(feature = "gpu")]
 mod tune;
 

@@ -1,15 +1,14 @@
 //! A training step: forward, backward and AdamW on one chip, without clipping or dropout, on random tokens.
 
 use super::measure::{Demand, Measured, measure};
+use super::trainer::Trainer;
 use serde::Deserialize;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::time::Duration;
 use supernode::DType;
-use supernode::model::{Config, Transformer};
-use supernode::random::Stream;
+use supernode::model::Config;
 use supernode::spmd::Chip;
-use supernode::train::{AdamW, Optimizer};
 
 /// A model with a name: GPT-2's architecture, with biases.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -98,7 +97,8 @@ impl Step {
             budget: Duration::from_secs(3),
         };
         let vocab = config.vocab;
-        let mut trainer = Trainer::new(self, config, chip, dtype);
+        let shape = [self.batch.get(), self.tokens.get()];
+        let mut trainer = Trainer::new(chip, config, dtype, shape);
         let first = trainer.step();
         // Nothing was learnt: all tokens are about equally likely.
         let even = (vocab as f64).ln();
@@ -113,66 +113,6 @@ impl Step {
             "the same batch again and again: the loss of {self} went from {first} to {last}"
         );
         measured
-    }
-}
-
-/// A model in training on one batch.
-struct Trainer<'a> {
-    chip: &'a Chip,
-    model: Transformer,
-    optimizer: Optimizer,
-    shape: [usize; 2],
-    tokens: Vec<u32>,
-    labels: Vec<u32>,
-    steps: u64,
-}
-
-impl<'a> Trainer<'a> {
-    fn new(step: &Step, config: Config, chip: &'a Chip, dtype: DType) -> Self {
-        let shape = [step.batch.get(), step.tokens.get()];
-        let [tokens, labels] = ["tokens", "labels"].map(|name| {
-            let (stream, vocab) = (Stream::new(0, name), config.vocab as u64);
-            let count = (shape[0] * shape[1]) as u64;
-            (0..count).map(|i| stream.below(i, vocab) as u32).collect()
-        });
-        let model = Transformer::new(config, chip.mesh()).unwrap_or_else(|e| chip.fail(e));
-        let options = AdamW {
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            weight_decay: 0.01,
-            clip: None,
-        };
-        Trainer {
-            chip,
-            model: model.with_dtype(dtype),
-            optimizer: Optimizer::new(options, 0),
-            shape,
-            tokens,
-            labels,
-            steps: 0,
-        }
-    }
-
-    /// One step: the mean loss before the update.
-    fn step(&mut self) -> f64 {
-        self.steps += 1;
-        let (chip, model) = (self.chip, &self.model);
-        let loss = chip.step(self.steps, || {
-            let loss = chip.record(|| {
-                let placement = Transformer::batch_placement(chip);
-                let tokens = chip.input("tokens", self.shape, placement.clone(), &self.tokens);
-                let labels = chip.input("labels", self.shape, placement, &self.labels);
-                let losses = chip.scope("forward", || model.losses(chip, &tokens, &labels));
-                losses.sum().scale(1.0 / self.labels.len() as f32)
-            });
-            loss.backward();
-            let loss = loss.detach();
-            self.optimizer.step(chip, 3e-4);
-            loss
-        });
-        let loss = loss.read().expect("a real chip has contents");
-        f64::from(*loss.first().expect("a scalar has one element"))
     }
 }
 

@@ -51,7 +51,7 @@ pub(crate) use past::{Past, past_caches};
 pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use tiles::{OnTiles, TileUnit, Tiles};
-pub(crate) use units::PairUnit;
+pub(crate) use units::{PairUnit, check_units};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use units::{matrix_unit, tile_unit};
 

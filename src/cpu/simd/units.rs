@@ -6,7 +6,11 @@
 use super::cache::is_intel;
 #[cfg(target_arch = "x86_64")]
 use super::{TileUnit, amx::Amx, isa};
+use crate::error::{Error, ErrorKind, Result};
+use std::ffi::OsStr;
 use std::sync::OnceLock;
+
+const VARIABLE: &str = "SUPERNODE_MATRIX_UNITS";
 
 /// The token of the instruction that multiplies pairs of bf16.
 #[cfg(target_arch = "x86_64")]
@@ -53,22 +57,47 @@ pub(super) enum Wanted {
 }
 
 impl Wanted {
-    /// # Panics
-    /// If the variable has another value.
-    pub(super) fn get() -> Self {
-        static WANTED: OnceLock<Wanted> = OnceLock::new();
-        *WANTED.get_or_init(|| {
-            let Some(word) = std::env::var_os("SUPERNODE_MATRIX_UNITS") else {
-                return Wanted::On;
-            };
-            match word.to_str() {
-                Some("on") => Wanted::On,
-                Some("off") => Wanted::Off,
-                Some("pairs") => Wanted::Pairs,
-                _ => panic!("SUPERNODE_MATRIX_UNITS is {word:?}; it may be on, off or pairs"),
-            }
-        })
+    /// What it asks for, read once.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Input`] if the variable has another value.
+    fn read() -> Result<Self> {
+        static WANTED: OnceLock<Result<Wanted>> = OnceLock::new();
+        let wanted = WANTED.get_or_init(|| match std::env::var_os(VARIABLE) {
+            None => Ok(Wanted::On),
+            Some(word) => Self::named(&word),
+        });
+        wanted.clone()
     }
+
+    fn named(word: &OsStr) -> Result<Self> {
+        match word.to_str() {
+            Some("on") => Ok(Wanted::On),
+            Some("off") => Ok(Wanted::Off),
+            Some("pairs") => Ok(Wanted::Pairs),
+            _ => Err(Error::new(
+                ErrorKind::Input,
+                format!(
+                    "the environment variable {VARIABLE} is {word:?}; set it to on, off or pairs, or unset it"
+                ),
+            )),
+        }
+    }
+
+    /// # Panics
+    /// If the variable has another value: kernels that are called by themselves return no [`Result`]. Chips have
+    /// [checked](check_units) it before they run any.
+    pub(super) fn get() -> Self {
+        Self::read().unwrap_or_else(|e| panic!("{e}"))
+    }
+}
+
+/// Looks whether the environment asks for units that there may be, before a chip computes.
+///
+/// # Errors
+/// [`ErrorKind::Input`] if not, with what may be asked for.
+pub(crate) fn check_units() -> Result<()> {
+    Wanted::read().map(drop)
 }
 
 /// Whether products of bf16 use the instruction for pairs where there is one. On AMD's Zen 4 it does twice the work of a multiply-add
@@ -97,4 +126,26 @@ pub(crate) fn matrix_unit() -> Option<Amx> {
 pub(crate) fn tile_unit() -> Option<TileUnit> {
     let pairs = || isa().pair_unit().map(TileUnit::of_pairs);
     matrix_unit().and_then(TileUnit::of).or_else(pairs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_word_is_an_error_that_names_those_there_are() {
+        for (word, wanted) in [
+            ("on", Wanted::On),
+            ("off", Wanted::Off),
+            ("pairs", Wanted::Pairs),
+        ] {
+            assert_eq!(Wanted::named(OsStr::new(word)).unwrap(), wanted);
+        }
+        for wrong in ["", "foo", "ON", "on "] {
+            let why = Wanted::named(OsStr::new(wrong)).expect_err(wrong);
+            assert_eq!(why.kind(), ErrorKind::Input);
+            let told = format!("SUPERNODE_MATRIX_UNITS is {wrong:?}; set it to on, off or pairs");
+            assert!(why.to_string().contains(&told), "{why}");
+        }
+    }
 }

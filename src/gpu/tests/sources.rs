@@ -158,9 +158,9 @@ fn operands_may_be_results_and_indices_may_be_moved() {
             );
         }
     }
-    for name in ["take", "put", "place", "transpose", "cast"] {
+    for name in ["take", "put", "place", "transpose", "cast", "pack"] {
         let kernel = ALL.iter().find(|k| k.name == name).expect("a kernel");
-        let bound = vec![Bound::Own(DType::U32); 2];
+        let bound = vec![Bound::Own(DType::U32); interface(kernel).slots.len()];
         let constants = constants(kernel)[0].clone();
         validate(
             kernel,

@@ -2,6 +2,7 @@
 
 use super::super::Cost;
 use super::super::adamw::same_shape;
+use super::super::device::only_traced;
 #[cfg(feature = "gpu")]
 use super::super::device::{read, write};
 #[cfg(feature = "gpu")]
@@ -25,6 +26,9 @@ impl BalanceBias {
     /// If shapes differ, or the bias is shared.
     pub fn update(&self, bias: &mut Tensor, load: &Tensor) {
         same_shape("balance_bias", bias, "the load", load);
+        if only_traced([load], [&*bias]) {
+            return;
+        }
         #[cfg(feature = "gpu")]
         if bias.is_on_gpu() {
             return gpu::balance_bias(write(bias), read(load), self.rate, self.mean);

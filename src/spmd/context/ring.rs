@@ -95,9 +95,7 @@ impl Shares {
         let ty = TensorType::new(x.shape(), dtype);
         let mut y = chip.allocate(&ty);
         let began = chip.now();
-        if !chip.is_ghost() {
-            device::cast(&x, &mut y);
-        }
+        device::cast(&x, &mut y);
         let cost = Cost {
             flops: 0,
             bytes: x.ty().bytes() + ty.bytes(),
@@ -115,9 +113,7 @@ impl Shares {
             keys: 0..0,
         };
         let mut whole = all.results(q.ty(), v.ty()).map(|ty| chip.allocate(&ty));
-        if !chip.is_ghost() {
-            attention_part::begin_results(&mut whole);
-        }
+        attention_part::begin_results(&mut whole);
         whole
     }
 
@@ -132,16 +128,14 @@ impl Shares {
         let (k, v) = (&keys.k, &keys.v);
         let mut results = part.results(q.ty(), v.ty()).map(|ty| chip.allocate(&ty));
         let began = chip.now();
-        if !chip.is_ghost() {
-            let operands = Operands {
-                q,
-                k,
-                v,
-                documents: documents.zip(keys.documents.as_ref()).map(|(q, k)| [q, k]),
-            };
-            let [o, lse] = &mut results;
-            part.forward(operands, o, lse);
-        }
+        let operands = Operands {
+            q,
+            k,
+            v,
+            documents: documents.zip(keys.documents.as_ref()).map(|(q, k)| [q, k]),
+        };
+        let [o, lse] = &mut results;
+        part.forward(operands, o, lse);
         let types = part.types(q.ty(), k.ty(), v.ty());
         let cost = part.cost(q.ty(), k.ty(), v.ty(), false);
         self.tell(chip, "attention", &types, &types_of(&results), cost, began);
@@ -167,9 +161,7 @@ impl Shares {
             None => whole.insert(self.nothing(chip, q, &results[0])),
         };
         let began = chip.now();
-        if !chip.is_ghost() {
-            merge_results(whole, &results, part.queries.start);
-        }
+        merge_results(whole, &results, part.queries.start);
         let types = types_of(&results);
         let read: u64 = types.iter().map(TensorType::bytes).sum();
         let cost = Cost {
@@ -270,15 +262,13 @@ impl Shares {
         let types = part.gradients(q.ty(), k.ty(), v.ty());
         let mut gradients = types.each_ref().map(|ty| chip.allocate(ty));
         let began = chip.now();
-        if !chip.is_ghost() {
-            let operands = Operands {
-                q,
-                k,
-                v,
-                documents: documents.zip(keys.documents.as_ref()).map(|(q, k)| [q, k]),
-            };
-            part.backward(operands, results, &mut gradients);
-        }
+        let operands = Operands {
+            q,
+            k,
+            v,
+            documents: documents.zip(keys.documents.as_ref()).map(|(q, k)| [q, k]),
+        };
+        part.backward(operands, results, &mut gradients);
         let [dout, _] = part.results(q.ty(), v.ty());
         let cost = part.cost(q.ty(), k.ty(), v.ty(), true);
         self.tell(chip, "attention.backward", &[dout], &types, cost, began);
@@ -306,9 +296,7 @@ impl Shares {
             }
         };
         let began = chip.now();
-        if !chip.is_ghost() {
-            add_tokens(sum, &part, range.start);
-        }
+        add_tokens(sum, &part, range.start);
         let ty = part.ty().clone();
         let cost = Cost {
             flops: ty.elements() as u64,
@@ -327,9 +315,7 @@ impl Shares {
 
     fn zeros(&self, chip: &Chip, ty: &TensorType) -> Tensor {
         let mut tensor = chip.allocate(ty);
-        if !chip.is_ghost() {
-            device::clear(&mut tensor);
-        }
+        device::clear(&mut tensor);
         tensor
     }
 

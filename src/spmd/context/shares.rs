@@ -14,6 +14,7 @@ use crate::ops::Op;
 use crate::ops::attention_part::AttentionPart;
 use crate::placement::Placement::{Replicate, Shard};
 use crate::placement::{Placements, TokenOrder, splits_evenly};
+use crate::spmd::cut::{in_a_row, out_of_a_row};
 use crate::spmd::redistribute::Request;
 use crate::spmd::resolve::resolve;
 use crate::spmd::{Chip, Sharded};
@@ -191,12 +192,7 @@ impl Shares {
         let lengths = types.each_ref().map(TensorType::elements);
         let len = lengths[0] + lengths[1];
         let mut packed = chip.allocate(&TensorType::new([len], DType::F32));
-        if !chip.is_ghost() {
-            own.iter().for_each(Tensor::start_download);
-            let (o, lse) = packed.bytes_mut().split_at_mut(own[0].bytes().len());
-            o.copy_from_slice(own[0].bytes());
-            lse.copy_from_slice(own[1].bytes());
-        }
+        in_a_row(&own, &mut packed);
         drop(own);
         let result = TensorType::new([n, len], DType::F32);
         let request = Request {
@@ -218,11 +214,7 @@ impl Shares {
             let mut first = i * len;
             [0, 1].map(|which| {
                 let mut tensor = chip.allocate(&types[which]);
-                if !chip.is_ghost() {
-                    let bytes = &all.bytes()[4 * first..][..4 * lengths[which]];
-                    tensor.bytes_mut().copy_from_slice(bytes);
-                    tensor.has_arrived();
-                }
+                out_of_a_row(&all, first, &mut tensor);
                 first += lengths[which];
                 tensor
             })

@@ -7,7 +7,8 @@ use crate::dtype::{DType, TensorType};
 use crate::mesh::Group;
 use crate::placement::split;
 use crate::spmd::Chip;
-use crate::spmd::redistribute::{Cut, Request};
+use crate::spmd::cut::Cut;
+use crate::spmd::redistribute::Request;
 use crate::spmd::started::Passing;
 use crate::tensor::Tensor;
 use std::ops::Range;
@@ -92,16 +93,7 @@ impl Shares {
             x.clone()
         } else {
             let mut packed = chip.allocate(x.ty());
-            if !chip.is_ghost() {
-                x.start_download();
-                let cut = Cut::of(x.ty(), cut);
-                let mut rest = packed.bytes_mut();
-                for range in ranges(pieces) {
-                    let (piece, behind) = rest.split_at_mut(cut.bytes_of(range.len()));
-                    cut.take(x.bytes(), range, piece);
-                    rest = behind;
-                }
-            }
+            Cut::of(x.ty(), cut).pack(&x, &ranges(pieces), &mut packed);
             packed
         };
         let moves = Cut::of(&result, joined).outer() > 1;
@@ -146,15 +138,7 @@ impl Shares {
             return arrived;
         }
         let mut tensor = chip.allocate(result);
-        if !chip.is_ghost() {
-            let mut rest = arrived.bytes();
-            for range in ranges(parts) {
-                let (piece, behind) = rest.split_at(cut.bytes_of(range.len()));
-                cut.put(piece, range, tensor.bytes_mut());
-                rest = behind;
-            }
-            tensor.has_arrived();
-        }
+        cut.unpack(&arrived, &ranges(parts), &mut tensor);
         tensor
     }
 
@@ -177,12 +161,13 @@ impl Shares {
 }
 
 /// Consecutive ranges of these lengths.
-fn ranges(lengths: &[usize]) -> impl Iterator<Item = Range<usize>> {
-    lengths.iter().scan(0, |end, len| {
+fn ranges(lengths: &[usize]) -> Vec<Range<usize>> {
+    let consecutive = lengths.iter().scan(0, |end, len| {
         let start = *end;
         *end += len;
         Some(start..*end)
-    })
+    });
+    consecutive.collect()
 }
 
 impl Shares {
