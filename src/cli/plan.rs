@@ -138,7 +138,8 @@ fn line(s: &Setting, f: &Forecast) -> serde_json::Value {
         "tokens_per_second": f.tokens / f.step_seconds,
         "memory_bytes_per_chip": f.memory.total(), "bubble_seconds": f.bubble_seconds,
         "exposed_communication_seconds": f.exposed, "sequence_parallel": s.sequence_parallel,
-        "micro_batch": s.micro_batch, "virtual_stages": s.virtual_stages, "zero": s.zero,
+        "collective_matmul": s.collective_matmul, "micro_batch": s.micro_batch,
+        "virtual_stages": s.virtual_stages, "zero": s.zero,
     });
     for (name, value) in choices(s) {
         if name == "schedule" || name == "recompute" {
@@ -148,16 +149,18 @@ fn line(s: &Setting, f: &Forecast) -> serde_json::Value {
     object
 }
 
-/// The splits, and beside each what it loses where: the reason for its place.
+/// The splits, and beside each what it loses where: the reason for its place. Under `beside` stands whether products run beside the
+/// transfers of sequence parallelism (`--collective-matmul`).
 fn table(found: &Found) {
     print_text(&format!(
-        "{:<34} {:>5} {:>8} {:>6} {:>9} {:>4} {:>10} {:>6} {:>8}  {}\n",
+        "{:<34} {:>5} {:>8} {:>6} {:>9} {:>4} {:>6} {:>10} {:>6} {:>8}  {}\n",
         "mesh (last: neighbours)",
         "micro",
         "schedule",
         "chunks",
         "recompute",
         "zero",
+        "beside",
         "step s",
         "mfu",
         "GB",
@@ -169,9 +172,10 @@ fn table(found: &Found) {
         let bubble = format!("bubble {}", share(f.bubble_seconds));
         let waits = f.exposed.iter().map(|(k, v)| format!("{k} {}", share(*v)));
         let waits: Vec<String> = std::iter::once(bubble).chain(waits).collect();
-        let [_, _, _, _, micro, schedule, chunks, recompute, zero] = choices(s).map(|c| c.1);
+        let [_, _, _, _, micro, schedule, chunks, recompute, zero, beside] =
+            choices(s).map(|c| c.1);
         print_text(&format!(
-            "{:<34} {micro:>5} {schedule:>8} {chunks:>6} {recompute:>9} {zero:>4} {:>10.4} {:>5.1}% {:>8.1}  {}, {}\n",
+            "{:<34} {micro:>5} {schedule:>8} {chunks:>6} {recompute:>9} {zero:>4} {beside:>6} {:>10.4} {:>5.1}% {:>8.1}  {}, {}\n",
             s.mesh.to_string(),
             f.step_seconds,
             f.mfu * 100.0,

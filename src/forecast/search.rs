@@ -47,7 +47,7 @@ pub struct Found {
 }
 
 /// The choices of a setting by name, as text.
-pub fn choices(s: &Setting) -> [(&'static str, String); 9] {
+pub fn choices(s: &Setting) -> [(&'static str, String); 10] {
     let size = |axis: &str| s.along(axis).to_string();
     let recompute = match s.recompute {
         Recompute::None => "none",
@@ -64,6 +64,10 @@ pub fn choices(s: &Setting) -> [(&'static str, String); 9] {
         ("virtual-stages", s.virtual_stages.to_string()),
         ("recompute", recompute.into()),
         ("zero", s.zero.to_string()),
+        (
+            "collective-matmul",
+            if s.collective_matmul { "yes" } else { "no" }.into(),
+        ),
     ]
 }
 
@@ -76,8 +80,8 @@ fn powers(most: usize) -> impl Iterator<Item = usize> {
 
 impl Search {
     /// All settings whose sizes divide: tp, cp, pp and ep, micro-batch, schedule and chunks, recomputation, ZeRO stage; sequence
-    /// parallelism wherever tp > 1, as it costs nothing. The order pp, dp, ep, cp, tp puts tp on the fastest links; with dp outside
-    /// of pp is tried too.
+    /// parallelism wherever tp > 1, as it costs nothing, and there, without cp, products beside its transfers (not with latent attention,
+    /// whose products stay whole). The order pp, dp, ep, cp, tp puts tp on the fastest links; with dp outside of pp is tried too.
     pub fn candidates(&self) -> Vec<Setting> {
         let m = &self.model;
         let mut meshes = Vec::new();
@@ -125,6 +129,11 @@ impl Search {
             (Pipeline::Listed(Schedule::ZbV), 2),
         ];
         let alone = mesh.size_of("pp") == 1;
+        let chunked = mesh.size_of("tp") > 1 && mesh.size_of("cp") == 1;
+        let collective_matmuls = match chunked && self.model.latent.is_none() {
+            true => &[false, true][..],
+            false => &[false],
+        };
         let base = Setting {
             context: self.context,
             sequence_parallel: mesh.size_of("tp") > 1,
@@ -148,11 +157,12 @@ impl Search {
                 }
                 for recompute in [Recompute::None, Recompute::Selective, Recompute::Full] {
                     for zero in [1, 3] {
-                        all.push(Setting {
+                        all.extend(collective_matmuls.iter().map(|chunks| Setting {
                             recompute,
                             zero,
+                            collective_matmul: *chunks,
                             ..setting.clone()
-                        });
+                        }));
                     }
                 }
             }
@@ -256,6 +266,7 @@ fn keep_best(best: &mut Vec<(Setting, Forecast)>, setting: Setting, f: Forecast,
             && s.micro_batch == setting.micro_batch
             && s.virtual_stages == setting.virtual_stages
             && s.pipeline == setting.pipeline
+            && s.collective_matmul == setting.collective_matmul
             && (g.step_seconds / f.step_seconds - 1.0).abs() <= 1e-9
     };
     if let Some(twin) = best.iter_mut().find(|b| same(b)) {

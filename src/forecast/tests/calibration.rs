@@ -5,7 +5,7 @@ use crate::collective::Kind;
 use std::collections::BTreeMap;
 
 /// Rows of a measured file, as numbers.
-fn measured(file: &str) -> Vec<Vec<f64>> {
+pub(super) fn measured(file: &str) -> Vec<Vec<f64>> {
     let dir = std::env::var("SUPERNODE_CALIBRATION")
         .expect("SUPERNODE_CALIBRATION names the directory of curves");
     let text = std::fs::read_to_string(std::path::Path::new(&dir).join(file)).expect(file);
@@ -59,11 +59,14 @@ fn all_reduces_between_the_fitted_sizes() {
                 "{file} n={n}: mean {mean:.3}, worst {worst:.3}, {over} of {} beyond 10 %",
                 errors.len()
             );
-            // Scatter of the measurements: a curve of microseconds with a resolution of one, outliers of 40 %. A change of protocol
-            // inside a gap, the slower way's slope up to the next point, was tried: it explains the one A100 point and misses more
-            // of the others.
+            // Scatter of the measurements. Two H100 took 23 us where the next smaller size, which is kept, took 28: no curve that
+            // grows comes nearer than 22 %. Four took 55 us where the next larger one took 51: none comes nearer than 7 %. Eight A100
+            // took 263.2 us between 209.7 and 265.3, where a library changes its way; the price is 236.1. Between straight lines and the
+            // slower way's slope up to the next point, weighed 1 - w to w, that one comes in from w = 0.1 on; but of the kept points
+            // alone, each left out in turn, every w above 0 misses more (4.2 % at 0, 4.5 at 0.2, 5.6 at 1), so it is not taken. The shape
+            // of the other file of A100s between two kept points misses as much as no shape.
             assert!(
-                over <= 2 && mean <= 0.08,
+                over <= 1 && mean <= 0.08,
                 "{file} n={n}: mean {mean}, {over} beyond 10 %"
             );
             all.extend(&errors);
@@ -255,111 +258,4 @@ fn every_curve_between_its_fitted_sizes() {
             }
         }
     }
-}
-
-/// What is fitted to one width of the single-node set, from the least to the most that is tried: microseconds in which the software
-/// launches a kernel, and hundredths of the bandwidth that its softmax and loss reach.
-const LAUNCHES: std::ops::RangeInclusive<usize> = 40..=80;
-const SHARES: std::ops::RangeInclusive<usize> = 8..=17;
-
-/// 1,440 runs on one node of A100s, everything computed again: constants from hidden 1024, tested on 2048, and back.
-///
-/// Without `dp` the times of the file are linear in layers and micro-batches to the last of 16 digits: they are parts of layers that
-/// were timed alone, added up. So each part begins on an idle chip here (`stack.parts`), products are priced as those that were measured
-/// alone at these sizes, and the 1,440 are 16 layers and 16 heads a width; those of few tokens, which wait for the host, scatter by
-/// 15 % about any rule.
-///
-/// What a price is made of was chosen on hidden 1024 alone: by leaving out one pair of `tp` and micro-batch after the other (first
-/// column, mean error), by leaving out the largest micro-batches, and by what Megatron-LM's kernels read and write. Each choice
-/// was then tested on 2048 once; the times of 2048's layers, without any price beside them, had been seen before.
-///
-/// | choice | 1024, left out | 2048, mean and median | back |
-/// |---|---|---|---|
-/// | launches or kernels of a whole pass, whichever is longer; one share for all that streams | 4.8 % | 8.4, 6.2 % | 4.3, 2.6 % |
-/// | the same with products as measured inside a layer | 4.8 % | 10.2, 10.0 % | 5.4, 3.7 % |
-/// | each kernel waits for its own launch, the chip's own shares | 4.5 % | 11.3, 9.8 % | 11.3, 12.4 % |
-/// | parts alone, biases and copies around unfused attention, the loss's sums over `tp` | 4.0 % | 8.3, 5.8 % | 9.0, 9.0 % |
-/// | and the loss's small kernels, and the embedding's gradient | 4.0 % | 8.6, 5.6 % | 7.2, 7.2 % |
-/// | and a share for softmax and loss alone | 4.3 % | 8.3, 5.8 % | 6.5, 6.1 % |
-/// | and GELU as any element-wise kernel | 4.2 % | 7.9, 6.2 % | 6.6, 6.2 % |
-///
-/// These rows come from a sketch that simplifies pipelines, the embedding's gradient and the optimizer, and whose last two rows give some
-/// kernels that add to earlier micro-batches' gradients a wrong price (on 2048, and in the head on 1024); the prices here, made as
-/// its last row says, do not, and miss 7.3 and 6.2 %, and 5.6 and 4.5 % back.
-///
-/// Of these prices two more were tried and refused on hidden 1024, without a look at 2048. As they are they miss 3.8 % where a pair is left
-/// out, and 5.1 % of the largest micro-batches, left out. With norms as any element-wise kernel (apex has another kernel than the one
-/// whose share was measured) that is 5.0 and 6.9 %; with pipelines that fill before each product, a prologue of 64 or 128 as inside a layer,
-/// 4.4 and 5.8, or 4.7 and 6.7 %; with both 4.4 and 5.3, or 4.8 and 6.2 %. What is left are the pairs that wait for the host, which
-/// disagree with each other: tp=8 with one sequence is priced 17 % too fast, tp=2 with four 18 % too slow.
-#[test]
-#[ignore = "needs measured curves: SUPERNODE_CALIBRATION=DIR"]
-fn single_node_steps() {
-    let rows = measured("a100_single_node_steps.csv");
-    for (fit, test, most) in [
-        // The aim of 0.08 and 0.06 is missed by the first median.
-        (1024.0, 2048.0, (0.076, 0.064)),
-        (2048.0, 1024.0, (0.06, 0.05)),
-    ] {
-        let mut best = (f64::INFINITY, [0.0; 2]);
-        for launch in LAUNCHES {
-            for share in SHARES {
-                let constants = [launch as f64 * 1e-6, share as f64 * 0.05];
-                let error = score(&rows, fit, constants).0;
-                if error < best.0 {
-                    best = (error, constants);
-                }
-            }
-        }
-        if fit == 1024.0 {
-            // What stands in the stack's file.
-            let stack = a100().stack.value("stack.launch").unwrap();
-            assert!((stack - best.1[0]).abs() <= 1e-9, "{stack}, {:?}", best.1);
-        }
-        let (mean, median) = score(&rows, test, best.1);
-        let [launch, share] = best.1;
-        println!(
-            "fit on {fit}: launch {:.0} us, softmax {share:.2} of the bandwidth, mean {:.3}; on {test}: mean {mean:.3}, median {median:.3}",
-            launch * 1e6,
-            best.0
-        );
-        assert!(
-            mean <= most.0 && median <= most.1,
-            "mean {mean}, median {median}"
-        );
-    }
-}
-
-/// Mean and median error over the rows of this width.
-fn score(rows: &[Vec<f64>], hidden: f64, [launch, share]: [f64; 2]) -> (f64, f64) {
-    let mut machine = Machine::named("dgx-a100:isolated").unwrap();
-    for (field, value) in [
-        ("stack.launch", launch.to_string()),
-        ("stack.parts", "alone".into()),
-        ("kernel.softmax.memory", share.to_string()),
-        ("stack.gradient", "bf16".into()),
-        ("stack.accumulation", "apart".into()),
-    ] {
-        machine.set(field, &value).unwrap();
-    }
-    let rows = rows.iter().filter(|r| r[3] == hidden);
-    let mut errors: Vec<f64> = rows
-        .map(|row| {
-            let n = |i: usize| row[i] as usize;
-            let model = crate::model::Config::gpt2(n(5), n(3), n(4), 51200, n(6));
-            let mesh = Mesh::new([("pp", n(9)), ("dp", n(8)), ("tp", n(7))]);
-            let setting = Setting {
-                micro_batch: n(2),
-                recompute: Recompute::Full,
-                ..Setting::new((&model).into(), mesh, n(1))
-            };
-            let seconds = setting.price_only(&machine).unwrap().step_seconds;
-            (seconds / (row[10] * 1e-3) - 1.0).abs()
-        })
-        .collect();
-    errors.sort_by(f64::total_cmp);
-    (
-        errors.iter().sum::<f64>() / errors.len() as f64,
-        errors[errors.len() / 2],
-    )
 }

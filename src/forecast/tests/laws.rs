@@ -134,6 +134,42 @@ fn a_plan_fits_and_is_sorted() {
     assert!(why.contains("none of"), "{why}");
 }
 
+/// Products beside the transfers of sequence parallelism are among the candidates where the program runs them, and the plan takes them
+/// where they are faster: over slow links.
+#[test]
+fn a_plan_tries_products_beside_transfers() {
+    let search = Search {
+        model: model_named("megatron-22b").unwrap(),
+        chips: 16,
+        global_batch: 32,
+        context: 2048,
+        dtype: "bf16".into(),
+    };
+    let (beside, whole): (Vec<Setting>, Vec<Setting>) = search
+        .candidates()
+        .into_iter()
+        .partition(|s| s.collective_matmul);
+    assert!(!beside.is_empty());
+    for s in &beside {
+        let sizes = ["tp", "cp"].map(|axis| s.mesh.size_of(axis));
+        assert!(
+            sizes[0] > 1 && sizes[1] == 1 && s.sequence_parallel,
+            "{}",
+            s.mesh
+        );
+    }
+    let mut slow = a100();
+    slow.set("level.node.bandwidth", "50e9").unwrap();
+    let best = |candidates: &[Setting]| {
+        let found = search.run(&slow, candidates.to_vec(), 1, &Default::default());
+        found.unwrap().best.remove(0)
+    };
+    let all = [beside, whole.clone()].concat();
+    let (with, without) = (best(&all), best(&whole));
+    assert!(with.0.collective_matmul, "{}", with.0.mesh);
+    assert!(with.1.step_seconds < without.1.step_seconds);
+}
+
 /// The order in which axes are named does not matter, nor axes of one chip; only their placement does.
 #[test]
 fn names_of_ranks_do_not_matter() {

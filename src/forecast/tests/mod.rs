@@ -8,6 +8,7 @@ mod inference;
 mod laws;
 mod memory;
 mod published;
+mod single_node;
 mod tables;
 mod traced;
 
