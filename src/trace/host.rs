@@ -12,8 +12,8 @@ pub struct HostCopy {
     pub to_host: bool,
     /// Bytes.
     pub bytes: u64,
-    /// When it ran, by the device's clock: for downloads and uploads between commands. None in a ghost, and where the device has no
-    /// stamps there.
+    /// When it ran, by the device's clock, set against the host's when the run began. None in a ghost, and where the device has no
+    /// stamps between commands.
     pub time: Option<Time>,
 }
 

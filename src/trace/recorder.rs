@@ -177,6 +177,8 @@ impl Recorder {
     }
 
     /// Gives the copy through host memory with this number the time at which it ran.
+    // Only graphics processors copy.
+    #[cfg_attr(not(feature = "gpu"), allow(dead_code))]
     pub(crate) fn complete_copy(&mut self, number: u64, time: Time) {
         // They come in order: what is older and lacks its time will not get it.
         self.copies = self.copies.split_off(&number);
