@@ -81,7 +81,8 @@ impl Threads {
         })
     }
 
-    /// Threads of each chip; by default the machine's cores shared out, at least one.
+    /// Threads of each chip; by default the machine's cores shared out, at least one. Where that is more than the cores carry, the
+    /// programs take turns: each computes until it waits for another chip, 0.4 s at most while others wait for theirs.
     ///
     /// # Panics
     /// If `threads` is 0.

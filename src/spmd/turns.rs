@@ -3,7 +3,7 @@
 //!
 //! Left alone, the operating system hands the cores round every few milliseconds, and each program finds the second cache full of
 //! another's numbers, and the third cache has all of theirs to hold. (`char-6x384` on dp=4 and two cores, against one chip: 0.95
-//! without turns, 1.00 with them, 0.95 where they end after 20 ms; dp=2 1.02 to 1.03 beside.)
+//! without turns, 1.00 to 1.02 with them, 0.95 where they end after 20 ms; dp=2 1.02 to 1.03 beside.)
 //!
 //! A program may wait for something that the wire knows nothing of, such as a lock of its own. So nobody waits for a turn while
 //! those who have one stand still: after [`PATIENCE`] without an op of theirs a turn is made up, and given back like any other.
@@ -11,7 +11,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// In what time each program has its turn, if none of them waits: half a second is no time to a user who looks for an error.
+/// In what time each program has its turn, if none of them waits for another chip; so long may a panic wait to be seen.
 const ROUND: Duration = Duration::from_millis(400);
 
 /// How long those who compute may take over one op before another chip goes on beside them.
