@@ -4,6 +4,7 @@ use super::elementwise::fill;
 use super::launch::{Launch, Operand, map, table};
 use super::library as k;
 use crate::dtype::DType;
+use std::ops::Range;
 
 /// Where a piece lies in a whole that is cut along an axis: blocks of `inner` elements, of which the piece has `width` from
 /// `start` on.
@@ -45,10 +46,32 @@ impl Piece {
     }
 }
 
-/// y = pieces of the middle dimension of x, one behind the other: piece p is its indices `starts[p] .. starts[p + 1]`.
-pub(crate) fn pack(x: Operand, [outer, len, inner]: [usize; 3], starts: &[usize], y: Operand) {
+/// Runs of memory that are copied one by one; a software adapter divides slowly, and more runs are many commands for a card.
+const RUNS: usize = 256;
+
+/// y = pieces `ranges` of the middle dimension of x, one behind the other: one of them, or all.
+pub(crate) fn pieces(
+    x: Operand,
+    [outer, len, inner]: [usize; 3],
+    ranges: &[Range<usize>],
+    y: Operand,
+) {
+    let in_words = |elements: usize| (elements * x.dtype.size()).is_multiple_of(4);
+    let aligned = |r: &Range<usize>| in_words(r.start * inner) && in_words(r.len() * inner);
+    if outer * ranges.len() <= RUNS && in_words(len * inner) && ranges.iter().all(aligned) {
+        return copy_pieces(&x, [outer, len, inner], ranges, &y);
+    }
+    if let [range] = ranges {
+        let piece = Piece {
+            inner: len * inner,
+            start: range.start * inner,
+            width: range.len() * inner,
+        };
+        return piece.take(x, y, false);
+    }
     // As many bits as every other index of a shader has; the launch refuses more.
-    let starts: Vec<u32> = starts.iter().map(|&s| s as u32).collect();
+    let starts = ranges.iter().map(|r| r.start as u32);
+    let starts: Vec<u32> = starts.chain([len as u32]).collect();
     let starts = table(&y.chip, DType::U32, &starts);
     let (launch, n) = map(&k::PACK, y);
     launch
@@ -58,6 +81,23 @@ pub(crate) fn pack(x: Operand, [outer, len, inner]: [usize; 3], starts: &[usize]
         .number("len", len)
         .number("inner", inner)
         .run(n);
+}
+
+fn copy_pieces(x: &Operand, [outer, len, inner]: [usize; 3], ranges: &[Range<usize>], y: &Operand) {
+    let bytes = |elements: usize| (elements * x.dtype.size()) as u64;
+    y.chip.note("pieces");
+    y.chip.record(|encoder, _| {
+        let mut at = 0;
+        for range in ranges.iter().filter(|r| r.len() * inner > 0) {
+            let run = bytes(range.len() * inner);
+            for o in 0..outer {
+                let from = bytes((o * len + range.start) * inner);
+                let (x, y) = (x.buffer.seen(), y.buffer.seen());
+                encoder.copy_buffer_to_buffer(x, from, y, at, run);
+                at += run;
+            }
+        }
+    });
 }
 
 /// y = operands of 32-bit elements, one behind the other.

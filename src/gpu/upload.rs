@@ -17,7 +17,9 @@ impl Chip {
         if all == 0 {
             return;
         }
-        if all <= STAGED && self.device().failure().is_none() {
+        // Buffers that go round are there already; a new one of a bucket's size would be cleared page by page.
+        let small = parts.iter().all(|(_, bytes)| in_words(bytes) <= STAGED);
+        if small && self.device().failure().is_none() {
             return self.stage(parts, number);
         }
         let most = self.device().limits.max_buffer_size;

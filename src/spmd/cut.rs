@@ -1,7 +1,7 @@
 //! Pieces of a dimension: cut out, laid one behind the other, and put back.
 //!
-//! On a graphics processor kernels cut out and lay in a row what is not on the host anyway, so that the program waits for no copy. What
-//! arrived from other chips is put back on the host, where it is.
+//! On a graphics processor the device cuts out and lays in a row what is not on the host anyway, so that the program waits for no
+//! copy. What arrived from other chips is put back on the host, where it is.
 
 use crate::dtype::TensorType;
 #[cfg(feature = "gpu")]
@@ -43,6 +43,12 @@ impl Cut {
         self.outer * (self.inner / self.size)
     }
 
+    /// The three sizes, in elements.
+    #[cfg(feature = "gpu")]
+    fn elements(&self) -> [usize; 3] {
+        [self.outer, self.len, self.inner / self.size]
+    }
+
     /// Bytes of `len` indices of the dimension.
     fn bytes_of(&self, len: usize) -> usize {
         self.outer * len * self.inner
@@ -54,13 +60,7 @@ impl Cut {
             let traced = only_traced([x], [&*piece]);
             #[cfg(feature = "gpu")]
             if !traced {
-                let inner = self.inner / self.size;
-                let cut = gpu::Piece {
-                    inner: self.len * inner,
-                    start: range.start * inner,
-                    width: range.len() * inner,
-                };
-                cut.take(read(x), write(piece), false);
+                gpu::pieces(read(x), self.elements(), &[range], write(piece));
             }
             let _ = traced;
             return;
@@ -79,14 +79,7 @@ impl Cut {
             let traced = only_traced([x], [&*packed]);
             #[cfg(feature = "gpu")]
             if !traced {
-                let starts: Vec<usize> = ranges.iter().map(|r| r.start).chain([self.len]).collect();
-                let inner = self.inner / self.size;
-                gpu::pack(
-                    read(x),
-                    [self.outer, self.len, inner],
-                    &starts,
-                    write(packed),
-                );
+                gpu::pieces(read(x), self.elements(), ranges, write(packed));
             }
             let _ = traced;
             return;

@@ -295,7 +295,7 @@ fn copies_through_host_memory_have_the_bytes_that_shapes_say() {
     assert!(why.contains("[128, 0] and [0, 0] bytes"), "{why}");
 }
 
-/// What goes over the wire by another dimension than the outermost is laid in a row by a kernel, ahead of its copy; the program waits
+/// What goes over the wire by another dimension than the outermost is laid in a row on the device, ahead of its copy; the program waits
 /// for none of it.
 #[test]
 #[cfg_attr(
@@ -323,7 +323,7 @@ fn pieces_of_an_inner_dimension_are_packed_on_the_device() {
         return;
     };
     for [started, cut] in chips {
-        assert_eq!(started, [&["pack"][..], &COPY].concat());
-        assert_eq!(cut, ["take"]);
+        assert_eq!(started, [&["pieces"][..], &COPY].concat());
+        assert_eq!(cut, ["pieces"]);
     }
 }
