@@ -187,10 +187,8 @@ impl Tiles {
         const ONES: i32 = 0x3f80_3f80;
         // SAFETY: `Tiles` proves AVX512-BF16; all types are 64 bytes of any bits.
         unsafe {
-            let (row, ones) = (
-                core::mem::transmute(row),
-                core::mem::transmute(_mm512_set1_epi32(ONES)),
-            );
+            let row = core::mem::transmute::<__m512, __m512bh>(row);
+            let ones = core::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(ONES));
             _mm512_dpbf16_ps(sum, row, ones)
         }
     }
