@@ -246,6 +246,9 @@ impl Threads {
             }
         };
         let run = || {
+            let lane = exchange.lane(rank);
+            lane.begin()
+                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
             let chip = Chip::new(Setup {
                 mesh: self.mesh.clone(),
                 rank,
@@ -254,11 +257,8 @@ impl Threads {
                 algorithm: self.algorithm,
                 kinds: self.device.kinds(self.mesh.chips()),
                 began,
-                lane: Some(exchange.lane(rank)),
+                lane: Some(lane),
             });
-            let lane = exchange.lane(rank);
-            lane.begin()
-                .unwrap_or_else(|Stopped| std::panic::resume_unwind(Box::new(Stopped)));
             let output = program(&chip);
             let trace = chip.finish().trace;
             let pool_peak = chip.memory().pool_peak().unwrap_or(0);

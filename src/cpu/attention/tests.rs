@@ -165,15 +165,9 @@ fn textbook(g: &Geometry, q: &[f64], k: &[f64], v: &[f64], dout: &[f64]) -> Text
     out
 }
 
-/// On vectors, every instruction set and one thread and two; on the unit that multiplies tiles, several numbers of threads.
-fn one_case(
-    dtype: DType,
-    shape: [usize; 6],
-    change: fn(&mut Geometry<'static>),
-    products: Products,
-) {
-    let [batch, heads, kv_heads, queries, keys, head_dim] = shape;
-    let mut g = Geometry {
+/// Every query sees every key, and logits are scaled as usual.
+fn plain([batch, heads, kv_heads, queries, keys, head_dim]: [usize; 6]) -> Geometry<'static> {
+    Geometry {
         batch,
         heads,
         kv_heads,
@@ -186,7 +180,18 @@ fn one_case(
         window: None,
         offset: 0,
         documents: None,
-    };
+    }
+}
+
+/// On vectors, every instruction set and one thread and two; on the unit that multiplies tiles, several numbers of threads.
+fn one_case(
+    dtype: DType,
+    shape: [usize; 6],
+    change: fn(&mut Geometry<'static>),
+    products: Products,
+) {
+    let [batch, heads, kv_heads, queries, keys, head_dim] = shape;
+    let mut g = plain(shape);
     change(&mut g);
     let (nq, nk) = (
         batch * heads * queries * head_dim,
@@ -371,20 +376,7 @@ fn attention_in_pairs_matches_the_textbook() {
 #[should_panic(expected = "overlap")]
 fn output_rows_that_overlap_panic() {
     let x = [0.0; 8];
-    let g = Geometry {
-        batch: 1,
-        heads: 1,
-        kv_heads: 1,
-        queries: 4,
-        keys: 4,
-        head_dim: 2,
-        scale: 1.0,
-        soft_cap: None,
-        causal: true,
-        window: None,
-        offset: 0,
-        documents: None,
-    };
+    let g = plain([1, 1, 1, 4, 4, 2]);
     let view = Heads {
         data: Slice::F32(&x),
         strides: [8, 8, 2],

@@ -105,15 +105,19 @@ fn mistakes_say_what_would_do() {
     assert!(why(Setting { mesh, ..good }).contains("'up'"));
 }
 
-#[test]
-fn a_plan_fits_and_is_sorted() {
-    let search = Search {
+fn on_16_chips() -> Search {
+    Search {
         model: model_named("megatron-22b").unwrap(),
         chips: 16,
         global_batch: 32,
         context: 2048,
         dtype: "bf16".into(),
-    };
+    }
+}
+
+#[test]
+fn a_plan_fits_and_is_sorted() {
+    let search = on_16_chips();
     let found = search
         .run(&a100(), search.candidates(), 5, &Default::default())
         .unwrap();
@@ -138,13 +142,7 @@ fn a_plan_fits_and_is_sorted() {
 /// where they are faster: over slow links.
 #[test]
 fn a_plan_tries_products_beside_transfers() {
-    let search = Search {
-        model: model_named("megatron-22b").unwrap(),
-        chips: 16,
-        global_batch: 32,
-        context: 2048,
-        dtype: "bf16".into(),
-    };
+    let search = on_16_chips();
     let (beside, whole): (Vec<Setting>, Vec<Setting>) = search
         .candidates()
         .into_iter()

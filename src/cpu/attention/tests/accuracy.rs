@@ -48,20 +48,7 @@ fn usual(g: &Geometry, [q, k, v]: [&[f64]; 3]) -> Vec<f64> {
 #[test]
 fn outputs_in_bf16_are_no_farther_from_f64_than_the_usual_ones() {
     for ([keys, head_dim], deviation) in CASES {
-        let g = Geometry {
-            batch: 1,
-            heads: HEADS,
-            kv_heads: HEADS,
-            queries: QUERIES,
-            keys,
-            head_dim,
-            scale: 1.0 / (head_dim as f32).sqrt(),
-            soft_cap: None,
-            causal: false,
-            window: None,
-            offset: 0,
-            documents: None,
-        };
+        let g = plain([1, HEADS, HEADS, QUERIES, keys, head_dim]);
         let numbers = |name, tokens: usize, deviation: f32| -> Vec<bf16> {
             let stream = Stream::new(keys as u64, name);
             let number = |i| bf16::from_f32(deviation * stream.normal(i as u64));
