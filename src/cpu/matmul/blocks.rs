@@ -12,10 +12,8 @@ pub(super) const MC: usize = 1092;
 pub(super) const NC: usize = 640;
 /// Rows and columns whose sums are kept in scratch where C is narrow and k takes several blocks.
 pub(super) const KEPT: (usize, usize) = (MC, 512);
-/// Distance between the rows of a copied panel: no two in the same set of the first cache.
-pub(super) const COPIED: usize = KC + 16;
-/// Bytes of a cache line.
-pub(super) const LINE: usize = 64;
+/// Bytes asked for at a time: two cache lines.
+pub(super) const PIECE: usize = 128;
 /// Bytes at whose multiples the rows of a panel meet in too few sets of the first cache.
 pub(super) const ALIAS: usize = 4096;
 /// Rows that hide the latency of a multiply-add.
@@ -50,9 +48,14 @@ pub(super) fn block_sizes() -> (usize, usize) {
     }
 }
 
-/// Where the pieces of one thread's scratch begin, in f32.
+/// f32 from row to row of copied panels: whole cache lines, and in another set of the first cache where `depth` is a power of
+/// two.
+pub(super) fn pitch(depth: usize) -> usize {
+    depth.next_multiple_of(16) + 16
+}
+
+/// Where the pieces of one thread's scratch begin, in f32; A's is the first.
 pub(super) struct Layout {
-    pub a: usize,
     pub b: usize,
     pub sums: usize,
     pub tile: usize,
@@ -65,8 +68,7 @@ impl Layout {
         // Whole tiles of any height.
         let rows = m.min(MC) + TILE.0 - 1;
         let cols = n.min(NC).next_multiple_of(TILE.1);
-        let a = TILE.0 * COPIED;
-        let b = (a + rows * depth + EXCESS).next_multiple_of(16);
+        let b = (rows * pitch(depth) + EXCESS).next_multiple_of(16);
         let sums = (b + cols * depth + EXCESS).next_multiple_of(16);
         let kept = if c != DType::F32 && k > SHALLOW {
             m.min(KEPT.0) * n.min(KEPT.1).next_multiple_of(TILE.1)
@@ -80,7 +82,6 @@ impl Layout {
         };
         let tile = (sums + kept.max(streamed)).next_multiple_of(16);
         Layout {
-            a,
             b,
             sums,
             tile,

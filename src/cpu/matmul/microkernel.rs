@@ -11,7 +11,7 @@
 
 #![allow(unsafe_code)]
 
-use super::super::simd::{Kernel, PairUnit, Simd, TileLoop};
+use super::super::simd::{Asks, Kernel, PairUnit, Simd, TileLoop};
 use super::Output;
 use crate::dtype::{DType, Float};
 use half::{bf16, f16};
@@ -65,11 +65,15 @@ pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
     k: usize,
     (a, b): (Rows, Columns),
     (from, to): (Option<Sums>, Sums),
-    ahead: Ahead,
+    asks: &Asks,
 ) {
     if !S::HAS_TILE_LOOP && pairs.is_none() {
-        for at in (0..ahead.bytes).step_by(64) {
-            s.prefetch(ahead.at.wrapping_add(at));
+        for ask in asks {
+            for turn in 0..ask.turns {
+                let at = ask.at.wrapping_add(turn * ask.step);
+                s.prefetch(at);
+                s.prefetch(at.wrapping_add(64));
+            }
         }
     }
     // One function per number of rows, so that all accumulators live in registers. A constant condition keeps the
@@ -78,7 +82,7 @@ pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
         ($($r:literal)*) => {
             $(if const { $r < MR } {
                 if rows == $r {
-                    some_rows::<S, $r, V, false>((s, pairs), Chains { k, a, b, from, to }, ahead);
+                    some_rows::<S, $r, V, false>((s, pairs), Chains { k, a, b, from, to }, asks);
                     return;
                 }
             })*
@@ -86,7 +90,7 @@ pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
     }
     of_rows!(1 2 3 4 5 6 7 8 9 10 11 12 13);
     debug_assert_eq!(rows, MR);
-    some_rows::<S, MR, V, true>((s, pairs), Chains { k, a, b, from, to }, ahead);
+    some_rows::<S, MR, V, true>((s, pairs), Chains { k, a, b, from, to }, asks);
 }
 
 /// [`tile`] of R rows, `WHOLE` if there are no more: by the instruction set's own loop, or the compiler's.
@@ -94,7 +98,7 @@ pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
 fn some_rows<S: Simd, const R: usize, const V: usize, const WHOLE: bool>(
     (s, pairs): (S, Option<PairUnit>),
     tile: Chains<R, V>,
-    ahead: Ahead,
+    asks: &Asks,
 ) {
     let Chains { k, a, b, from, to } = tile;
     let packed = a.row_stride == 1;
@@ -112,10 +116,7 @@ fn some_rows<S: Simd, const R: usize, const V: usize, const WHOLE: bool>(
             from_row: 4 * from.map_or(0, |from| from.row_stride),
             to: to.data,
             to_row: 4 * to.row_stride,
-            next: ahead.rows,
-            next_row: ahead.row_stride,
-            ahead: ahead.at,
-            ahead_turns: ahead.bytes / 128,
+            asks: asks.as_ptr(),
         };
         // SAFETY: made by `tile` only, under its promise.
         unsafe {
@@ -136,16 +137,6 @@ fn some_rows<S: Simd, const R: usize, const V: usize, const WHOLE: bool>(
         }
     }
     s.run(tile);
-}
-
-/// Bytes that will be used soon, to be asked for meanwhile where the loop has room for it.
-#[derive(Clone, Copy)]
-pub(super) struct Ahead {
-    pub at: *const u8,
-    pub bytes: usize,
-    /// As many rows of up to 128 bytes as the tile has, `row_stride` bytes apart.
-    pub rows: *const u8,
-    pub row_stride: usize,
 }
 
 /// The arguments of [`tile`], whose promise holds wherever one is made.

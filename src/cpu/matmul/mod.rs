@@ -27,12 +27,14 @@ mod pack;
 mod pack_pairs;
 mod region;
 mod stream;
+mod strip;
 #[cfg(test)]
 mod tests;
 #[cfg(target_arch = "x86_64")]
 mod unit;
 #[cfg(target_arch = "x86_64")]
 mod unit_stream;
+mod wanted;
 
 use super::simd::{Isa, PairUnit, isa};
 use super::{Accum, Activation};

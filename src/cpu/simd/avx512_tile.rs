@@ -10,7 +10,7 @@
 //! While it runs it asks for the lines of C that the next tile begins from, or that this one will be narrowed to: 28 lines that
 //! come one after another from the third cache would take as long as a tenth of a tile.
 
-use super::TileLoop;
+use super::{Ask, TileLoop};
 use core::arch::asm;
 use core::mem::offset_of;
 
@@ -150,11 +150,13 @@ macro_rules! tile_of {
                     $begin,
                     "mov rcx, [rdi + {k}]",
                     "shr rcx",
-                    // First two lines of each of the rows wanted next, one row a turn, then two a turn of A.
-                    "mov r13, [rdi + {next}]",
-                    "mov r14, [rdi + {next_row}]",
-                    "mov r15d, {rows}",
+                    "push rdi",
+                    "mov rdi, [rdi + {asks}]",
                     "3:",
+                    "mov r15, [rdi + {turns}]",
+                    "mov r13, [rdi + {at}]",
+                    "mov r14, [rdi + {step}]",
+                    "add rdi, {ask}",
                     "cmp r15, rcx",
                     "cmova r15, rcx",
                     "sub rcx, r15",
@@ -168,13 +170,9 @@ macro_rules! tile_of {
                     two_steps!($step, $next, $advance),
                     "dec r15",
                     "jnz 4b",
-                    "cmp r14, 128",
-                    "je 5f",
-                    "mov r13, [rdi + {ahead}]",
-                    "mov r14d, 128",
-                    "mov r15, [rdi + {ahead_turns}]",
                     "jmp 3b",
                     "5:",
+                    "pop rdi",
                     "test rcx, rcx",
                     "jz 7f",
                     ".p2align 6",
@@ -203,10 +201,11 @@ macro_rules! tile_of {
                     from_row = const offset_of!(TileLoop, from_row),
                     to = const offset_of!(TileLoop, to),
                     to_row = const offset_of!(TileLoop, to_row),
-                    next = const offset_of!(TileLoop, next),
-                    next_row = const offset_of!(TileLoop, next_row),
-                    ahead = const offset_of!(TileLoop, ahead),
-                    ahead_turns = const offset_of!(TileLoop, ahead_turns),
+                    asks = const offset_of!(TileLoop, asks),
+                    ask = const size_of::<Ask>(),
+                    at = const offset_of!(Ask, at),
+                    step = const offset_of!(Ask, step),
+                    turns = const offset_of!(Ask, turns),
                     in("rdi") tile,
                     out("rax") _, out("rcx") _, out("rdx") _, out("rsi") _,
                     out("r8") _, out("r9") _, out("r10") _, out("r11") _,
@@ -219,7 +218,6 @@ macro_rules! tile_of {
                     out("zmm20") _, out("zmm21") _, out("zmm22") _, out("zmm23") _,
                     out("zmm24") _, out("zmm25") _, out("zmm26") _, out("zmm27") _,
                     out("zmm28") _, out("zmm29") _, out("zmm30") _,
-                    options(nostack),
                 );
             }
         }

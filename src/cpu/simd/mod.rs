@@ -106,14 +106,30 @@ pub(crate) struct TileLoop {
     pub to: *mut f32,
     /// From row to row.
     pub to_row: usize,
-    /// Rows of 128 bytes that will be wanted next, as many as the tile has; need not exist.
-    pub next: *const u8,
-    /// From row to row.
-    pub next_row: usize,
-    /// What else will be read soon, so many times 128 bytes; need not exist.
-    pub ahead: *const u8,
-    pub ahead_turns: usize,
+    /// What will be read soon, one after another up to the first without turns.
+    pub asks: *const Ask,
 }
+
+/// Memory to be asked for while a tile runs, 128 bytes in each turn of its loop; it need not exist.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Ask {
+    pub at: *const u8,
+    /// Bytes from turn to turn.
+    pub step: usize,
+    pub turns: usize,
+}
+
+impl Ask {
+    pub(crate) const NOTHING: Ask = Ask {
+        at: std::ptr::null(),
+        step: 0,
+        turns: 0,
+    };
+}
+
+/// As many at most, and one of no turns. By reference: what is stored in parts and copied whole waits for all stores before it.
+pub(crate) type Asks = [Ask; 4];
 
 /// A token of an instruction set that this CPU has, and its operations on vectors of `LANES` f32.
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
