@@ -17,7 +17,7 @@ use std::ops::Range;
 pub(crate) const GROUP: usize = 32;
 
 /// Vectors of a group where a vector has four lanes, the fewest of all.
-const MOST: usize = GROUP / 4;
+pub(crate) const MOST: usize = GROUP / 4;
 
 /// Elements `range` of `x` in f32: borrowed where they are f32 already, else widened into `to`.
 #[inline(always)]
@@ -193,7 +193,7 @@ pub(crate) fn ahead<S: Simd, const N: usize, T>(s: S, p: *const T) {
 
 /// [`ahead`] by a distance of its own.
 #[inline(always)]
-fn ahead_by<S: Simd, const N: usize, T>(s: S, p: *const T, bytes: usize) {
+pub(crate) fn ahead_by<S: Simd, const N: usize, T>(s: S, p: *const T, bytes: usize) {
     let p = p.cast::<u8>().wrapping_add(bytes);
     for line in (0..N * size_of::<T>()).step_by(64) {
         s.prefetch(p.wrapping_add(line));

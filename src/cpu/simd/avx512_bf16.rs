@@ -19,8 +19,7 @@ impl Avx512Bf16 {
     /// The token, on a CPU that has it.
     #[inline]
     pub(crate) fn new() -> Option<Self> {
-        let vectors = Avx512::new().filter(|_| is_x86_feature_detected!("avx512bf16"));
-        vectors.map(Avx512Bf16)
+        Avx512::with_bf16().map(Avx512Bf16)
     }
 
     /// [`super::Simd::tile_loop`] over pairs of k in place of k: elements of A and B are pairs, the even one lower in memory, and so

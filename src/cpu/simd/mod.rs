@@ -412,7 +412,11 @@ pub(crate) fn with_isa<R>(isa: Isa, f: impl FnOnce() -> R) -> R {
 pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Bf16 | Isa::Avx512 => Avx512::new().expect("this CPU lacks AVX-512").run(kernel),
+        Isa::Avx512Bf16 => Avx512::with_bf16()
+            .expect("this CPU lacks AVX512-BF16")
+            .run(kernel),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => Avx512::new().expect("this CPU lacks AVX-512").run(kernel),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => Avx2::new().expect("this CPU lacks AVX2").run(kernel),
         #[cfg(target_arch = "aarch64")]

@@ -1,7 +1,7 @@
 //! The gradients of both norms.
 
 use super::super::driver::{Run, over_rows};
-use super::super::lanes::{map, sums, transform, update, widen, written};
+use super::super::lanes::{GROUP, MOST, ahead_by, tree_sum, update, widen, written};
 use super::super::parallel::{Out, part, part_mut};
 use super::{parameter, width};
 use crate::cpu::Accum;
@@ -10,9 +10,9 @@ use crate::cpu::simd::{Kernel, Simd, dispatch, isa};
 use crate::dtype::{Slice, SliceMut};
 use std::ops::Range;
 
-/// Elements of x in a block of rows at most: x, dy and dx stay in the second cache between the gradients of inputs and those of
-/// parameters.
+/// Elements of x in a block of rows at most, so that each thread has some blocks, and rows at least.
 const NEAR: usize = 64 * 1024;
+const FEWEST: usize = 4;
 /// Rows of a block, where they are not too long: the tokens of a micro-batch are mostly a multiple, and its sums few beside it.
 const ROWS: usize = 32;
 /// Elements of blocks whose sums wait for one another.
@@ -20,7 +20,7 @@ const WAITING: usize = 1 << 21;
 
 /// Rows of a block: from the width alone, since they decide the order of sums. A power of two from 4 to 32.
 fn block_rows(c: usize) -> usize {
-    let fits = (NEAR / c).clamp(STRIP, ROWS);
+    let fits = (NEAR / c).clamp(FEWEST, ROWS);
     1 << fits.ilog2()
 }
 
@@ -29,8 +29,7 @@ fn waiting(c: usize) -> usize {
     (WAITING / (block_rows(c) * c)).max(1)
 }
 
-/// All gradients, in one pass over memory: blocks of rows, for each block first dx by rows, then the sums by columns. A parameter's
-/// sum adds those of the blocks in ascending order, each of them one chain over its rows; so [`Accum::Add`] gives the bits of one
+/// All gradients, in one pass over memory (see [`row_and_next`]), by blocks of rows. A parameter's sum adds those of the blocks in ascending order, each of them one chain over its rows; so [`Accum::Add`] gives the bits of one
 /// call where it resumes at a multiple of [`block_rows`]. (One chain over all rows had the threads meet twice a block: on
 /// two of them it took 1.6 times a stream.)
 #[allow(clippy::too_many_arguments)]
@@ -83,7 +82,7 @@ pub(super) fn backward(
         (None, Some((b, _))) => by_blocks(&kernel, dx, [&mut vec![0.0; c], b]),
         (None, None) => {
             if let Some(data) = dx {
-                over_rows(&kernel, rows, c, 4 * c, Out { data, width: c });
+                over_rows(&kernel, rows, c, SCRATCH * c, Out { data, width: c });
             }
         }
     }
@@ -111,7 +110,7 @@ fn by_blocks<const M: usize>(all: &Backward, mut dx: Option<SliceMut>, mut sums:
                 data: SliceMut::F32(of_blocks),
                 width: M * c,
             };
-            over_rows(&kernel, count, block * c, 2 * STRIP * c, (dx, out));
+            over_rows(&kernel, count, block * c, SCRATCH * c, (dx, out));
             let sums = sums.each_mut().map(|sum| &mut **sum);
             dispatch(isa(), AddUp { of_blocks, sums });
         });
@@ -139,19 +138,18 @@ impl<'a, const M: usize> Run<(Option<Out<'a>>, Out<'a>)> for Blocks<'_, M> {
         for (i, (block, sums)) in blocks.zip(all.chunks_exact_mut(M * c)).enumerate() {
             let first = block * self.rows;
             let rows = first..self.all.rstd.len().min(first + self.rows);
-            if let Some(dx) = &mut dx {
-                let at = i * self.rows * c;
-                let data = part_mut(&mut dx.data, at..at + rows.len() * c);
-                self.all
-                    .run(s, rows.clone(), Out { data, width: c }, scratch);
-            }
             sums.fill(0.0);
             let mut columns = sums.chunks_exact_mut(c);
             let sums: [&mut [f32]; M] = std::array::from_fn(
                 #[inline(always)]
                 |_| columns.next().expect("M times c"),
             );
-            self.all.part(rows).run(s, 0..c, sums, scratch);
+            let at = i * self.rows * c;
+            let dx = dx.as_mut().map(
+                #[inline(always)]
+                |dx| part_mut(&mut dx.data, at..at + rows.len() * c),
+            );
+            self.all.rows(s, rows, dx, sums, scratch);
         }
     }
 }
@@ -191,132 +189,262 @@ struct Backward<'a> {
     rstd: &'a [f32],
 }
 
-/// dx.
+/// dx alone.
 impl<'a> Run<Out<'a>> for Backward<'_> {
     #[inline(always)]
-    fn run<S: Simd>(&self, s: S, range: Range<usize>, mut dx: Out<'a>, scratch: &mut [f32]) {
-        let c = self.c;
-        let (weight, rest) = scratch.split_at_mut(c);
-        let (wide_x, rest) = rest.split_at_mut(c);
-        let (wide_dy, narrow) = rest.split_at_mut(c);
-        let weight = parameter(s, self.weight, 1.0, weight);
-        let count = c as f32;
-        for (i, row) in range.enumerate() {
-            let elements = row * c..(row + 1) * c;
-            let x = widen(s, self.x, elements.clone(), wide_x);
-            let dy = widen(s, self.dy, elements, wide_dy);
-            let m = s.splat(self.mean.map_or(0.0, |mean| mean[row]));
-            let r = s.splat(self.rstd[row]);
-            let [sum_g, sum_gh] = sums(
-                s,
-                [x, dy, weight],
-                #[inline(always)]
-                |[x, dy, w], [g_sum, gh_sum]| {
-                    let g = s.mul(dy, w);
-                    let h = s.mul(s.sub(x, m), r);
-                    [s.add(g_sum, g), s.fma(g, h, gh_sum)]
-                },
-            );
-            // RMS norm has no mean, so none is taken out of its gradient.
-            let mean_g = s.splat(self.mean.map_or(0.0, |_| sum_g / count));
-            let mean_gh = s.splat(sum_gh / count);
-            written(
-                s,
-                &mut dx.data,
-                i * c..(i + 1) * c,
-                narrow,
-                #[inline(always)]
-                |dx| {
-                    map(
-                        s,
-                        [x, dy, weight],
-                        dx,
-                        #[inline(always)]
-                        |[x, dy, w]| {
-                            let h = s.mul(s.sub(x, m), r);
-                            let g = s.sub(s.mul(dy, w), mean_g);
-                            s.mul(s.neg_fma(h, mean_gh, g), r)
-                        },
-                    );
-                },
-            );
+    fn run<S: Simd>(&self, s: S, range: Range<usize>, dx: Out<'a>, scratch: &mut [f32]) {
+        self.rows(s, range, Some(dx.data), [], scratch);
+    }
+}
+
+/// Rows of scratch: the weight, dx, and x and dy of two.
+const SCRATCH: usize = 6;
+
+/// Bytes ahead for which a row asks. Of 4 KiB rows a set of the first cache of a Zen 5 holds 12 lines, and nine are in use: with
+/// 4 KiB it took 1.14 times as long, with 8 or none 1.25.
+const SOON: usize = 2048;
+
+/// A row in f32.
+struct Row<'a, S: Simd> {
+    x: &'a [f32],
+    dy: &'a [f32],
+    mean: S::V,
+    rstd: S::V,
+}
+
+impl<S: Simd> Row<'_, S> {
+    #[inline(always)]
+    fn h(&self, s: S, x: S::V) -> S::V {
+        s.mul(s.sub(x, self.mean), self.rstd)
+    }
+}
+
+/// What is done with a row, or before the first one, and with the row after it, or after the last one.
+struct Step<'a, S: Simd, const M: usize> {
+    weight: &'a [f32],
+    now: Option<Row<'a, S>>,
+    next: Option<Row<'a, S>>,
+    /// sum g / c, and sum (g h) / c of this row.
+    means: [S::V; 2],
+    /// Of columns: dy h is added to the first, dy to the second.
+    sums: [&'a mut [f32]; M],
+}
+
+impl<S: Simd, const M: usize> Step<'_, S, M> {
+    /// dx and the sums of this row; sum g and sum (g h) of the next one.
+    #[inline(always)]
+    fn run(self, s: S, dx: &mut [f32]) -> [f32; 2] {
+        let Step {
+            weight,
+            now,
+            next,
+            means,
+            sums,
+        } = self;
+        let to = (means, dx, sums);
+        match (now, next) {
+            (Some(now), Some(next)) => row_and_next::<S, true, true, M>(s, weight, &now, &next, to),
+            (Some(now), None) => row_and_next::<S, true, false, M>(s, weight, &now, &now, to),
+            (None, Some(next)) => row_and_next::<S, false, true, M>(s, weight, &next, &next, to),
+            (None, None) => [0.0; 2],
         }
     }
 }
 
-/// Rows that are added to a column's sums at a time, so that these are loaded and stored once for all of them.
-const STRIP: usize = 4;
-
-/// dweight, and dbias if M is 2, added to what is there.
-impl<'a, const M: usize> Run<[&'a mut [f32]; M]> for Backward<'_> {
-    #[inline(always)]
-    fn run<S: Simd>(
-        &self,
-        s: S,
-        columns: Range<usize>,
-        mut sums: [&'a mut [f32]; M],
-        scratch: &mut [f32],
-    ) {
-        let rows = self.rstd.len();
-        let strips = rows / STRIP * STRIP;
-        for row in (0..strips).step_by(STRIP) {
-            let mut wide = scratch.chunks_exact_mut(columns.len());
-            let mut x = [&[][..]; 2 * STRIP];
-            for (i, x) in x.iter_mut().enumerate() {
-                let from = if i < STRIP { self.x } else { self.dy };
-                let wide = wide.next().expect("one a row");
-                *x = widen(s, from, self.elements(row + i % STRIP, &columns), wide);
+/// If `NOW` the results of `row`; if `NEXT` sum g and sum (g h) of the row after it, in the order of [`super::super::lanes`].
+///
+/// One loop for both, so that memory is read and written all the time. Each on its own, this took 1.33 times a stream with all dx
+/// of a block before its sums of columns, 1.5 row by row, though from the caches that takes less time; also with the next rows
+/// asked for meanwhile, or dx written past the caches (1.9).
+#[inline(always)]
+fn row_and_next<S: Simd, const NOW: bool, const NEXT: bool, const M: usize>(
+    s: S,
+    weight: &[f32],
+    row: &Row<'_, S>,
+    next: &Row<'_, S>,
+    ([mean_g, mean_gh], dx, sums): ([S::V; 2], &mut [f32], [&mut [f32]; M]),
+) -> [f32; 2] {
+    let c = weight.len();
+    // All of one length: within a group no index is checked.
+    let [x, dy] = [row.x, row.dy].map(|x| x[..c].as_chunks::<GROUP>());
+    let [next_x, next_dy] = [next.x, next.dy].map(|x| x[..c].as_chunks::<GROUP>());
+    let (weight, last_weight) = weight.as_chunks::<GROUP>();
+    let (dx, last_dx) = dx[..c].as_chunks_mut::<GROUP>();
+    let mut sums = sums.map(|sum| sum[..c].as_chunks_mut::<GROUP>());
+    let mut totals = [[s.zero(); 2]; MOST];
+    macro_rules! now {
+        ($load:ident, $store:ident, $w:ident, $x:expr, $dy:expr, $dx:expr, |$sum:ident| $of_sum:expr) => {
+            let (x, dy) = (s.$load($x), s.$load($dy));
+            let h = row.h(s, x);
+            let g = s.sub(s.mul(dy, $w), mean_g);
+            s.$store($dx, s.mul(s.neg_fma(h, mean_gh, g), row.rstd));
+            for (i, $sum) in sums.iter_mut().enumerate() {
+                let old = s.$load($of_sum);
+                let new = if i == 0 {
+                    s.fma(dy, h, old)
+                } else {
+                    s.add(old, dy)
+                };
+                s.$store($of_sum, new);
             }
-            let [m0, m1, m2, m3] = std::array::from_fn(
-                #[inline(always)]
-                |i| s.splat(self.mean.map_or(0.0, |mean| mean[row + i])),
-            );
-            let [r0, r1, r2, r3] = std::array::from_fn(
-                #[inline(always)]
-                |i| s.splat(self.rstd[row + i]),
-            );
-            transform::<S, f32, true, { 2 * STRIP }, M>(
-                s,
-                x,
-                sums.each_mut().map(|sum| &mut **sum),
-                #[inline(always)]
-                |[x0, x1, x2, x3, dy0, dy1, dy2, dy3], mut sums| {
-                    sums[0] = s.fma(dy0, s.mul(s.sub(x0, m0), r0), sums[0]);
-                    sums[0] = s.fma(dy1, s.mul(s.sub(x1, m1), r1), sums[0]);
-                    sums[0] = s.fma(dy2, s.mul(s.sub(x2, m2), r2), sums[0]);
-                    sums[0] = s.fma(dy3, s.mul(s.sub(x3, m3), r3), sums[0]);
-                    if M == 2 {
-                        let sum = s.add(s.add(sums[M - 1], dy0), dy1);
-                        sums[M - 1] = s.add(s.add(sum, dy2), dy3);
-                    }
-                    sums
-                },
-            );
+        };
+    }
+    macro_rules! next {
+        ($total:expr, $w:ident, $x:expr, $dy:expr) => {
+            let [sum_g, sum_gh] = $total;
+            let (x, dy) = (s.load($x), s.load($dy));
+            let g = s.mul(dy, $w);
+            $total = [s.add(sum_g, g), s.fma(g, next.h(s, x), sum_gh)];
+        };
+    }
+    for at in 0..c / GROUP {
+        if NOW {
+            ahead_by::<S, GROUP, _>(s, dx[at].as_ptr(), SOON);
         }
-        for row in strips..rows {
-            let (wide_x, wide_dy) = scratch.split_at_mut(columns.len());
-            let x = widen(s, self.x, self.elements(row, &columns), wide_x);
-            let dy = widen(s, self.dy, self.elements(row, &columns), wide_dy);
-            let m = s.splat(self.mean.map_or(0.0, |mean| mean[row]));
-            let r = s.splat(self.rstd[row]);
-            transform::<S, f32, true, 2, M>(
-                s,
-                [x, dy],
-                sums.each_mut().map(|sum| &mut **sum),
-                #[inline(always)]
-                |[x, dy], mut sums| {
-                    sums[0] = s.fma(dy, s.mul(s.sub(x, m), r), sums[0]);
-                    if M == 2 {
-                        sums[M - 1] = s.add(sums[M - 1], dy);
-                    }
-                    sums
-                },
+        if NEXT {
+            ahead_by::<S, GROUP, _>(s, next_x.0[at].as_ptr(), SOON);
+            ahead_by::<S, GROUP, _>(s, next_dy.0[at].as_ptr(), SOON);
+        }
+        for v in 0..GROUP / S::LANES {
+            let j = v * S::LANES;
+            let w = s.load(&weight[at][j..]);
+            if NOW {
+                now!(
+                    load,
+                    store,
+                    w,
+                    &x.0[at][j..],
+                    &dy.0[at][j..],
+                    &mut dx[at][j..],
+                    |sum| { &mut sum.0[at][j..] }
+                );
+            }
+            if NEXT {
+                next!(totals[v], w, &next_x.0[at][j..], &next_dy.0[at][j..]);
+            }
+        }
+    }
+    let left = c % GROUP;
+    if NOW {
+        for at in (0..left).step_by(S::LANES) {
+            let end = (at + S::LANES).min(left);
+            let w = s.load_first(&last_weight[at..end]);
+            now!(
+                load_first,
+                store_first,
+                w,
+                &x.1[at..end],
+                &dy.1[at..end],
+                &mut last_dx[at..end],
+                |sum| { &mut sum.1[at..end] }
             );
         }
     }
+    if NEXT && left > 0 {
+        let mut padded = [[0f32; GROUP]; 3];
+        for (padded, x) in padded.iter_mut().zip([last_weight, next_x.1, next_dy.1]) {
+            padded[..left].copy_from_slice(x);
+        }
+        for (v, total) in totals.iter_mut().enumerate().take(GROUP / S::LANES) {
+            let [w, x, dy] = padded.each_ref().map(|x| &x[v * S::LANES..]);
+            let w = s.load(w);
+            next!(*total, w, x, dy);
+        }
+    }
+    let mut lanes = [[0f32; GROUP]; 2];
+    for v in 0..GROUP / S::LANES {
+        for (lanes, total) in lanes.iter_mut().zip(totals[v]) {
+            s.store(&mut lanes[v * S::LANES..], total);
+        }
+    }
+    lanes.map(tree_sum)
 }
 
 impl Backward<'_> {
+    /// dx of some rows, and what they add to the sums of columns.
+    #[inline(always)]
+    fn rows<S: Simd, const M: usize>(
+        &self,
+        s: S,
+        range: Range<usize>,
+        mut dx: Option<SliceMut>,
+        mut sums: [&mut [f32]; M],
+        scratch: &mut [f32],
+    ) {
+        let c = self.c;
+        let (weight, scratch) = scratch.split_at_mut(c);
+        let (wide, narrow) = scratch.split_at_mut(4 * c);
+        let weight = parameter(s, self.weight, 1.0, weight);
+        let mut totals = [0.0; 2];
+        // A turn for the first row's sums, of which there are no results yet.
+        for i in 0..=range.len() {
+            let row = range.start + i;
+            let (even, odd) = wide.split_at_mut(2 * c);
+            let (here, there) = if i % 2 == 0 { (odd, even) } else { (even, odd) };
+            let next = (row < range.end).then(
+                #[inline(always)]
+                || self.widened(s, row, there),
+            );
+            let [sum_g, sum_gh] = totals;
+            // RMS norm has no mean, so none is taken out of its gradient.
+            let mean_g = self.mean.map_or(0.0, |_| sum_g / c as f32);
+            let means = [s.splat(mean_g), s.splat(sum_gh / c as f32)];
+            let sums = sums.each_mut().map(
+                #[inline(always)]
+                |sum| &mut **sum,
+            );
+            let now = (i > 0).then(
+                #[inline(always)]
+                || self.row(s, row - 1, here),
+            );
+            let go = Step {
+                weight,
+                now,
+                next,
+                means,
+                sums,
+            };
+            match &mut dx {
+                Some(dx) if i > 0 => written(
+                    s,
+                    dx,
+                    (i - 1) * c..i * c,
+                    narrow,
+                    #[inline(always)]
+                    |dx| totals = go.run(s, dx),
+                ),
+                _ => totals = go.run(s, narrow),
+            }
+        }
+    }
+
+    /// A row, widened into `wide` where it is narrow.
+    #[inline(always)]
+    fn widened<'a, S: Simd>(&'a self, s: S, row: usize, wide: &'a mut [f32]) -> Row<'a, S> {
+        let elements = row * self.c..(row + 1) * self.c;
+        let (x, dy) = wide.split_at_mut(self.c);
+        widen(s, self.x, elements.clone(), x);
+        widen(s, self.dy, elements, dy);
+        self.row(s, row, wide)
+    }
+
+    /// A row that `wide` holds where it is narrow.
+    #[inline(always)]
+    fn row<'a, S: Simd>(&'a self, s: S, row: usize, wide: &'a [f32]) -> Row<'a, S> {
+        let elements = row * self.c..(row + 1) * self.c;
+        let (x, dy) = wide.split_at(self.c);
+        let lying = |all: Slice<'a>, wide: &'a [f32]| match all {
+            Slice::F32(all) => &all[elements.clone()],
+            _ => &wide[..self.c],
+        };
+        Row {
+            x: lying(self.x, x),
+            dy: lying(self.dy, dy),
+            mean: s.splat(self.mean.map_or(0.0, |mean| mean[row])),
+            rstd: s.splat(self.rstd[row]),
+        }
+    }
+
     /// Some of the rows.
     #[inline(always)]
     fn part(&self, rows: Range<usize>) -> Backward<'_> {
@@ -329,12 +457,6 @@ impl Backward<'_> {
             mean: self.mean.map(|m| &m[rows.clone()]),
             rstd: &self.rstd[rows],
         }
-    }
-
-    /// Where the columns of a row lie.
-    #[inline(always)]
-    fn elements(&self, row: usize, columns: &Range<usize>) -> Range<usize> {
-        row * self.c + columns.start..row * self.c + columns.end
     }
 }
 
