@@ -64,7 +64,7 @@ pub(super) unsafe fn tile<S: Simd, const MR: usize, const V: usize>(
     rows: usize,
     k: usize,
     (a, b): (Rows, Columns),
-    (from, to): (Option<Sums>, Sums),
+    (from, to): (Option<Sums>, To),
     asks: &Asks,
 ) {
     if !S::HAS_TILE_LOOP && pairs.is_none() {
@@ -103,7 +103,7 @@ fn some_rows<S: Simd, const R: usize, const V: usize, const WHOLE: bool>(
     let Chains { k, a, b, from, to } = tile;
     let packed = a.row_stride == 1;
     let looped = const { S::HAS_TILE_LOOP && V * S::LANES == 32 };
-    debug_assert!(pairs.is_none() || looped);
+    debug_assert!(if pairs.is_some() { looped } else { !to.narrow });
     if looped && (packed || a.k_stride == 1) {
         let tile = TileLoop {
             k,
@@ -114,8 +114,9 @@ fn some_rows<S: Simd, const R: usize, const V: usize, const WHOLE: bool>(
             b_step: 4 * b.k_stride,
             from: from.map_or(std::ptr::null(), |from| from.data),
             from_row: 4 * from.map_or(0, |from| from.row_stride),
-            to: to.data,
-            to_row: 4 * to.row_stride,
+            to: to.data.cast(),
+            to_row: to.row_bytes,
+            narrow: to.narrow,
             asks: asks.as_ptr(),
         };
         // SAFETY: made by `tile` only, under its promise.
@@ -139,6 +140,14 @@ fn some_rows<S: Simd, const R: usize, const V: usize, const WHOLE: bool>(
     s.run(tile);
 }
 
+/// Where sums go: f32, or, of pairs only, rounded to bf16.
+#[derive(Clone, Copy)]
+pub(super) struct To {
+    pub data: *mut u8,
+    pub row_bytes: usize,
+    pub narrow: bool,
+}
+
 /// The arguments of [`tile`], whose promise holds wherever one is made.
 #[derive(Clone, Copy)]
 struct Chains<const R: usize, const V: usize> {
@@ -146,7 +155,7 @@ struct Chains<const R: usize, const V: usize> {
     a: Rows,
     b: Columns,
     from: Option<Sums>,
-    to: Sums,
+    to: To,
 }
 
 impl<const R: usize, const V: usize> Kernel for Chains<R, V> {
@@ -190,7 +199,7 @@ unsafe fn chains<S: Simd, const R: usize, const V: usize>(
     a: Rows,
     b: Columns,
     from: Option<Sums>,
-    to: Sums,
+    to: To,
 ) {
     let mut acc = [[s.zero(); V]; R];
     if let Some(from) = from {
@@ -220,7 +229,10 @@ unsafe fn chains<S: Simd, const R: usize, const V: usize>(
     each_row!(i < R => {
         for (j, &v) in acc[i].iter().enumerate() {
             // SAFETY: the caller vouches for R rows of V vectors.
-            unsafe { s.store_ptr(to.data.add(i * to.row_stride + j * S::LANES), v) }
+            unsafe {
+                let row = to.data.add(i * to.row_bytes).cast::<f32>();
+                s.store_ptr(row.add(j * S::LANES), v)
+            }
         }
     });
 }

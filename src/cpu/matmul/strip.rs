@@ -6,7 +6,7 @@ use super::super::Accum;
 use super::super::simd::{Ask, Asks, Simd};
 use super::Product;
 use super::blocks::*;
-use super::microkernel::{Columns, Rows, Sums, finish, keep, tile, widen_output};
+use super::microkernel::{Columns, Rows, Sums, To, finish, keep, tile, widen_output};
 use super::pack::{Block, Terms, copy_rows, pack_columns, pack_rows};
 use super::wanted::Wanted;
 use crate::dtype::DType;
@@ -344,19 +344,30 @@ impl<S: Simd, const MR: usize, const V: usize> Strip<'_, S, MR, V> {
             turns: shape.0,
         };
         let pairs = self.terms.pairs();
+        let unit = p.narrowed_by(pairs);
+        let narrow = last && whole && unit.is_some();
+        let sums = To {
+            data: if narrow { p.c.at(at) } else { to.data.cast() },
+            row_bytes: if narrow {
+                2 * p.c.row_stride
+            } else {
+                4 * to.row_stride
+            },
+            narrow,
+        };
         // SAFETY: a and b are packed panels or lie in A and B; C's whole tiles, kept sums and the scratch tile hold
         // shape.0 rows of NR columns. Where from and to are one place, all is read before it is written.
         unsafe {
             let k = self.terms.packed(depth.len());
             if shape.1 <= S::LANES && pairs.is_none() {
-                tile::<S, MR, 1>((s, pairs), shape.0, k, (a, b), (from, to), asks)
+                tile::<S, MR, 1>((s, pairs), shape.0, k, (a, b), (from, sums), asks)
             } else {
-                tile::<S, MR, V>((s, pairs), shape.0, k, (a, b), (from, to), asks)
+                tile::<S, MR, V>((s, pairs), shape.0, k, (a, b), (from, sums), asks)
             }
         }
-        if last && !(whole && p.c.is_plain()) {
+        if last && !narrow && !(whole && p.c.is_plain()) {
             // SAFETY: the tile lies in this region of C, which no other region shares.
-            unsafe { finish((s, p.narrowed_by(pairs)), &p.c, at, shape, to) }
+            unsafe { finish((s, unit), &p.c, at, shape, to) }
         } else if !last && in_c && !whole {
             // SAFETY: as above.
             unsafe { keep(s, &p.c, at, shape, to) }

@@ -69,6 +69,13 @@ macro_rules! store {
     };
 }
 
+#[rustfmt::skip]
+macro_rules! narrow {
+    ($low:literal, $high:literal, $row:literal, $packed:literal) => {
+        concat!("vcvtne2ps2bf16 zmm", $low, ", zmm", $high, ", zmm", $low, "\nvmovups [rcx], zmm", $low, "\nadd rcx, rdx\n")
+    };
+}
+
 /// A row's sums grow by a product, or by those of a pair; zmm28 and 29 hold a row of B.
 #[rustfmt::skip]
 macro_rules! grow {
@@ -189,7 +196,17 @@ macro_rules! tile_of {
                     "8:",
                     "mov rcx, [rdi + {to}]",
                     "mov rdx, [rdi + {to_row}]",
+                    ".if {pairs}",
+                    "cmp byte ptr [rdi + {narrow}], 0",
+                    "jne 9f",
+                    ".endif",
                     rows!(store),
+                    ".if {pairs}",
+                    "jmp 12f",
+                    "9:",
+                    rows!(narrow),
+                    "12:",
+                    ".endif",
                     rows = const ROWS,
                     pairs = const PAIRS as usize,
                     k = const offset_of!(TileLoop, k),
@@ -201,6 +218,7 @@ macro_rules! tile_of {
                     from_row = const offset_of!(TileLoop, from_row),
                     to = const offset_of!(TileLoop, to),
                     to_row = const offset_of!(TileLoop, to_row),
+                    narrow = const offset_of!(TileLoop, narrow),
                     asks = const offset_of!(TileLoop, asks),
                     ask = const size_of::<Ask>(),
                     at = const offset_of!(Ask, at),

@@ -102,10 +102,12 @@ pub(crate) struct TileLoop {
     pub from: *const f32,
     /// From row to row.
     pub from_row: usize,
-    /// May be `from`.
+    /// May be `from`; bf16 if `narrow`.
     pub to: *mut f32,
     /// From row to row.
     pub to_row: usize,
+    /// Whether sums of pairs are rounded to bf16 at the end, as [`PairUnit::narrow`] does.
+    pub narrow: bool,
     /// What will be read soon, one after another up to the first without turns.
     pub asks: *const Ask,
 }
