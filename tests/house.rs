@@ -119,6 +119,7 @@ const UNSAFE: [&str; 21] = [
     "cpu/matmul/pack_pairs.rs",
     "cpu/matmul/region.rs",
     "cpu/matmul/stream.rs",
+    "cpu/matmul/strip.rs",
     "cpu/matmul/unit.rs",
     "cpu/matmul/unit_stream.rs",
     "cpu/memory.rs",

@@ -234,8 +234,8 @@ fn work<S: Simd>(
     let range = first_key..first_key + keys;
     load(s, args.k, head, range.clone(), d, side.k);
     load(s, args.v, head, range.clone(), d, side.v);
-    side.dk.fill(0.0);
-    side.dv.fill(0.0);
+    side.dk[..keys * line].fill(0.0);
+    side.dv[..keys * line].fill(0.0);
     for tile in pass.tiles.clone().map(|i| g.tile(pass.unit, i)) {
         let seen = tile.blocks(g);
         let blocks = seen.start.max(pass.blocks.start)..seen.end.min(pass.blocks.end);

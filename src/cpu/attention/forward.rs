@@ -101,7 +101,7 @@ impl Kernel for Forward<'_> {
             let (o, after) = after.split_at_mut(SIDE * line);
             rest = after;
             load_transposed(s, g, q, tile, fold.query, qt, row);
-            o.fill(0.0);
+            o[..tile.rows * line].fill(0.0);
             let blocks = tile.blocks(g);
             if !blocks.is_empty() {
                 seen = seen.start.min(blocks.start)..seen.end.max(blocks.end);
@@ -298,7 +298,7 @@ impl Query<'_> {
     #[inline(always)]
     fn finish<S: Simd>(&self, s: S, g: &Geometry, o: &OutRows, lse: &OutRows, row: &mut [f32]) {
         let (d, line, sum) = (g.head_dim, pitch(g.head_dim), &self.online.sum);
-        let ln_sum = log_sum_exp(s, &self.online.max, sum);
+        let ln_sum = log_sum_exp(s, self.tile.rows, &self.online.max, sum);
         for r in 0..self.tile.rows {
             let (t, h) = self.tile.token(g, r);
             divide(s, &self.o[r * line..][..d], sum[r], row);
@@ -406,6 +406,14 @@ pub(super) fn load_transposed<S: Simd>(
         for (r, row) in rows.chunks_exact_mut(d).enumerate().take(here) {
             let (t, h) = tile.token(g, first + r);
             widen_into(s, x.row(tile.batch, h, t, d), row);
+        }
+        if here == 1 {
+            // One lane of each vector: a square would be 64 moves for 16 numbers.
+            for (x, to) in rows[..d].iter().zip(to.chunks_exact_mut(SCORES)) {
+                let x = s.load_first(std::slice::from_ref(x));
+                s.store(&mut to[first..], s.mul(x, factor));
+            }
+            continue;
         }
         for c in (0..d).step_by(lanes) {
             let deep = lanes.min(d - c);

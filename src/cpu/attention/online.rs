@@ -213,14 +213,19 @@ pub(super) fn maximum<S: Simd>(s: S, scores: &[f32], at: usize, n: usize) -> S::
     s.max(s.max(parts[0], parts[1]), s.max(parts[2], parts[3]))
 }
 
-/// ln sum e^logit of each row; minus infinity where nothing was visible.
+/// ln sum e^logit of the first `rows` rows, and some more; minus infinity where nothing was visible.
 #[inline(always)]
-pub(super) fn log_sum_exp<S: Simd>(s: S, max: &[f32], sum: &[f32]) -> [f32; SIDE] {
-    let mut lse = [0f32; SIDE];
+pub(super) fn log_sum_exp<S: Simd>(
+    s: S,
+    rows: usize,
+    max: &[f32; SIDE],
+    sum: &[f32; SIDE],
+) -> [f32; SIDE] {
+    let (mut lse, rows) = ([0f32; SIDE], padded(rows));
     map(
         s,
-        [max, sum],
-        &mut lse,
+        [&max[..rows], &sum[..rows]],
+        &mut lse[..rows],
         #[inline(always)]
         |[max, sum]| s.fma(max, s.splat(LN_2), ln(s, sum)),
     );

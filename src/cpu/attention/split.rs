@@ -115,7 +115,7 @@ impl Kernel for Merge<'_> {
             }
             s.store(&mut sum[at..], total);
         }
-        let ln_sum = log_sum_exp(s, &max, &sum);
+        let ln_sum = log_sum_exp(s, tile.rows, &max, &sum);
         let (mut total, mut row) = ([0f32; 256], [0f32; 256]);
         for r in 0..tile.rows {
             total[..padded(d)].fill(0.0);

@@ -1,5 +1,6 @@
 //! Rows and columns of C, tile by tile: what is packed when, and where sums wait between blocks of k.
 
+// Tiles are read and written by address: the microkernel's operands lie in A, B, C or scratch.
 #![allow(unsafe_code)]
 
 use super::super::Accum;

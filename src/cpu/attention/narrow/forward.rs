@@ -326,7 +326,7 @@ impl Query<'_> {
         match sink {
             Sink::Rows(o, lse) => {
                 let factor = self.rounded.map(|x| if seen(x) { 1.0 / x } else { 0.0 });
-                let ln_sum = log_sum_exp(s, &self.online.max, sum);
+                let ln_sum = log_sum_exp(s, tile.rows, &self.online.max, sum);
                 rows_of_columns(
                     s,
                     d,

@@ -29,9 +29,10 @@ fn waiting(c: usize) -> usize {
     (WAITING / (block_rows(c) * c)).max(1)
 }
 
-/// All gradients, in one pass over memory (see [`row_and_next`]), by blocks of rows. A parameter's sum adds those of the blocks in ascending order, each of them one chain over its rows; so [`Accum::Add`] gives the bits of one
-/// call where it resumes at a multiple of [`block_rows`]. (One chain over all rows had the threads meet twice a block: on
-/// two of them it took 1.6 times a stream.)
+/// All gradients, in one pass over memory (see [`row_and_next`]), by blocks of rows. A parameter's sum adds those of the blocks in
+/// ascending order, each of them one chain over its rows; so [`Accum::Add`] gives the bits of one call where it resumes at a
+/// multiple of [`block_rows`]. (One chain over all rows had the threads meet twice a block: on two of them it took 1.6 times a
+/// stream.)
 #[allow(clippy::too_many_arguments)]
 pub(super) fn backward(
     dy: Slice,
@@ -316,7 +317,7 @@ fn row_and_next<S: Simd, const NOW: bool, const NEXT: bool, const M: usize>(
                     &x.0[at][j..],
                     &dy.0[at][j..],
                     &mut dx[at][j..],
-                    |sum| { &mut sum.0[at][j..] }
+                    |sum| &mut sum.0[at][j..]
                 );
             }
             if NEXT {
@@ -336,7 +337,7 @@ fn row_and_next<S: Simd, const NOW: bool, const NEXT: bool, const M: usize>(
                 &x.1[at..end],
                 &dy.1[at..end],
                 &mut last_dx[at..end],
-                |sum| { &mut sum.1[at..end] }
+                |sum| &mut sum.1[at..end]
             );
         }
     }
