@@ -306,7 +306,7 @@ fn row_and_next<S: Simd, const NOW: bool, const NEXT: bool, const M: usize>(
             ahead_by::<S, GROUP, _>(s, next_x.0[at].as_ptr(), SOON);
             ahead_by::<S, GROUP, _>(s, next_dy.0[at].as_ptr(), SOON);
         }
-        for v in 0..GROUP / S::LANES {
+        for (v, total) in totals.iter_mut().enumerate().take(GROUP / S::LANES) {
             let j = v * S::LANES;
             let w = s.load(&weight[at][j..]);
             if NOW {
@@ -321,7 +321,7 @@ fn row_and_next<S: Simd, const NOW: bool, const NEXT: bool, const M: usize>(
                 );
             }
             if NEXT {
-                next!(totals[v], w, &next_x.0[at][j..], &next_dy.0[at][j..]);
+                next!(*total, w, &next_x.0[at][j..], &next_dy.0[at][j..]);
             }
         }
     }
