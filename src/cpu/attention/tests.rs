@@ -21,6 +21,11 @@ fn cases() -> Vec<Case> {
         ([2, 2, 2, 3, 0, 4], PLAIN),
         ([1, 1, 1, 1, 1, 1], PLAIN),
         ([1, 2, 2, 5, 7, 3], PLAIN),
+        // Barely more keys than the unit leaves to vectors.
+        ([0, 2, 1, 3, 18, 4], PLAIN),
+        ([1, 1, 1, 0, 17, 4], PLAIN),
+        ([1, 1, 1, 1, 19, 1], PLAIN),
+        ([1, 2, 2, 5, 17, 3], PLAIN),
         ([1, 1, 1, 64, 64, 16], CAUSAL),
         ([2, 3, 1, 33, 65, 17], CAUSAL),
         ([1, 4, 2, 67, 67, 40], |g| {

@@ -1,7 +1,7 @@
 //! AVX-512 F, BW, DQ and VL: sixteen lanes, thirty-two registers, masks in registers of their own.
 //!
 //! bf16 is narrowed by `vcvtneps2bf16` where the processor has it and no lane is subnormal, which it takes for 0; else in integers,
-//! to the same bits. GELU of bf16 takes 0.84 of the time, a cast to bf16 0.9.
+//! to the same bits. On a Zen 5 GELU of bf16 takes 0.88 of the time, a cast to bf16 0.93.
 
 use super::{Kernel, Simd, TILE_OF_16, TileKernel, TileLoop, avx512_tile};
 use crate::dtype::{DType, Float};

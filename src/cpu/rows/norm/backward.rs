@@ -201,8 +201,8 @@ impl<'a> Run<Out<'a>> for Backward<'_> {
 /// Rows of scratch: the weight, dx, and x and dy of two.
 const SCRATCH: usize = 6;
 
-/// Bytes ahead for which a row asks. Of 4 KiB rows a set of the first cache of a Zen 5 holds 12 lines, and nine are in use: with
-/// 4 KiB it took 1.14 times as long, with 8 or none 1.25.
+/// Bytes ahead for which a row asks. With rows of 4 KiB all arrays meet in the same sets of the first cache, of 12 lines on a Zen 5:
+/// there 4 KiB took 1.1 to 1.25 times as long, 8 or none 1.2 to 1.25.
 const SOON: usize = 2048;
 
 /// A row in f32.
