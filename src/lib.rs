@@ -105,8 +105,6 @@
 
 pub mod cluster;
 pub mod collective;
-mod cpu;
-pub mod dtype;
 pub mod error;
 pub mod forecast;
 #[cfg(feature = "gpu")]
@@ -117,7 +115,6 @@ pub mod model;
 pub mod ops;
 pub mod pipeline;
 pub mod placement;
-pub mod random;
 pub mod reference;
 pub mod report;
 pub mod spmd;
@@ -126,13 +123,13 @@ pub mod tensor;
 pub mod trace;
 pub mod train;
 
-pub use dtype::DType;
-pub use error::{Error, ErrorKind, Result};
-pub use half::{bf16, f16};
-pub use kernels::{
-    Mask, attention, attention_at, gelu, gelu_tanh, layer_norm, matmul, matmul_batched, rms_norm,
-    silu, softmax,
+pub(crate) use supernode_kernels::internal as cpu;
+pub use supernode_kernels::{
+    DType, Mask, attention, attention_at, bf16, dtype, f16, gelu, gelu_tanh, layer_norm, matmul,
+    matmul_batched, random, rms_norm, silu, softmax,
 };
+
+pub use error::{Error, ErrorKind, Result};
 pub use mesh::Mesh;
 pub use placement::Placement;
 pub use spmd::{Chip, Device, Init, Sharded, World};

@@ -3,8 +3,8 @@
 //! Letters beside those of the room: `e` experts, `k` experts of a token, `s` slots of an expert in one sequence (its
 //! capacity). A slot's number is `expert * capacity + place`, and [`NONE`] says that there is none.
 
-use super::matmul::dot;
 use super::swiglu;
+use supernode_kernels::reference::dot;
 
 /// No slot, or nothing in it.
 pub const NONE: u32 = u32::MAX;

@@ -13,39 +13,20 @@
 // The formulas' letters are the loops' letters: x[i * c + j] says more here than a chain of iterators.
 #![allow(clippy::needless_range_loop)]
 
-mod activation;
-mod attention;
-mod gradient;
-mod loss;
-mod matmul;
 mod mixture;
-mod norm;
-mod optimizer;
-mod rotary;
-mod shape;
-mod special;
-mod tolerance;
 
-pub use activation::{
-    Activation, activation, activation_backward, add, dropout, multiply, multiply_backward, scale,
-    swiglu, swiglu_backward,
-};
-pub use attention::{Attention, attention, attention_backward};
-pub use gradient::{assert_gradient, normals};
-pub use loss::{cross_entropy, cross_entropy_backward, mean_loss, softmax, softmax_backward};
-pub use matmul::{column_sum, linear, linear_backward, matmul, matmul_backward, transposed};
 pub use mixture::{
     Experts, NONE, Route, Slotted, balance_loss, balance_loss_backward, combine, combine_backward,
     dispatch, dispatch_backward, mixture, route, route_backward, sigmoid, sigmoid_backward, slots,
 };
-pub use norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
-pub use optimizer::{AdamW, Sgd, adamw, clip, global_norm, sgd};
-pub use rotary::{
-    RotaryScaling, RotaryStyle, rotary, rotary_backward, rotary_frequencies, rotary_table,
+pub use supernode_kernels::reference::{
+    Activation, AdamW, Attention, RotaryScaling, RotaryStyle, Sgd, activation, activation_backward,
+    adamw, add, assert_gradient, assert_product, assert_within, attention, attention_backward,
+    clip, column_sum, concatenate, concatenate_backward, cross_entropy, cross_entropy_backward,
+    dropout, embedding, embedding_backward, erf, erfc, gamma, global_norm, layer_norm,
+    layer_norm_backward, linear, linear_backward, matmul, matmul_backward, mean_loss, multiply,
+    multiply_backward, normals, permute, permute_backward, product_bound, rms_norm,
+    rms_norm_backward, rotary, rotary_backward, rotary_frequencies, rotary_table, rounding, scale,
+    sgd, slice, slice_backward, softmax, softmax_backward, sum, sum_backward, swiglu,
+    swiglu_backward, transposed, widen,
 };
-pub use shape::{
-    concatenate, concatenate_backward, embedding, embedding_backward, permute, permute_backward,
-    slice, slice_backward, sum, sum_backward,
-};
-pub use special::{erf, erfc};
-pub use tolerance::{assert_product, assert_within, gamma, product_bound, rounding, widen};

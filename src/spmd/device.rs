@@ -76,7 +76,7 @@ impl Device {
     pub(super) fn memory(&self, rank: usize, budget: Option<u64>) -> Result<Memory> {
         match self.kinds[rank % self.kinds.len()] {
             Kind::Cpu => {
-                check_units()?;
+                check_units().map_err(|why| Error::new(ErrorKind::Input, why))?;
                 Ok(Memory::cpu(budget))
             }
             #[cfg(feature = "gpu")]

@@ -5,13 +5,19 @@ use super::copies::{Copied, Copies};
 use super::mirrored::Mirrored;
 use super::shadow::Shadow;
 use super::{Block, Storage, Tensor};
-use crate::cpu::memory::Pool;
+use crate::cpu::memory::{Exceeded, Pool};
 use crate::dtype::{Element, TensorType};
 use crate::error::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+impl From<Exceeded> for Error {
+    fn from(e: Exceeded) -> Self {
+        Error::new(ErrorKind::Memory, e.to_string())
+    }
+}
 
 /// What one chip's tensors live in, with their count in bytes. Cloning shares it.
 #[derive(Clone)]

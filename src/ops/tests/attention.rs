@@ -55,15 +55,12 @@ fn logit_off(n: &Sizes, scale: f64, q: &[f64], k: &[f64]) -> f64 {
 /// Where a processor's unit for bf16 takes weights and their gradients as operands of products, in bf16: its powers of two are
 /// within 2^-18. Elsewhere, and on graphics processors, they stay in f32.
 fn narrow(dtype: DType) -> f64 {
-    #[cfg(target_arch = "x86_64")]
-    if dtype == DType::Bf16
-        && !super::harness::is_on_gpu()
-        && crate::cpu::simd::tile_unit().is_some()
-    {
-        return dtype.roundoff() + 2f64.powi(-16);
+    let on_unit = !super::harness::is_on_gpu() && crate::cpu::simd::has_tile_unit();
+    if dtype == DType::Bf16 && on_unit {
+        dtype.roundoff() + 2f64.powi(-16)
+    } else {
+        0.0
     }
-    let _ = dtype;
-    0.0
 }
 
 fn check(op: &Attention, n: Sizes, dtype: DType) {

@@ -1,0 +1,523 @@
+//! Kernels straight on ndarray, without chips, meshes or tapes: arrays in, arrays out.
+//!
+//! All take f32, bf16 or f16, compute in f32 and round once. They run on the caller's current rayon pool, and their results
+//! depend neither on the number of its threads nor on the instruction set (but see [the order of sums](crate#the-order-of-sums)
+//! for bf16 on a matrix unit). A view is read where it lies if its elements
+//! fill a stretch of memory in any order of axes (so a transposed matrix is not copied); otherwise it is copied first,
+//! because what lies between its elements may belong to somebody else.
+//!
+//! [`peak_flops`] and [`MemoryStream`] measure what the machine could do at best, to hold a kernel's speed against.
+
+use crate::attention::{Geometry, Heads, HeadsMut, attention_forward};
+use crate::dtype::{Float, Slice, SliceMut};
+use crate::matmul::{self as product, Epilogue, Matrix, MatrixMut};
+use crate::memory::with_scratch_f32;
+use crate::rows;
+use crate::{Accum, Activation};
+use ndarray::{
+    Array, Array2, Array3, Array4, ArrayBase, CowArray, Data, Dimension, Ix1, Ix2, Ix3, Ix4,
+};
+
+/// `c[i,j] = sum over p of a[i,p] b[p,j]`: a [m, k], b [k, n], c [m, n]; one chain of fused multiply-adds over ascending p.
+///
+/// ```
+/// use ndarray::array;
+/// let a = array![[1.0f32, 2.0], [3.0, 4.0]];
+/// assert_eq!(supernode_kernels::matmul(&a, &a.t()), array![[5.0, 11.0], [11.0, 25.0]]);
+/// ```
+///
+/// # Panics
+/// If a has not as many columns as b has rows.
+pub fn matmul<T: Float>(
+    a: &ArrayBase<impl Data<Elem = T>, Ix2>,
+    b: &ArrayBase<impl Data<Elem = T>, Ix2>,
+) -> Array2<T> {
+    let ((m, k), (rows, n)) = (a.dim(), b.dim());
+    assert_eq!(
+        k,
+        rows,
+        "matmul: a is {:?} and b is {:?}; the columns of a are not the rows of b",
+        a.shape(),
+        b.shape()
+    );
+    let (a, b) = (in_memory(a, |_| true), in_memory(b, |_| true));
+    let mut c = Array2::from_elem((m, n), T::from_f32(0.0));
+    multiply(1, matrix(&a), matrix(&b), elements_mut(&mut c), [m, n]);
+    c
+}
+
+/// [`matmul`] of each matrix of a with the same of b: a [b, m, k], b [b, k, n], c [b, m, n].
+///
+/// # Panics
+/// If the numbers of matrices differ, or a's matrices have not as many columns as b's have rows.
+pub fn matmul_batched<T: Float>(
+    a: &ArrayBase<impl Data<Elem = T>, Ix3>,
+    b: &ArrayBase<impl Data<Elem = T>, Ix3>,
+) -> Array3<T> {
+    let ((batch, m, k), (others, rows, n)) = (a.dim(), b.dim());
+    assert!(
+        batch == others && k == rows,
+        "matmul_batched: a is {:?} and b is {:?}; wanted [b, m, k] and [b, k, n]",
+        a.shape(),
+        b.shape()
+    );
+    let (a, b) = (in_memory(a, |_| true), in_memory(b, |_| true));
+    let mut c = Array3::from_elem((batch, m, n), T::from_f32(0.0));
+    multiply(batch, matrix(&a), matrix(&b), elements_mut(&mut c), [m, n]);
+    c
+}
+
+/// Which keys a query of [`attention`] sees. Query i stands at position i ([`attention_at`]: elsewhere), key j at position j.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mask {
+    /// All.
+    Full,
+    /// Those up to its own position.
+    Causal,
+    /// Those up to its own position and less than this many positions away.
+    Window(usize),
+}
+
+/// `o = softmax(q k^T / sqrt(d) where the mask allows) v` for each batch and head (Vaswani et al. 2017).
+///
+/// q and o: [b, h, t, d]; k and v: [b, g, s, d], where g divides h and query head i uses key head `i / (h / g)`. An array of
+/// [b, t, h, d] whose axes were permuted is read in place. A query that sees nothing gives 0.
+///
+/// # Panics
+/// If the shapes do not fit, or d is above 256.
+pub fn attention<T: Float>(
+    q: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    k: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    v: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    mask: Mask,
+) -> Array4<T> {
+    attention_at(q, k, v, mask, 0)
+}
+
+/// [`attention`] of queries that continue a sequence: query i stands at position `offset` + i, keys begin at position 0.
+///
+/// What decoding with kept keys and values needs: one query, t = 1, at the position of the last of s keys has offset s - 1.
+/// Where a key head has at most 64 query rows and more than 1024 keys, the keys are cut for the threads.
+///
+/// # Panics
+/// As [`attention`].
+pub fn attention_at<T: Float>(
+    q: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    k: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    v: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    mask: Mask,
+    offset: usize,
+) -> Array4<T> {
+    let ((batch, heads, queries, d), (b, kv_heads, keys, kd)) = (q.dim(), k.dim());
+    assert!(
+        k.shape() == v.shape()
+            && (b, kd) == (batch, d)
+            && kv_heads > 0
+            && heads.is_multiple_of(kv_heads)
+            && (1..=256).contains(&d),
+        "attention: q is {:?}, k {:?}, v {:?}; wanted [b, h, t, d] and twice [b, g, s, d] with g dividing h and d at \
+         most 256",
+        q.shape(),
+        k.shape(),
+        v.shape()
+    );
+    let last_is_dense = |strides: &[isize]| strides[3] == 1;
+    let q = in_memory(q, last_is_dense);
+    let k = in_memory(k, last_is_dense);
+    let v = in_memory(v, last_is_dense);
+    let mut o = Array4::from_elem(q.dim(), T::from_f32(0.0));
+    let geometry = Geometry {
+        batch,
+        heads,
+        kv_heads,
+        queries,
+        keys,
+        head_dim: d,
+        scale: 1.0 / (d as f32).sqrt(),
+        soft_cap: None,
+        causal: mask != Mask::Full,
+        window: match mask {
+            Mask::Window(w) => Some(w),
+            Mask::Full | Mask::Causal => None,
+        },
+        offset,
+        documents: None,
+    };
+    let out = HeadsMut {
+        strides: [heads * queries * d, queries * d, d],
+        data: elements_mut(&mut o),
+    };
+    with_scratch_f32(batch * heads * queries, |lse| {
+        attention_forward(
+            &geometry,
+            by_heads(&q),
+            by_heads(&k),
+            by_heads(&v),
+            out,
+            lse,
+        );
+    });
+    o
+}
+
+/// `y = (x - mean) / sqrt(variance + eps) weight + bias` over the last axis (Ba et al. 2016): x, y [.., c]; weight, bias `[c]`.
+///
+/// # Panics
+/// If weight or bias has not c elements.
+pub fn layer_norm<T: Float, D: Dimension>(
+    x: &ArrayBase<impl Data<Elem = T>, D>,
+    weight: &ArrayBase<impl Data<Elem = T>, Ix1>,
+    bias: &ArrayBase<impl Data<Elem = T>, Ix1>,
+    eps: f32,
+) -> Array<T, D> {
+    let rows = check_rows(
+        "layer_norm",
+        x,
+        &[("weight", weight.len()), ("bias", bias.len())],
+    );
+    let (w, b) = (weight.as_standard_layout(), bias.as_standard_layout());
+    by_rows(x, |x, y| {
+        with_scratch_f32(2 * rows, |statistics| {
+            let (mean, rstd) = statistics.split_at_mut(rows);
+            rows::layer_norm(
+                x,
+                Some(elements(&w)),
+                Some(elements(&b)),
+                eps,
+                y,
+                mean,
+                rstd,
+            );
+        });
+    })
+}
+
+/// `y = x / sqrt(mean of x^2 + eps) weight` over the last axis (Zhang and Sennrich 2019): x, y [.., c]; weight `[c]`.
+///
+/// # Panics
+/// If weight has not c elements.
+pub fn rms_norm<T: Float, D: Dimension>(
+    x: &ArrayBase<impl Data<Elem = T>, D>,
+    weight: &ArrayBase<impl Data<Elem = T>, Ix1>,
+    eps: f32,
+) -> Array<T, D> {
+    let rows = check_rows("rms_norm", x, &[("weight", weight.len())]);
+    let w = weight.as_standard_layout();
+    by_rows(x, |x, y| {
+        with_scratch_f32(rows, |rstd| {
+            rows::rms_norm(x, Some(elements(&w)), eps, y, rstd);
+        });
+    })
+}
+
+/// `y[j] = e^x[j] / sum over i of e^x[i]` over the last axis.
+///
+/// # Panics
+/// If x has no axes.
+pub fn softmax<T: Float, D: Dimension>(x: &ArrayBase<impl Data<Elem = T>, D>) -> Array<T, D> {
+    check_rows("softmax", x, &[]);
+    let c = x.shape().last().copied().unwrap_or(1);
+    by_rows(x, |x, y| rows::softmax(x, c, y))
+}
+
+/// `y = x/2 (1 + erf(x / sqrt 2))` (Hendrycks and Gimpel 2016).
+pub fn gelu<T: Float, D: Dimension>(x: &ArrayBase<impl Data<Elem = T>, D>) -> Array<T, D> {
+    by_rows(x, |x, y| rows::activation(Activation::GeluErf, x, y))
+}
+
+/// `y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`, GPT-2's form of [`gelu`].
+pub fn gelu_tanh<T: Float, D: Dimension>(x: &ArrayBase<impl Data<Elem = T>, D>) -> Array<T, D> {
+    by_rows(x, |x, y| rows::activation(Activation::GeluTanh, x, y))
+}
+
+/// `y = x / (1 + e^-x)` (Elfwing et al. 2017).
+pub fn silu<T: Float, D: Dimension>(x: &ArrayBase<impl Data<Elem = T>, D>) -> Array<T, D> {
+    by_rows(x, |x, y| rows::activation(Activation::Silu, x, y))
+}
+
+/// The array itself if a kernel can read it where it lies, a row-major copy otherwise.
+fn in_memory<'a, T: Float, D: Dimension>(
+    x: &'a ArrayBase<impl Data<Elem = T>, D>,
+    fits: impl Fn(&[isize]) -> bool,
+) -> CowArray<'a, T, D> {
+    let dense = x.as_slice_memory_order().is_some();
+    if dense && x.strides().iter().all(|&s| s >= 0) && fits(x.strides()) {
+        return x.view().into();
+    }
+    x.as_standard_layout().into_owned().into()
+}
+
+/// All elements, in the order in which they lie in memory.
+fn elements<'a, T: Float, D: Dimension>(x: &'a CowArray<'_, T, D>) -> Slice<'a> {
+    let all = x
+        .as_slice_memory_order()
+        .expect("in_memory copies what is not dense");
+    Slice::of_bytes(bytemuck::cast_slice(all), T::DTYPE)
+}
+
+fn elements_mut<T: Float, D: Dimension>(x: &mut Array<T, D>) -> SliceMut<'_> {
+    let all = x.as_slice_mut().expect("a new array is row-major");
+    SliceMut::of_bytes(bytemuck::cast_slice_mut(all), T::DTYPE)
+}
+
+/// The last two axes as rows and columns, the one before as the batch.
+fn matrix<'a, T: Float, D: Dimension>(x: &'a CowArray<'_, T, D>) -> Matrix<'a> {
+    let (shape, strides, last) = (x.shape(), x.strides(), x.ndim() - 1);
+    Matrix {
+        data: elements(x),
+        rows: shape[last - 1],
+        cols: shape[last],
+        row_stride: strides[last - 1] as usize,
+        col_stride: strides[last] as usize,
+        batch_stride: if last > 1 { strides[0] as usize } else { 0 },
+    }
+}
+
+fn multiply(batch: usize, a: Matrix, b: Matrix, c: SliceMut, [m, n]: [usize; 2]) {
+    let c = MatrixMut {
+        data: c,
+        rows: m,
+        cols: n,
+        row_stride: n,
+        batch_stride: m * n,
+    };
+    product::matmul(batch, a, b, c, Accum::Replace, Epilogue::default());
+}
+
+fn by_heads<'a, T: Float>(x: &'a CowArray<'_, T, Ix4>) -> Heads<'a> {
+    let strides = x.strides();
+    Heads {
+        data: elements(x),
+        strides: [0, 1, 2].map(|axis| strides[axis] as usize),
+    }
+}
+
+/// A new array that `f` writes from x, both row-major.
+fn by_rows<T: Float, D: Dimension>(
+    x: &ArrayBase<impl Data<Elem = T>, D>,
+    f: impl FnOnce(Slice, SliceMut),
+) -> Array<T, D> {
+    let x = x.as_standard_layout();
+    let mut y = Array::from_elem(x.raw_dim(), T::from_f32(0.0));
+    f(elements(&x), elements_mut(&mut y));
+    y
+}
+
+/// Number of rows. Panics unless x has a last axis, and each vector is as long.
+fn check_rows<T, D: Dimension>(
+    kernel: &str,
+    x: &ArrayBase<impl Data<Elem = T>, D>,
+    vectors: &[(&str, usize)],
+) -> usize {
+    let (&c, rest) = x
+        .shape()
+        .split_last()
+        .unwrap_or_else(|| panic!("{kernel}: x has no axes; wanted [.., c]"));
+    for (name, len) in vectors {
+        assert_eq!(
+            *len,
+            c,
+            "{kernel}: x is {:?} and {name} is [{len}]",
+            x.shape()
+        );
+    }
+    rest.iter().product()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reference::{self, assert_within, gamma, normals, product_bound, rounding};
+    use half::{bf16, f16};
+    use ndarray::{ArrayD, Axis, IxDyn, s};
+
+    fn array<T: Float, D: Dimension>(name: &str, shape: D) -> Array<T, D> {
+        let values = normals(name, shape.size());
+        let values = values.iter().map(|&x| T::from_f32(x as f32)).collect();
+        Array::from_shape_vec(shape, values).expect("as many elements as the shape says")
+    }
+
+    fn wide<T: Float, D: Dimension>(x: &ArrayBase<impl Data<Elem = T>, D>) -> Vec<f64> {
+        x.iter().map(|x| x.to_f32().into()).collect()
+    }
+
+    fn near<T: Float, D: Dimension>(what: &str, got: &Array<T, D>, want: &[f64], bound: &[f64]) {
+        let stored: Vec<f64> = want
+            .iter()
+            .zip(bound)
+            .map(|(w, b)| b + rounding(T::DTYPE, w.abs() + b))
+            .collect();
+        assert_within(what, &wide(got), want, &stored);
+    }
+
+    const U: f64 = 1.0 / (1u64 << 24) as f64;
+
+    fn check_product<T: Float>(
+        a: &ArrayBase<impl Data<Elem = T>, Ix2>,
+        b: &ArrayBase<impl Data<Elem = T>, Ix2>,
+    ) {
+        let sizes = [a.nrows(), b.ncols(), a.ncols()];
+        let (wa, wb) = (wide(a), wide(b));
+        let bound = product_bound(sizes, &wa, &wb, U);
+        near(
+            "matmul",
+            &matmul(a, b),
+            &reference::matmul(sizes, &wa, &wb),
+            &bound,
+        );
+    }
+
+    fn products<T: Float>() {
+        for (m, n, k) in [
+            (0, 2, 3),
+            (3, 0, 2),
+            (2, 3, 0),
+            (1, 1, 1),
+            (7, 5, 3),
+            (33, 35, 34),
+        ] {
+            let a: Array2<T> = array("a", Ix2(m, k));
+            let b: Array2<T> = array("b", Ix2(k, n));
+            check_product(&a, &b);
+            let (at, bt) = (
+                a.t().as_standard_layout().to_owned(),
+                b.t().as_standard_layout().to_owned(),
+            );
+            check_product(&at.t(), &bt.t());
+        }
+        let big: Array2<T> = array("big", Ix2(20, 30));
+        // Views with gaps, backwards, and with every other element.
+        check_product(&big.slice(s![2..9, 3..13]), &big.slice(s![4..14, ..7]));
+        check_product(&big.slice(s![..;-1, ..10]), &big.slice(s![..10, ..;-1]));
+        check_product(&big.slice(s![..;2, ..;3]), &big.slice(s![5..15, 1..;4]));
+        let row = big.slice(s![..1, ..]);
+        check_product(&row.broadcast((4, 30)).expect("one row repeats"), &big.t());
+    }
+
+    #[test]
+    fn matmul_of_views_of_every_layout() {
+        products::<f32>();
+        products::<bf16>();
+        products::<f16>();
+    }
+
+    #[test]
+    fn transposed_views_are_not_copied() {
+        let a: Array2<f32> = array("a", Ix2(4, 6));
+        assert!(in_memory(&a.t(), |_| true).is_view());
+        assert!(!in_memory(&a.slice(s![.., ..3]), |_| true).is_view());
+        let q: Array4<f32> = array("q", Ix4(2, 5, 3, 8));
+        let heads = q.view().permuted_axes([0, 2, 1, 3]);
+        assert!(in_memory(&heads, |s| s[3] == 1).is_view());
+    }
+
+    #[test]
+    fn batches_of_products() {
+        let a: Array3<f32> = array("a", Ix3(3, 5, 7));
+        let b: Array3<f32> = array("b", Ix3(3, 4, 7));
+        let b = b.permuted_axes([0, 2, 1]);
+        let c = matmul_batched(&a, &b);
+        for (i, c) in c.axis_iter(Axis(0)).enumerate() {
+            assert_eq!(
+                c,
+                matmul(&a.index_axis(Axis(0), i), &b.index_axis(Axis(0), i))
+            );
+        }
+    }
+
+    #[test]
+    fn attention_of_heads_that_lie_by_tokens() {
+        for mask in [Mask::Full, Mask::Causal, Mask::Window(3)] {
+            let (b, h, g, t, d) = (2, 4, 2, 9, 8);
+            let q: Array4<f32> = array("q", Ix4(b, t, h, d));
+            let k: Array4<f32> = array("k", Ix4(b, t, g, d));
+            let v: Array4<f32> = array("v", Ix4(b, g, d, t));
+            let q = q.permuted_axes([0, 2, 1, 3]);
+            let k = k.permuted_axes([0, 2, 1, 3]);
+            let v = v.permuted_axes([0, 1, 3, 2]);
+            let textbook = reference::Attention {
+                kv_heads: g,
+                causal: mask != Mask::Full,
+                window: if let Mask::Window(w) = mask {
+                    Some(w)
+                } else {
+                    None
+                },
+                ..reference::Attention::full(b, h, t, t, d)
+            };
+            let (want, _) = reference::attention(&textbook, &wide(&q), &wide(&k), &wide(&v));
+            // Logits below 16 of sums of d; weights of sums of t; |v| below 4.
+            let bound = vec![4.0 * (2.1 * 16.0 * gamma(d + 24, U) + gamma(t + 24, U)); want.len()];
+            near("attention", &attention(&q, &k, &v, mask), &want, &bound);
+        }
+    }
+
+    #[test]
+    fn queries_that_continue_a_sequence_give_its_last_rows() {
+        // 1301 keys are more than a chunk: the last queries alone take another path than all of them together.
+        let (h, s, d, last) = (2, 1301, 8, 3);
+        let [q, k, v]: [Array4<f32>; 3] = ["q", "k", "v"].map(|name| array(name, Ix4(1, h, s, d)));
+        for mask in [Mask::Causal, Mask::Window(700)] {
+            let all = attention(&q, &k, &v, mask);
+            let tail = q.slice(s![.., .., s - last.., ..]);
+            let few = attention_at(&tail, &k, &v, mask, s - last);
+            let want = wide(&all.slice(s![.., .., s - last.., ..]).to_owned());
+            let bound =
+                vec![2.0 * 4.0 * (2.1 * 16.0 * gamma(d + 24, U) + gamma(s + 24, U)); want.len()];
+            near("attention_at", &few, &want, &bound);
+        }
+    }
+
+    #[test]
+    fn rows_of_any_number_of_axes() {
+        let x: ArrayD<f32> = array("x", IxDyn(&[2, 3, 11]));
+        let (w, b) = (array("w", Ix1(11)), array("b", Ix1(11)));
+        let (x64, w64, b64) = (wide(&x), wide(&w), wide(&b));
+        // Normal numbers: rows of 11 are of size 4 at most, and their deviation is above 1/4.
+        let bound = |k: f64| vec![k * 64.0 * gamma(32, U); 66];
+        let (want, ..) =
+            reference::layer_norm([6, 11], &x64, Some(&w64), Some(&b64), 1e-5f32.into());
+        near(
+            "layer_norm",
+            &layer_norm(&x, &w, &b, 1e-5),
+            &want,
+            &bound(1.0),
+        );
+        let (want, _) = reference::rms_norm([6, 11], &x64, Some(&w64), 1e-5f32.into());
+        near("rms_norm", &rms_norm(&x, &w, 1e-5), &want, &bound(1.0));
+        near(
+            "softmax",
+            &softmax(&x),
+            &reference::softmax([6, 11], &x64),
+            &bound(1.0),
+        );
+        for (f, y) in [
+            (reference::Activation::GeluErf, gelu(&x)),
+            (reference::Activation::GeluTanh, gelu_tanh(&x)),
+            (reference::Activation::Silu, silu(&x)),
+        ] {
+            near(
+                "activation",
+                &y,
+                &reference::activation(f, &x64),
+                &bound(1.0),
+            );
+        }
+        let turned = x.view().reversed_axes();
+        assert_eq!(gelu(&turned), gelu(&x).reversed_axes());
+    }
+
+    #[test]
+    #[should_panic(expected = "a is [2, 3] and b is [2, 3]")]
+    fn products_that_do_not_fit_are_refused() {
+        let a: Array2<f32> = array("a", Ix2(2, 3));
+        matmul(&a, &a);
+    }
+
+    #[test]
+    #[should_panic(expected = "x is [2, 3] and weight is [2]")]
+    fn vectors_that_do_not_fit_are_refused() {
+        let x: Array2<f32> = array("x", Ix2(2, 3));
+        rms_norm(&x, &array("w", Ix1(2)), 1e-5);
+    }
+}

@@ -1,0 +1,135 @@
+//! One loop for all functions of single elements, whatever their element types: blocks of a kilobyte or two are widened
+//! into the first cache, computed on in f32, and narrowed. f32 is used where it lies, and bf16 where all are bf16.
+
+use super::lanes::{narrow_into, transform, widen, widen_into};
+use super::parallel::{Out, for_rows, part, part_mut, shared};
+use crate::dtype::{Float, Slice, SliceMut};
+use crate::simd::{Isa, Kernel, Simd, dispatch, isa};
+use half::bf16;
+
+const BLOCK: usize = 512;
+
+/// A function of N inputs, and of M outputs' old values if it is in place, to M outputs.
+pub(crate) trait Pointwise<const N: usize, const M: usize>: Copy + Sync {
+    /// Whether `y` is read. Otherwise `at` gets zeros for it.
+    const IN_PLACE: bool = false;
+    /// The new outputs. Write it with `#[inline(always)]`.
+    fn at<S: Simd>(self, s: S, x: [S::V; N], y: [S::V; M]) -> [S::V; M];
+}
+
+/// y = f(x, y) on every element, in parallel when there are many. Panics unless all lengths are equal.
+pub(crate) fn pointwise<F: Pointwise<N, M>, const N: usize, const M: usize>(
+    f: F,
+    x: [Slice; N],
+    y: [SliceMut; M],
+) {
+    let n = y[0].len();
+    for len in x.iter().map(Slice::len).chain(y.iter().map(SliceMut::len)) {
+        assert_eq!(len, n, "element counts differ");
+    }
+    let isa: Isa = isa();
+    let out = y.map(|data| Out { data, width: 1 });
+    for_rows(n, 1, out, |range, y| {
+        let x = x.map(|x| part(x, range.clone()));
+        let y = y.map(|y| y.data);
+        dispatch(isa, Blocks { f, x, y });
+    });
+}
+
+struct Blocks<'a, F, const N: usize, const M: usize> {
+    f: F,
+    x: [Slice<'a>; N],
+    y: [SliceMut<'a>; M],
+}
+
+impl<F: Pointwise<N, M>, const N: usize, const M: usize> Kernel for Blocks<'_, F, N, M> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call<S: Simd>(mut self, s: S) {
+        if let Some((x, y)) = all_bf16(self.x, &mut self.y) {
+            return straight(s, self.f, x, y);
+        }
+        let n = self.y[0].len();
+        let mut read = [[0f32; BLOCK]; N];
+        let mut write = [[0f32; BLOCK]; M];
+        for start in (0..n).step_by(BLOCK) {
+            let range = start..(start + BLOCK).min(n);
+            let len = range.len();
+            if F::IN_PLACE {
+                for (y, write) in self.y.iter().zip(&mut write) {
+                    if !matches!(y, SliceMut::F32(_)) {
+                        widen_into(s, part(shared(y), range.clone()), &mut write[..len]);
+                    }
+                }
+            }
+            // Loops, not closures: those would be compiled apart from the instruction set.
+            let mut x: [&[f32]; N] = [&[]; N];
+            for ((x, from), to) in x.iter_mut().zip(self.x).zip(&mut read) {
+                *x = widen(s, from, range.clone(), to);
+            }
+            let mut outputs = self.y.iter_mut().zip(&mut write);
+            let y: [&mut [f32]; M] = std::array::from_fn(
+                #[inline(always)]
+                |_| match outputs.next().expect("one for each output") {
+                    (SliceMut::F32(y), _) => &mut y[range.clone()],
+                    (_, write) => &mut write[..len],
+                },
+            );
+            straight(s, self.f, x, y);
+            for (y, write) in self.y.iter_mut().zip(&write) {
+                if !matches!(y, SliceMut::F32(_)) {
+                    narrow_into(s, &write[..len], part_mut(y, range.clone()));
+                }
+            }
+        }
+    }
+}
+
+/// The slices, if all are bf16: these are widened and narrowed in registers.
+#[inline(always)]
+#[allow(clippy::type_complexity)]
+fn all_bf16<'a, const N: usize, const M: usize>(
+    x: [Slice<'a>; N],
+    y: &'a mut [SliceMut; M],
+) -> Option<([&'a [bf16]; N], [&'a mut [bf16]; M])> {
+    let mut inputs = [&[][..]; N];
+    for (to, x) in inputs.iter_mut().zip(x) {
+        let Slice::Bf16(x) = x else { return None };
+        *to = x;
+    }
+    let mut outputs: [&mut [bf16]; M] = std::array::from_fn(|_| &mut [][..]);
+    for (to, y) in outputs.iter_mut().zip(y) {
+        let SliceMut::Bf16(y) = y else { return None };
+        *to = y;
+    }
+    Some((inputs, outputs))
+}
+
+/// All elements, without a stop in memory.
+#[inline(always)]
+fn straight<S: Simd, T: Float, F: Pointwise<N, M>, const N: usize, const M: usize>(
+    s: S,
+    f: F,
+    x: [&[T]; N],
+    y: [&mut [T]; M],
+) {
+    // Two calls, since a constant of a trait cannot be an argument.
+    if F::IN_PLACE {
+        transform::<S, T, true, N, M>(
+            s,
+            x,
+            y,
+            #[inline(always)]
+            |x, y| f.at(s, x, y),
+        );
+    } else {
+        transform::<S, T, false, N, M>(
+            s,
+            x,
+            y,
+            #[inline(always)]
+            |x, y| f.at(s, x, y),
+        );
+    }
+}
