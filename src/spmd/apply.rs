@@ -35,9 +35,17 @@ impl Chip {
     /// placement that would do.
     #[track_caller]
     pub fn apply(&self, op: impl Op, inputs: &[&Sharded]) -> Vec<Sharded> {
-        let site = Location::caller();
+        self.apply_at(Rc::new(op), inputs, Location::caller())
+    }
+
+    /// [`apply`](Self::apply) of any op: compiled once, not once for each op type.
+    fn apply_at(
+        &self,
+        op: Rc<dyn Op>,
+        inputs: &[&Sharded],
+        site: &'static Location<'static>,
+    ) -> Vec<Sharded> {
         self.arrive(op.name(), site);
-        let op: Rc<dyn Op> = Rc::new(op);
         let refuse = |why: String| -> ! { panic!("{}: {why} (called at {site})", op.name()) };
         let global_in: Vec<TensorType> = inputs.iter().map(|x| x.global_type()).collect();
         let global_out = op.infer(&global_in).unwrap_or_else(|why| refuse(why));
