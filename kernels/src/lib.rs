@@ -69,7 +69,9 @@ pub mod internal {
     }
     pub mod memory {
         //! Aligned buffers, pools of them, and the thread's scratch.
-        pub use crate::memory::{Buffer, Exceeded, Pool, with_scratch, with_scratch_f32};
+        pub use crate::memory::{
+            Buffer, Exceeded, Pool, poison_memory, with_scratch, with_scratch_f32,
+        };
     }
     pub mod rows {
         //! Functions of rows, of columns and of single elements.

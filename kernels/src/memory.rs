@@ -11,6 +11,7 @@ use memmap2::MmapMut;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes of a cache line: alignment of every buffer and grain of every count.
@@ -96,9 +97,16 @@ fn mapped(lines: usize) -> Option<Block> {
     Some(Block::Mapped(map))
 }
 
-/// Debug builds fill memory with NaN of every float type, so that reading before writing shows.
+static POISONED: AtomicBool = AtomicBool::new(cfg!(any(test, debug_assertions)));
+
+/// From now on memory is filled with NaN of every float type before it is handed out, so that reading before writing shows:
+/// always so in debug builds and in this crate's tests.
+pub fn poison_memory() {
+    POISONED.store(true, Ordering::Relaxed);
+}
+
 fn poison(block: &mut [Line]) {
-    if cfg!(any(test, debug_assertions)) {
+    if POISONED.load(Ordering::Relaxed) {
         block.fill(Line([0xff; LINE]));
     }
 }
@@ -381,6 +389,15 @@ fn scratch_lines(lines: usize) -> usize {
 ///
 /// Calls nest, also when a waiting rayon worker runs another kernel inside f: each has its own memory.
 pub fn with_scratch<R>(bytes: usize, f: impl FnOnce(&mut [u8]) -> R) -> R {
+    let mut block = take_scratch(bytes);
+    let result = f(&mut bytemuck::cast_slice_mut(&mut block[..])[..bytes]);
+    keep_scratch(block);
+    result
+}
+
+/// A block of this thread that holds `bytes` bytes.
+#[inline(never)]
+fn take_scratch(bytes: usize) -> Block {
     let lines = bytes.div_ceil(LINE);
     let mut block = SCRATCH.with_borrow_mut(|kept| {
         // The largest is last; a smaller sibling is left for nested calls.
@@ -393,12 +410,15 @@ pub fn with_scratch<R>(bytes: usize, f: impl FnOnce(&mut [u8]) -> R) -> R {
     }
     let mut block = block.expect("made above");
     poison(&mut block[..lines]);
-    let result = f(&mut bytemuck::cast_slice_mut(&mut block[..])[..bytes]);
+    block
+}
+
+#[inline(never)]
+fn keep_scratch(block: Block) {
     SCRATCH.with_borrow_mut(|kept| {
         let at = kept.partition_point(|b| b.len() < block.len());
         kept.insert(at, block);
     });
-    result
 }
 
 /// [`with_scratch`] for `len` f32.

@@ -63,6 +63,9 @@ pub struct MemoryCount {
 impl Memory {
     /// Memory of this machine, pooled; at most `budget` bytes of tensors at once.
     pub fn cpu(budget: Option<u64>) -> Self {
+        if cfg!(any(test, debug_assertions)) {
+            crate::cpu::memory::poison_memory();
+        }
         Self::new(Place::Cpu(Pool::new(budget)))
     }
 

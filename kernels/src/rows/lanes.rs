@@ -10,7 +10,6 @@
 use super::parallel::{part, part_mut};
 use crate::dtype::{Float, Slice, SliceMut};
 use crate::simd::{Simd, ahead_of_reads};
-use std::array::from_fn;
 use std::ops::Range;
 
 /// Virtual lanes of every row sum.
@@ -45,8 +44,10 @@ pub(crate) fn widen_into<S: Simd>(s: S, x: Slice, to: &mut [f32]) {
         let (whole_to, rest_to) = to.as_chunks_mut::<GROUP>();
         for (x, to) in whole.iter().zip(whole_to) {
             ahead::<S, GROUP, _>(s, x.as_ptr());
-            for v in 0..GROUP / S::LANES {
-                s.store(&mut to[v * S::LANES..], s.load(&x[v * S::LANES..]));
+            let mut from = 0;
+            while from < GROUP {
+                s.store(&mut to[from..], s.load(&x[from..]));
+                from += S::LANES;
             }
         }
         for (x, to) in rest.chunks(S::LANES).zip(rest_to.chunks_mut(S::LANES)) {
@@ -72,8 +73,10 @@ pub(crate) fn narrow_into<S: Simd>(s: S, x: &[f32], to: SliceMut) {
         let (whole_to, rest_to) = to.as_chunks_mut::<GROUP>();
         for (x, to) in whole.iter().zip(whole_to) {
             ahead::<S, GROUP, _>(s, to.as_ptr());
-            for v in 0..GROUP / S::LANES {
-                s.store(&mut to[v * S::LANES..], s.load(&x[v * S::LANES..]));
+            let mut from = 0;
+            while from < GROUP {
+                s.store(&mut to[from..], s.load(&x[from..]));
+                from += S::LANES;
             }
         }
         for (x, to) in rest.chunks(S::LANES).zip(rest_to.chunks_mut(S::LANES)) {
@@ -118,35 +121,52 @@ pub(crate) fn fold<S: Simd, const N: usize, const M: usize>(
     start: [f32; M],
     f: impl Fn([S::V; N], [S::V; M]) -> [S::V; M],
 ) -> [[f32; GROUP]; M] {
-    let mut sums = [[s.zero(); M]; MOST];
-    for sum in &mut sums {
-        for (sum, start) in sum.iter_mut().zip(start) {
-            *sum = s.splat(start);
-        }
+    let mut first = [s.zero(); M];
+    let mut i = 0;
+    while i < M {
+        first[i] = s.splat(start[i]);
+        i += 1;
     }
+    let mut sums = [first; MOST];
     let (whole, rest) = groups(x[0].len(), x);
     let bytes = ahead_of_reads();
-    for at in 0..whole[0].len() {
+    let mut at = 0;
+    while at < whole[0].len() {
         let mut group = [&[0.0; GROUP]; N];
-        for (group, x) in group.iter_mut().zip(whole) {
-            *group = &x[at];
-            ahead_by::<S, GROUP, _>(s, x[at].as_ptr(), bytes);
+        i = 0;
+        while i < N {
+            group[i] = &whole[i][at];
+            ahead_by::<S, GROUP, _>(s, group[i].as_ptr(), bytes);
+            i += 1;
         }
         fold_group(s, group, &mut sums, &f);
+        at += 1;
     }
     if !rest[0].is_empty() {
         let mut padded = [[0f32; GROUP]; N];
-        for ((padded, rest), fill) in padded.iter_mut().zip(rest).zip(fill) {
-            *padded = [fill; GROUP];
-            padded[..rest.len()].copy_from_slice(rest);
+        let mut group = [&[0.0; GROUP]; N];
+        i = 0;
+        while i < N {
+            padded[i] = [fill[i]; GROUP];
+            padded[i][..rest[i].len()].copy_from_slice(rest[i]);
+            i += 1;
         }
-        fold_group(s, padded.each_ref(), &mut sums, &f);
+        i = 0;
+        while i < N {
+            group[i] = &padded[i];
+            i += 1;
+        }
+        fold_group(s, group, &mut sums, &f);
     }
     let mut lanes = [[0f32; GROUP]; M];
-    for v in 0..GROUP / S::LANES {
-        for (lanes, sum) in lanes.iter_mut().zip(sums[v]) {
-            s.store(&mut lanes[v * S::LANES..], sum);
+    let mut v = 0;
+    while v < GROUP / S::LANES {
+        i = 0;
+        while i < M {
+            s.store(&mut lanes[i][v * S::LANES..], sums[v][i]);
+            i += 1;
         }
+        v += 1;
     }
     lanes
 }
@@ -159,12 +179,16 @@ fn fold_group<S: Simd, const N: usize, const M: usize>(
     f: &impl Fn([S::V; N], [S::V; M]) -> [S::V; M],
 ) {
     // The count is a constant: the loop is unrolled, and the sums stay in registers.
-    for v in 0..GROUP / S::LANES {
+    let mut v = 0;
+    while v < GROUP / S::LANES {
         let mut loaded = [s.zero(); N];
-        for (loaded, group) in loaded.iter_mut().zip(group) {
-            *loaded = s.load(&group[v * S::LANES..]);
+        let mut i = 0;
+        while i < N {
+            loaded[i] = s.load(&group[i][v * S::LANES..]);
+            i += 1;
         }
         sums[v] = f(loaded, sums[v]);
+        v += 1;
     }
 }
 
@@ -173,9 +197,33 @@ fn fold_group<S: Simd, const N: usize, const M: usize>(
 #[allow(clippy::type_complexity)]
 fn groups<T, const N: usize>(n: usize, x: [&[T]; N]) -> ([&[[T; GROUP]]; N], [&[T]; N]) {
     let (mut whole, mut rest) = ([&[][..]; N], [&[][..]; N]);
-    for i in 0..N {
+    let mut i = 0;
+    while i < N {
         assert_eq!(x[i].len(), n, "rows differ in length");
         (whole[i], rest[i]) = x[i].as_chunks::<GROUP>();
+        i += 1;
+    }
+    (whole, rest)
+}
+
+/// Rows without elements.
+pub(crate) fn empty<'a, T, const N: usize>() -> [&'a mut [T]; N] {
+    std::array::from_fn(|_| &mut [][..])
+}
+
+/// [`groups`] for writing.
+#[inline(always)]
+#[allow(clippy::type_complexity)]
+fn groups_mut<T, const N: usize>(
+    n: usize,
+    mut y: [&mut [T]; N],
+) -> ([&mut [[T; GROUP]]; N], [&mut [T]; N]) {
+    let (mut whole, mut rest) = (empty(), empty());
+    let mut i = 0;
+    while i < N {
+        assert_eq!(y[i].len(), n, "rows differ in length");
+        (whole[i], rest[i]) = std::mem::take(&mut y[i]).as_chunks_mut::<GROUP>();
+        i += 1;
     }
     (whole, rest)
 }
@@ -195,8 +243,10 @@ pub(crate) fn ahead<S: Simd, const N: usize, T>(s: S, p: *const T) {
 #[inline(always)]
 pub(crate) fn ahead_by<S: Simd, const N: usize, T>(s: S, p: *const T, bytes: usize) {
     let p = p.cast::<u8>().wrapping_add(bytes);
-    for line in (0..N * size_of::<T>()).step_by(64) {
+    let mut line = 0;
+    while line < N * size_of::<T>() {
         s.prefetch(p.wrapping_add(line));
+        line += 64;
     }
 }
 
@@ -266,62 +316,67 @@ pub(crate) fn transform<S: Simd, T: Float, const READ: bool, const N: usize, con
     y: [&mut [T]; M],
     f: impl Fn([S::V; N], [S::V; M]) -> [S::V; M],
 ) {
+    // Loops over constants with `while`, here and in `groups`: this body is compiled some hundred times, and iterators were
+    // most of its code.
     let n = y[0].len();
     let (whole, rest) = groups(n, x);
-    let mut whole_y: [&mut [[T; GROUP]]; M] = from_fn(
-        #[inline(always)]
-        |_| &mut [][..],
-    );
-    let mut rest_y: [&mut [T]; M] = from_fn(
-        #[inline(always)]
-        |_| &mut [][..],
-    );
-    for ((y, whole), rest) in y.into_iter().zip(&mut whole_y).zip(&mut rest_y) {
-        assert_eq!(y.len(), n, "rows differ in length");
-        (*whole, *rest) = y.as_chunks_mut::<GROUP>();
-    }
-    for at in 0..n / GROUP {
-        for x in &whole {
-            ahead::<S, GROUP, _>(s, x[at].as_ptr());
+    let (whole_y, rest_y) = groups_mut(n, y);
+    let mut at = 0;
+    while at < n / GROUP {
+        let mut i = 0;
+        while i < N {
+            ahead::<S, GROUP, _>(s, whole[i][at].as_ptr());
+            i += 1;
         }
-        for y in &whole_y {
-            ahead::<S, GROUP, _>(s, y[at].as_ptr());
+        i = 0;
+        while i < M {
+            ahead::<S, GROUP, _>(s, whole_y[i][at].as_ptr());
+            i += 1;
         }
-        for v in 0..GROUP / S::LANES {
-            let from = v * S::LANES;
-            let mut inputs = [s.zero(); N];
-            for (input, x) in inputs.iter_mut().zip(&whole) {
-                *input = s.load(&x[at][from..]);
+        let mut from = 0;
+        while from < GROUP {
+            let (mut inputs, mut old) = ([s.zero(); N], [s.zero(); M]);
+            i = 0;
+            while i < N {
+                inputs[i] = s.load(&whole[i][at][from..]);
+                i += 1;
             }
-            let mut old = [s.zero(); M];
-            if READ {
-                for (old, y) in old.iter_mut().zip(&whole_y) {
-                    *old = s.load(&y[at][from..]);
-                }
+            i = 0;
+            while READ && i < M {
+                old[i] = s.load(&whole_y[i][at][from..]);
+                i += 1;
             }
             let new = f(inputs, old);
-            for (y, new) in whole_y.iter_mut().zip(new) {
-                s.store(&mut y[at][from..], new);
+            i = 0;
+            while i < M {
+                s.store(&mut whole_y[i][at][from..], new[i]);
+                i += 1;
             }
+            from += S::LANES;
         }
+        at += 1;
     }
     let left = n % GROUP;
-    for at in (0..left).step_by(S::LANES) {
-        let end = (at + S::LANES).min(left);
-        let mut inputs = [s.zero(); N];
-        for (input, rest) in inputs.iter_mut().zip(&rest) {
-            *input = s.load_first(&rest[at..end]);
+    at = 0;
+    while at < left {
+        let (mut inputs, mut old) = ([s.zero(); N], [s.zero(); M]);
+        let mut i = 0;
+        while i < N {
+            inputs[i] = s.load_first(&rest[i][at..]);
+            i += 1;
         }
-        let mut old = [s.zero(); M];
-        if READ {
-            for (old, rest) in old.iter_mut().zip(&rest_y) {
-                *old = s.load_first(&rest[at..end]);
-            }
+        i = 0;
+        while READ && i < M {
+            old[i] = s.load_first(&rest_y[i][at..]);
+            i += 1;
         }
         let new = f(inputs, old);
-        for (rest, new) in rest_y.iter_mut().zip(new) {
-            s.store_first(&mut rest[at..end], new);
+        i = 0;
+        while i < M {
+            s.store_first(&mut rest_y[i][at..], new[i]);
+            i += 1;
         }
+        at += S::LANES;
     }
 }
 

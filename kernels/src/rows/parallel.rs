@@ -5,6 +5,7 @@
 
 use crate::dtype::{Slice, SliceMut};
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// Elements up to which work stays on the calling thread.
 pub const SMALL: usize = 32 * 1024;
@@ -132,20 +133,39 @@ pub fn for_rows<O: Split>(rows: usize, width: usize, out: O, f: impl Fn(Range<us
     if rows * width <= SMALL || rayon::current_num_threads() == 1 {
         return f(0..rows, out);
     }
-    halve(0..rows, (CHUNK / width.max(1)).max(1), out, &f);
+    in_runs(rows, (CHUNK / width.max(1)).max(1), out, &f);
 }
 
-fn halve<O: Split, F: Fn(Range<usize>, O) + Sync>(rows: Range<usize>, grain: usize, out: O, f: &F) {
-    let grains = rows.len().div_ceil(grain);
-    if grains <= 1 {
-        return f(rows, out);
+/// Calls `f` in parallel on runs of `grain` of `n` rows, the last one shorter, each with its part of `out`.
+///
+/// Outputs are cut before the threads meet them: rayon's code would else be compiled for every kind of output.
+fn in_runs<O: Split>(n: usize, grain: usize, out: O, f: &(dyn Fn(Range<usize>, O) + Sync)) {
+    let mut parts = Vec::with_capacity(n.div_ceil(grain));
+    let (mut first, mut rest) = (0, out);
+    while n - first > grain {
+        let (part, others) = rest.split(grain);
+        parts.push(Mutex::new(Some((first..first + grain, part))));
+        (first, rest) = (first + grain, others);
     }
-    let left = grains / 2 * grain;
-    let middle = rows.start + left;
-    let (a, b) = out.split(left);
+    parts.push(Mutex::new(Some((first..n, rest))));
+    for_each(0..parts.len(), &|i| {
+        let mut part = parts[i].lock().unwrap_or_else(PoisonError::into_inner);
+        let (range, out) = part.take().expect("each part is asked for once");
+        drop(part);
+        f(range, out);
+    });
+}
+
+/// Calls `f` with every number of `range`, in parallel on the current rayon pool.
+pub fn for_each(range: Range<usize>, f: &(dyn Fn(usize) + Sync)) {
+    if range.len() <= 1 {
+        range.for_each(f);
+        return;
+    }
+    let middle = range.start + range.len() / 2;
     rayon::join(
-        || halve(rows.start..middle, grain, a, f),
-        || halve(middle..rows.end, grain, b, f),
+        || for_each(range.start..middle, f),
+        || for_each(middle..range.end, f),
     );
 }
 
@@ -174,7 +194,7 @@ pub fn for_columns<O: Split>(
     if columns <= block {
         return f(0..columns, out);
     }
-    halve(0..columns, block, out, &f);
+    in_runs(columns, block, out, &f);
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! One loop for all functions of single elements, whatever their element types: blocks of a kilobyte or two are widened
 //! into the first cache, computed on in f32, and narrowed. f32 is used where it lies, and bf16 where all are bf16.
 
-use super::lanes::{narrow_into, transform, widen, widen_into};
+use super::lanes::{empty, narrow_into, transform, widen, widen_into};
 use super::parallel::{Out, for_rows, part, part_mut, shared};
 use crate::dtype::{Float, Slice, SliceMut};
 use crate::simd::{Isa, Kernel, Simd, dispatch, isa};
@@ -53,35 +53,47 @@ impl<F: Pointwise<N, M>, const N: usize, const M: usize> Kernel for Blocks<'_, F
         let n = self.y[0].len();
         let mut read = [[0f32; BLOCK]; N];
         let mut write = [[0f32; BLOCK]; M];
-        for start in (0..n).step_by(BLOCK) {
-            let range = start..(start + BLOCK).min(n);
-            let len = range.len();
-            if F::IN_PLACE {
-                for (y, write) in self.y.iter().zip(&mut write) {
-                    if !matches!(y, SliceMut::F32(_)) {
-                        widen_into(s, part(shared(y), range.clone()), &mut write[..len]);
+        // Loops with `while`, not iterators or closures: these would be compiled apart from the instruction set, and
+        // are most of the code of a body that exists a hundred times.
+        let mut start = 0;
+        while start < n {
+            let end = n.min(start + BLOCK);
+            let len = end - start;
+            let mut x: [&[f32]; N] = [&[]; N];
+            let mut y = empty();
+            let [mut inputs, mut outputs] = [&mut read[..], &mut write[..]];
+            let mut i = 0;
+            while i < N {
+                let to;
+                (to, inputs) = inputs.split_first_mut().expect("one for each input");
+                x[i] = widen(s, self.x[i], start..end, to);
+                i += 1;
+            }
+            let mut rest = &mut self.y[..];
+            i = 0;
+            while i < M {
+                let (to, out);
+                (to, outputs) = outputs.split_first_mut().expect("one for each output");
+                (out, rest) = rest.split_first_mut().expect("M outputs");
+                if let SliceMut::F32(out) = out {
+                    y[i] = &mut out[start..end];
+                } else {
+                    y[i] = &mut to[..len];
+                    if F::IN_PLACE {
+                        widen_into(s, part(shared(out), start..end), y[i]);
                     }
                 }
+                i += 1;
             }
-            // Loops, not closures: those would be compiled apart from the instruction set.
-            let mut x: [&[f32]; N] = [&[]; N];
-            for ((x, from), to) in x.iter_mut().zip(self.x).zip(&mut read) {
-                *x = widen(s, from, range.clone(), to);
-            }
-            let mut outputs = self.y.iter_mut().zip(&mut write);
-            let y: [&mut [f32]; M] = std::array::from_fn(
-                #[inline(always)]
-                |_| match outputs.next().expect("one for each output") {
-                    (SliceMut::F32(y), _) => &mut y[range.clone()],
-                    (_, write) => &mut write[..len],
-                },
-            );
             straight(s, self.f, x, y);
-            for (y, write) in self.y.iter_mut().zip(&write) {
-                if !matches!(y, SliceMut::F32(_)) {
-                    narrow_into(s, &write[..len], part_mut(y, range.clone()));
+            i = 0;
+            while i < M {
+                if !matches!(self.y[i], SliceMut::F32(_)) {
+                    narrow_into(s, &write[i][..len], part_mut(&mut self.y[i], start..end));
                 }
+                i += 1;
             }
+            start = end;
         }
     }
 }
@@ -94,14 +106,23 @@ fn all_bf16<'a, const N: usize, const M: usize>(
     y: &'a mut [SliceMut; M],
 ) -> Option<([&'a [bf16]; N], [&'a mut [bf16]; M])> {
     let mut inputs = [&[][..]; N];
-    for (to, x) in inputs.iter_mut().zip(x) {
-        let Slice::Bf16(x) = x else { return None };
-        *to = x;
+    let mut i = 0;
+    while i < N {
+        let Slice::Bf16(x) = x[i] else { return None };
+        inputs[i] = x;
+        i += 1;
     }
-    let mut outputs: [&mut [bf16]; M] = std::array::from_fn(|_| &mut [][..]);
-    for (to, y) in outputs.iter_mut().zip(y) {
-        let SliceMut::Bf16(y) = y else { return None };
-        *to = y;
+    let mut outputs = empty();
+    let mut rest = &mut y[..];
+    i = 0;
+    while i < M {
+        let first;
+        (first, rest) = rest.split_first_mut()?;
+        let SliceMut::Bf16(y) = first else {
+            return None;
+        };
+        outputs[i] = y;
+        i += 1;
     }
     Some((inputs, outputs))
 }

@@ -1,13 +1,13 @@
 //! For tests: arrays that stand for the registers of an instruction set which the testing machine need not have.
 //!
 //! A kernel's code depends on the width of a vector and on the shape of a tile: blocks, ragged ends and reductions differ.
-//! [`Emulated16`] takes every branch that AVX-512 takes and [`Emulated4`] every one of NEON, so that the comparisons of bits
+//! [`Emulated16`] takes every branch that AVX-512 takes ([`super::Portable`] those of NEON), so that the comparisons of bits
 //! cover that code wherever the tests run. What it cannot cover is the intrinsics themselves.
 //!
 //! The common operations are functions of their own: inlined, the tiles of arrays took the compiler as long as all other
 //! instruction sets together.
 
-use super::{Kernel, Simd, TILE_OF_4, TILE_OF_16, TileKernel};
+use super::{Kernel, Simd, TILE_OF_16, TileKernel};
 use crate::dtype::Float;
 use std::array::from_fn;
 
@@ -17,8 +17,6 @@ pub(crate) struct Emulated<const N: usize, const ROWS: usize, const VECTORS: usi
 
 /// The shape of AVX-512.
 pub(crate) type Emulated16 = Emulated<16, { TILE_OF_16.0 }, { TILE_OF_16.1 }>;
-/// The shape of NEON.
-pub(crate) type Emulated4 = Emulated<4, { TILE_OF_4.0 }, { TILE_OF_4.1 }>;
 
 impl<const N: usize, const ROWS: usize, const VECTORS: usize> Emulated<N, ROWS, VECTORS> {
     /// The token, where a fused multiply-add is one instruction: it would take the tests too long elsewhere.
@@ -91,76 +89,76 @@ impl<const N: usize, const ROWS: usize, const VECTORS: usize> Simd for Emulated<
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
         kernel.call::<Self, ROWS, VECTORS>(self)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn transpose(self, x: &mut [Self::V]) {
         let x: &mut [Self::V; N] = x.try_into().expect("a square");
         *x = from_fn(|i| from_fn(|j| x[j][i]));
     }
     #[inline(always)]
     fn prefetch<T>(self, _: *const T) {}
-    #[inline(always)]
+    #[inline(never)]
     fn splat(self, x: f32) -> Self::V {
         [x; N]
     }
-    #[inline(always)]
+    #[inline(never)]
     fn add(self, a: Self::V, b: Self::V) -> Self::V {
         apart!(|i| a[i] + b[i])
     }
-    #[inline(always)]
+    #[inline(never)]
     fn sub(self, a: Self::V, b: Self::V) -> Self::V {
         apart!(|i| a[i] - b[i])
     }
-    #[inline(always)]
+    #[inline(never)]
     fn mul(self, a: Self::V, b: Self::V) -> Self::V {
         apart!(|i| a[i] * b[i])
     }
-    #[inline(always)]
+    #[inline(never)]
     fn div(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, |a, b| a / b)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         apart!(|i| a[i].mul_add(b[i], c[i]))
     }
-    #[inline(always)]
+    #[inline(never)]
     fn neg_fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         apart!(|i| (-a[i]).mul_add(b[i], c[i]))
     }
-    #[inline(always)]
+    #[inline(never)]
     fn max(self, a: Self::V, b: Self::V) -> Self::V {
         apart!(|i| if a[i] > b[i] { a[i] } else { b[i] })
     }
-    #[inline(always)]
+    #[inline(never)]
     fn min(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, |a, b| if a < b { a } else { b })
     }
-    #[inline(always)]
+    #[inline(never)]
     fn sqrt(self, a: Self::V) -> Self::V {
         map(a, f32::sqrt)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn abs(self, a: Self::V) -> Self::V {
         map(a, f32::abs)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn copysign(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, f32::copysign)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn round(self, a: Self::V) -> Self::V {
         map(a, f32::round_ties_even)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn scale2(self, a: Self::V, n: Self::V) -> Self::V {
         zip(a, n, scale)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn shift(self, a: Self::V, t: Self::V) -> Self::V {
         zip(a, t, |a, t| {
             f32::from_bits(a.to_bits().wrapping_add(t.to_bits() << 23))
         })
     }
-    #[inline(always)]
+    #[inline(never)]
     fn split(self, a: Self::V) -> (Self::V, Self::V) {
         const TWO_THIRDS: u32 = 0x3f2a_aaab;
         let bits = |a: f32| a.to_bits().wrapping_sub(TWO_THIRDS);
@@ -169,37 +167,37 @@ impl<const N: usize, const ROWS: usize, const VECTORS: usize> Simd for Emulated<
             map(a, |a| ((bits(a) as i32) >> 23) as f32),
         )
     }
-    #[inline(always)]
+    #[inline(never)]
     fn lt(self, a: Self::V, b: Self::V) -> Self::M {
         zip(a, b, |a, b| a < b)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn le(self, a: Self::V, b: Self::V) -> Self::M {
         zip(a, b, |a, b| a <= b)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn eq(self, a: Self::V, b: Self::V) -> Self::M {
         zip(a, b, |a, b| a == b)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn select(self, m: Self::M, a: Self::V, b: Self::V) -> Self::V {
         from_fn(|i| if m[i] { a[i] } else { b[i] })
     }
-    #[inline(always)]
+    #[inline(never)]
     fn mask_first(self, n: usize) -> Self::M {
         from_fn(|i| i < n)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn mask_and(self, a: Self::M, b: Self::M) -> Self::M {
         from_fn(|i| a[i] & b[i])
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn load_ptr<T: Float>(self, p: *const T) -> Self::V {
         // SAFETY: the caller vouches for N elements; an array of N has no stricter alignment than T.
         let x = unsafe { *p.cast::<[T; N]>() };
         x.map(T::to_f32)
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn load_first_ptr<T: Float>(self, p: *const T, n: usize) -> Self::V {
         assert!(n < N, "{n} of {N} lanes are a whole vector");
         let at = |i| {
@@ -208,12 +206,12 @@ impl<const N: usize, const ROWS: usize, const VECTORS: usize> Simd for Emulated<
         };
         from_fn(|i| if i < n { at(i).to_f32() } else { 0.0 })
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn store_ptr<T: Float>(self, p: *mut T, v: Self::V) {
         // SAFETY: the caller vouches for N elements.
         unsafe { *p.cast::<[T; N]>() = v.map(T::from_f32) }
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn store_first_ptr<T: Float>(self, p: *mut T, n: usize, v: Self::V) {
         assert!(n < N, "{n} of {N} lanes are a whole vector");
         for (i, x) in v.into_iter().enumerate().take(n) {

@@ -44,7 +44,7 @@ pub(crate) use avx512::Avx512;
 pub(crate) use avx512_bf16::Avx512Bf16;
 pub(crate) use cache::{ahead_of_reads, second_cache};
 #[cfg(test)]
-use emulated::{Emulated4, Emulated16};
+use emulated::Emulated16;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 pub(crate) use past::{Past, past_caches};
@@ -60,7 +60,6 @@ pub(crate) use units::{matrix_unit, tile_unit};
 #[cfg(any(test, target_arch = "x86_64"))]
 const TILE_OF_16: (usize, usize) = (14, 2);
 /// Rows and vectors of a tile on NEON: 24 accumulators, 4 vectors of B, 1 broadcast: 29 of 32 registers.
-#[cfg(any(test, target_arch = "aarch64"))]
 const TILE_OF_4: (usize, usize) = (6, 4);
 
 /// 1.5 * 2^23: an f32 of this size has no digits behind the point, so that adding it to a number rounds that to an integer
@@ -320,9 +319,6 @@ pub(crate) enum Isa {
     /// Arrays in the shape of AVX-512.
     #[cfg(test)]
     Emulated16,
-    /// Arrays in the shape of NEON.
-    #[cfg(test)]
-    Emulated4,
     /// Plain Rust.
     Portable,
 }
@@ -339,8 +335,6 @@ impl Isa {
         Isa::Neon,
         #[cfg(test)]
         Isa::Emulated16,
-        #[cfg(test)]
-        Isa::Emulated4,
         Isa::Portable,
     ];
 
@@ -361,8 +355,6 @@ impl Isa {
             Isa::Neon => Neon::new().is_some(),
             #[cfg(test)]
             Isa::Emulated16 => Emulated16::new().is_some(),
-            #[cfg(test)]
-            Isa::Emulated4 => Emulated4::new().is_some(),
             Isa::Portable => true,
         }
     }
@@ -426,8 +418,6 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         Isa::Neon => Neon::new().expect("this CPU lacks NEON").run(kernel),
         #[cfg(test)]
         Isa::Emulated16 => Emulated16::new().expect("no FMA").run(kernel),
-        #[cfg(test)]
-        Isa::Emulated4 => Emulated4::new().expect("no FMA").run(kernel),
         Isa::Portable => Portable.run(kernel),
     }
 }

@@ -1,7 +1,10 @@
 //! Plain Rust: four lanes in an array, and the meaning of every operation. Slow where the CPU has no FMA, since each
 //! one is then a call that rounds once in software.
+//!
+//! Operations are functions of their own: inlined, they made this set, which hardly anybody runs, a third of all code that
+//! the compiler is given. Its tile has NEON's shape, so that tests take that set's branches on any machine.
 
-use super::{Kernel, Simd, TileKernel};
+use super::{Kernel, Simd, TILE_OF_4, TileKernel};
 use crate::dtype::Float;
 
 const N: usize = 4;
@@ -41,68 +44,68 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
-        kernel.call::<Self, 4, 2>(self)
+        kernel.call::<Self, { TILE_OF_4.0 }, { TILE_OF_4.1 }>(self)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn transpose(self, x: &mut [Self::V]) {
         let x: &mut [Self::V; N] = x.try_into().expect("a square");
         *x = std::array::from_fn(|i| std::array::from_fn(|j| x[j][i]));
     }
     #[inline(always)]
     fn prefetch<T>(self, _: *const T) {}
-    #[inline(always)]
+    #[inline(never)]
     fn splat(self, x: f32) -> Self::V {
         [x; N]
     }
-    #[inline(always)]
+    #[inline(never)]
     fn add(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, |a, b| a + b)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn sub(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, |a, b| a - b)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn mul(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, |a, b| a * b)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn div(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, |a, b| a / b)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
     }
-    #[inline(always)]
+    #[inline(never)]
     fn neg_fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         std::array::from_fn(|i| (-a[i]).mul_add(b[i], c[i]))
     }
-    #[inline(always)]
+    #[inline(never)]
     fn max(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, |a, b| if a > b { a } else { b })
     }
-    #[inline(always)]
+    #[inline(never)]
     fn min(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, |a, b| if a < b { a } else { b })
     }
-    #[inline(always)]
+    #[inline(never)]
     fn sqrt(self, a: Self::V) -> Self::V {
         map(a, f32::sqrt)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn abs(self, a: Self::V) -> Self::V {
         map(a, f32::abs)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn copysign(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, f32::copysign)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn round(self, a: Self::V) -> Self::V {
         map(a, f32::round_ties_even)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn scale2(self, a: Self::V, n: Self::V) -> Self::V {
         // Two factors, because 2^n alone leaves the range of f32; the first product is exact.
         zip(a, n, |a, n| {
@@ -110,13 +113,13 @@ impl Simd for Portable {
             a * pow2(n >> 1) * pow2(n - (n >> 1))
         })
     }
-    #[inline(always)]
+    #[inline(never)]
     fn shift(self, a: Self::V, t: Self::V) -> Self::V {
         zip(a, t, |a, t| {
             f32::from_bits(a.to_bits().wrapping_add(t.to_bits() << 23))
         })
     }
-    #[inline(always)]
+    #[inline(never)]
     fn split(self, a: Self::V) -> (Self::V, Self::V) {
         const TWO_THIRDS: u32 = 0x3f2a_aaab;
         let bits = |a: f32| a.to_bits().wrapping_sub(TWO_THIRDS);
@@ -125,37 +128,37 @@ impl Simd for Portable {
             map(a, |a| ((bits(a) as i32) >> 23) as f32),
         )
     }
-    #[inline(always)]
+    #[inline(never)]
     fn lt(self, a: Self::V, b: Self::V) -> Self::M {
         zip(a, b, |a, b| a < b)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn le(self, a: Self::V, b: Self::V) -> Self::M {
         zip(a, b, |a, b| a <= b)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn eq(self, a: Self::V, b: Self::V) -> Self::M {
         zip(a, b, |a, b| a == b)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn select(self, m: Self::M, a: Self::V, b: Self::V) -> Self::V {
         std::array::from_fn(|i| if m[i] { a[i] } else { b[i] })
     }
-    #[inline(always)]
+    #[inline(never)]
     fn mask_first(self, n: usize) -> Self::M {
         std::array::from_fn(|i| i < n)
     }
-    #[inline(always)]
+    #[inline(never)]
     fn mask_and(self, a: Self::M, b: Self::M) -> Self::M {
         std::array::from_fn(|i| a[i] & b[i])
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn load_ptr<T: Float>(self, p: *const T) -> Self::V {
         // SAFETY: the caller vouches for N elements; an array of N has no stricter alignment than T.
         let x = unsafe { *p.cast::<[T; N]>() };
         x.map(T::to_f32)
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn load_first_ptr<T: Float>(self, p: *const T, n: usize) -> Self::V {
         let at = |i| {
             // SAFETY: the caller vouches for n elements, and i < n here.
@@ -163,12 +166,12 @@ impl Simd for Portable {
         };
         std::array::from_fn(|i| if i < n { at(i).to_f32() } else { 0.0 })
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn store_ptr<T: Float>(self, p: *mut T, v: Self::V) {
         // SAFETY: the caller vouches for N elements.
         unsafe { *p.cast::<[T; N]>() = v.map(T::from_f32) }
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn store_first_ptr<T: Float>(self, p: *mut T, n: usize, v: Self::V) {
         for (i, x) in v.into_iter().enumerate().take(n) {
             // SAFETY: the caller vouches for n elements.
