@@ -8,7 +8,9 @@
 //!
 //! [`peak_flops`] and [`MemoryStream`] measure what the machine could do at best, to hold a kernel's speed against.
 
-use crate::attention::{Geometry, Heads, HeadsMut, attention_forward};
+use crate::attention::{
+    Geometry, Heads, HeadsMut, attention_backward as backward, attention_forward,
+};
 use crate::dtype::{Float, Slice, SliceMut};
 use crate::matmul::{self as product, Epilogue, Matrix, MatrixMut};
 use crate::memory::with_scratch_f32;
@@ -108,6 +110,98 @@ pub fn attention_at<T: Float>(
     mask: Mask,
     offset: usize,
 ) -> Array4<T> {
+    with_scratch_f32(q.shape()[..3].iter().product(), |lse| {
+        attention_into(q, k, v, mask, offset, lse)
+    })
+}
+
+/// [`attention`], and the logarithm of each softmax's denominator, which [`attention_backward`] takes:
+/// `lse[b,h,t]` = ln of the sum of `e^(q k / sqrt(d))` over the keys that query t sees, minus infinity if there are none.
+///
+/// # Panics
+/// As [`attention`].
+pub fn attention_with_lse<T: Float>(
+    q: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    k: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    v: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    mask: Mask,
+) -> (Array4<T>, Array3<f32>) {
+    let (batch, heads, queries, _) = q.dim();
+    let mut lse = Array3::zeros((batch, heads, queries));
+    let of_rows = lse.as_slice_mut().expect("a new array is row-major");
+    let o = attention_into(q, k, v, mask, 0, of_rows);
+    (o, lse)
+}
+
+/// The gradients `(dq, dk, dv)` of a loss, from its gradient `dout` by the output `o` of [`attention_with_lse`] and the
+/// `lse` beside it (Dao et al. 2022, without keeping the weights).
+///
+/// With `P = e^(q k^T / sqrt(d) - lse)` where the mask allows, else 0, and `D` = sum over d of `dout o`:
+/// `dv = P^T dout`, `dS = P (dout v^T - D) / sqrt(d)`, `dq = dS k`, `dk = dS^T q`, summed over the query heads of a key head.
+///
+/// # Panics
+/// If the shapes do not fit, or d is above 256.
+pub fn attention_backward<T: Float>(
+    [q, k, v]: [&Array4<T>; 3],
+    mask: Mask,
+    (o, lse): (&Array4<T>, &Array3<f32>),
+    dout: &Array4<T>,
+) -> [Array4<T>; 3] {
+    let geometry = geometry("attention_backward", q, k, v, mask, 0);
+    assert!(
+        o.shape() == q.shape() && dout.shape() == q.shape() && lse.shape() == &q.shape()[..3],
+        "attention_backward: q is {:?}, o {:?}, dout {:?}, lse {:?}; wanted three times [b, h, t, d], and [b, h, t]",
+        q.shape(),
+        o.shape(),
+        dout.shape(),
+        lse.shape()
+    );
+    let last_is_dense = |strides: &[isize]| strides[3] == 1;
+    let inputs = [q, k, v, o, dout].map(|x| in_memory(x, last_is_dense));
+    let [q_in, k_in, v_in, o_in, dout_in] = inputs.each_ref().map(by_heads);
+    let lse = lse.as_standard_layout();
+    let mut gradients = [q, k, v].map(|x| Array4::from_elem(x.dim(), T::from_f32(0.0)));
+    let [dq, dk, dv] = gradients.each_mut().map(by_heads_mut);
+    let lse = lse.as_slice().expect("standard layout");
+    backward(&geometry, q_in, k_in, v_in, o_in, dout_in, lse, dq, dk, dv);
+    gradients
+}
+
+fn attention_into<T: Float>(
+    q: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    k: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    v: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    mask: Mask,
+    offset: usize,
+    lse: &mut [f32],
+) -> Array4<T> {
+    let geometry = geometry("attention", q, k, v, mask, offset);
+    let last_is_dense = |strides: &[isize]| strides[3] == 1;
+    let q = in_memory(q, last_is_dense);
+    let k = in_memory(k, last_is_dense);
+    let v = in_memory(v, last_is_dense);
+    let mut o = Array4::from_elem(q.dim(), T::from_f32(0.0));
+    let out = by_heads_mut(&mut o);
+    attention_forward(
+        &geometry,
+        by_heads(&q),
+        by_heads(&k),
+        by_heads(&v),
+        out,
+        lse,
+    );
+    o
+}
+
+/// What attends to what. Panics with the op's name if the shapes do not fit.
+fn geometry<T>(
+    op: &str,
+    q: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    k: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    v: &ArrayBase<impl Data<Elem = T>, Ix4>,
+    mask: Mask,
+    offset: usize,
+) -> Geometry<'static> {
     let ((batch, heads, queries, d), (b, kv_heads, keys, kd)) = (q.dim(), k.dim());
     assert!(
         k.shape() == v.shape()
@@ -115,18 +209,13 @@ pub fn attention_at<T: Float>(
             && kv_heads > 0
             && heads.is_multiple_of(kv_heads)
             && (1..=256).contains(&d),
-        "attention: q is {:?}, k {:?}, v {:?}; wanted [b, h, t, d] and twice [b, g, s, d] with g dividing h and d at \
+        "{op}: q is {:?}, k {:?}, v {:?}; wanted [b, h, t, d] and twice [b, g, s, d] with g dividing h and d at \
          most 256",
         q.shape(),
         k.shape(),
         v.shape()
     );
-    let last_is_dense = |strides: &[isize]| strides[3] == 1;
-    let q = in_memory(q, last_is_dense);
-    let k = in_memory(k, last_is_dense);
-    let v = in_memory(v, last_is_dense);
-    let mut o = Array4::from_elem(q.dim(), T::from_f32(0.0));
-    let geometry = Geometry {
+    Geometry {
         batch,
         heads,
         kv_heads,
@@ -142,22 +231,7 @@ pub fn attention_at<T: Float>(
         },
         offset,
         documents: None,
-    };
-    let out = HeadsMut {
-        strides: [heads * queries * d, queries * d, d],
-        data: elements_mut(&mut o),
-    };
-    with_scratch_f32(batch * heads * queries, |lse| {
-        attention_forward(
-            &geometry,
-            by_heads(&q),
-            by_heads(&k),
-            by_heads(&v),
-            out,
-            lse,
-        );
-    });
-    o
+    }
 }
 
 /// `y = (x - mean) / sqrt(variance + eps) weight + bias` over the last axis (Ba et al. 2016): x, y [.., c]; weight, bias `[c]`.
@@ -289,6 +363,14 @@ fn by_heads<'a, T: Float>(x: &'a CowArray<'_, T, Ix4>) -> Heads<'a> {
     Heads {
         data: elements(x),
         strides: [0, 1, 2].map(|axis| strides[axis] as usize),
+    }
+}
+
+fn by_heads_mut<T: Float>(x: &mut Array4<T>) -> HeadsMut<'_> {
+    let (_, heads, tokens, d) = x.dim();
+    HeadsMut {
+        strides: [heads * tokens * d, tokens * d, d],
+        data: elements_mut(x),
     }
 }
 
@@ -450,6 +532,58 @@ mod tests {
             let bound = vec![4.0 * (2.1 * 16.0 * gamma(d + 24, U) + gamma(t + 24, U)); want.len()];
             near("attention", &attention(&q, &k, &v, mask), &want, &bound);
         }
+    }
+
+    /// The whole gradient against f64, with a mask, grouped heads and the forward's own o and lse.
+    #[test]
+    fn gradients_of_attention() {
+        for mask in [Mask::Full, Mask::Causal, Mask::Window(3)] {
+            let (b, h, g, t, d) = (2, 4, 2, 9, 8);
+            let [q, dout]: [Array4<f32>; 2] =
+                ["q", "dout"].map(|name| array(name, Ix4(b, h, t, d)));
+            let [k, v]: [Array4<f32>; 2] = ["k", "v"].map(|name| array(name, Ix4(b, g, t, d)));
+            let textbook = reference::Attention {
+                kv_heads: g,
+                causal: mask != Mask::Full,
+                window: if let Mask::Window(w) = mask {
+                    Some(w)
+                } else {
+                    None
+                },
+                ..reference::Attention::full(b, h, t, t, d)
+            };
+            let (o, lse) = attention_with_lse(&q, &k, &v, mask);
+            let (q64, k64, v64) = (wide(&q), wide(&k), wide(&v));
+            let (want_o, want) = reference::attention(&textbook, &q64, &k64, &v64);
+            let bound = vec![2.1 * 16.0 * gamma(d + 24, U); want.len()];
+            near("lse", &lse, &want, &bound);
+            let got = attention_backward([&q, &k, &v], mask, (&o, &lse), &dout);
+            let want = reference::attention_backward(
+                &textbook,
+                [&q64, &k64, &v64],
+                &want_o,
+                &want,
+                &wide(&dout),
+            );
+            // Weights of at most 1, |dout v| and D below 2 d 16, one side's elements below 4, over 2 t terms.
+            let size = 2.0 * 32.0 * (d * t) as f64 * 4.0;
+            for ((name, got), want) in ["dq", "dk", "dv"].iter().zip(&got).zip(want) {
+                near(
+                    name,
+                    got,
+                    &want,
+                    &vec![size * gamma(d + t + 48, U); want.len()],
+                );
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "lse [1, 2, 4]; wanted")]
+    fn gradients_of_another_lse_are_refused() {
+        let x: Array4<f32> = array("x", Ix4(1, 2, 3, 8));
+        let lse = Array3::zeros((1, 2, 4));
+        attention_backward([&x, &x, &x], Mask::Full, (&x, &lse), &x);
     }
 
     #[test]

@@ -43,12 +43,16 @@ mod rows;
 mod simd;
 
 pub use arrays::{
-    Mask, attention, attention_at, gelu, gelu_tanh, layer_norm, matmul, matmul_batched, rms_norm,
-    silu, softmax,
+    Mask, attention, attention_at, attention_backward, attention_with_lse, gelu, gelu_tanh,
+    layer_norm, matmul, matmul_batched, rms_norm, silu, softmax,
 };
 pub use dtype::DType;
 pub use half::{bf16, f16};
 pub use peak::{MemoryStream, peak_flops};
+
+#[doc = include_str!("../README.md")]
+#[cfg(doctest)]
+struct Readme;
 
 /// What the `supernode` crate calls: kernels over slices and their memory. Outside of all promises of compatibility.
 #[doc(hidden)]
