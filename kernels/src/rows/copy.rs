@@ -26,7 +26,7 @@ struct How {
     large: bool,
 }
 
-/// y[sum i_a y_strides[a]] = x[sum i_a x_strides[a]] for all indices i below `shape`. Strides count elements.
+/// `y[sum i_a y_strides[a]] = x[sum i_a x_strides[a]]` for all indices i below `shape`. Strides count elements.
 ///
 /// Panics unless x and y have one element type, all indices lie inside, and no two indices share a target.
 pub fn copy_strided(

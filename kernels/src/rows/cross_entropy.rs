@@ -49,7 +49,7 @@ fn width(x: Slice, rows: usize) -> usize {
     c
 }
 
-/// max[i] = maximum over the shard's existing columns of logits[i, j]; minus infinity without any, NaN with a NaN.
+/// `max[i]` = maximum over the shard's existing columns of `logits[i, j]`; minus infinity without any, NaN with a NaN.
 ///
 /// logits: [r, v] with r = max.len(). Panics on other lengths.
 pub fn row_max(logits: Slice, shard: Shard, max: &mut [f32]) {
@@ -177,10 +177,10 @@ impl<'a> Run<&'a mut [f32]> for Logits<'_> {
     }
 }
 
-/// sum[i] = sum over the shard's existing columns of e^(logits[i, j] - max[i]); target[i] = the logit of labels[i] where
+/// `sum[i]` = sum over the shard's existing columns of `e^(logits[i, j] - max[i])`; `target[i]` = the logit of `labels[i]` where
 /// it lies in the shard, else 0: shards add up to the whole.
 ///
-/// logits: [r, v]; max, labels, sum, target: [r]. Panics on other lengths.
+/// logits: `[r, v]`; max, labels, sum, target: `[r]`. Panics on other lengths.
 pub fn row_exp_sum(
     logits: Slice,
     shard: Shard,
@@ -247,7 +247,7 @@ impl<'a> Run<[&'a mut [f32]; 3]> for Statistics<'_> {
     }
 }
 
-/// losses[i] = ln sum[i] + max[i] - target[i], and 0 where labels[i] is `ignored`. All [r]; panics on other lengths.
+/// `losses[i] = ln sum[i] + max[i] - target[i]`, and 0 where `labels[i]` is `ignored`. All `[r]`; panics on other lengths.
 pub fn cross_entropy_losses(
     max: &[f32],
     sum: &[f32],
@@ -299,10 +299,10 @@ impl Kernel for Losses<'_> {
     }
 }
 
-/// dlogits[i, j] = (e^(logits[i, j] - max[i]) / sum[i] - [j is the label]) scale[i]; 0 in rows whose label is `ignored`
+/// `dlogits[i, j] = (e^(logits[i, j] - max[i]) / sum[i] - [j is the label]) scale[i]`; 0 in rows whose label is `ignored`
 /// and in columns that do not exist.
 ///
-/// logits, dlogits: [r, v]; max, sum (over the whole vocabulary), labels, scale (dloss of the row): [r]. Panics on other
+/// logits, dlogits: `[r, v]`; max, sum (over the whole vocabulary), labels, scale (dloss of the row): `[r]`. Panics on other
 /// lengths, and on a label that is neither below `valid` nor `ignored`.
 #[allow(clippy::too_many_arguments)]
 pub fn cross_entropy_gradient(
@@ -473,7 +473,7 @@ fn slope<S: Simd>(s: S, x: S::V, max: S::V, factor: S::V) -> S::V {
 
 /// The three passes on one chip: losses, and max and sum for [`cross_entropy_gradient`].
 ///
-/// logits: [r, v]; labels, losses, max, sum: [r]. Panics on other lengths, and on a label that is neither below `valid`
+/// logits: `[r, v]`; labels, losses, max, sum: `[r]`. Panics on other lengths, and on a label that is neither below `valid`
 /// nor `ignored`.
 pub fn cross_entropy(
     logits: Slice,

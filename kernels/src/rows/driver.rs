@@ -12,19 +12,14 @@ pub(crate) trait Run<O>: Sync {
     fn run<S: Simd>(&self, s: S, range: Range<usize>, out: O, scratch: &mut [f32]);
 }
 
-struct Part<'a, K, O> {
-    kernel: &'a K,
-    range: Range<usize>,
-    out: O,
-    scratch: &'a mut [f32],
-}
-
-impl<K: Run<O>, O> Kernel for Part<'_, K, O> {
+/// The kernel comes first: its module is the tuple's to the compiler, which puts the code there.
+impl<K: Run<O>, O> Kernel for (&K, Range<usize>, O, &mut [f32]) {
     type Output = ();
 
     #[inline(always)]
     fn call<S: Simd>(self, s: S) {
-        self.kernel.run(s, self.range, self.out, self.scratch);
+        let (kernel, range, out, scratch) = self;
+        kernel.run(s, range, out, scratch);
     }
 }
 
@@ -39,15 +34,7 @@ pub(crate) fn over_rows<O: Split>(
     let isa = isa();
     for_rows(rows, width, out, |range, out| {
         with_scratch_f32(scratch, |scratch| {
-            dispatch(
-                isa,
-                Part {
-                    kernel,
-                    range,
-                    out,
-                    scratch,
-                },
-            );
+            dispatch(isa, (kernel, range, out, scratch));
         });
     });
 }
@@ -64,15 +51,7 @@ pub(crate) fn over_columns<O: Split>(
     let block = column_block(rows, columns);
     for_columns(columns, block, out, |range, out| {
         with_scratch_f32(scratch * range.len(), |scratch| {
-            dispatch(
-                isa,
-                Part {
-                    kernel,
-                    range,
-                    out,
-                    scratch,
-                },
-            );
+            dispatch(isa, (kernel, range, out, scratch));
         });
     });
 }

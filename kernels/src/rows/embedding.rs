@@ -8,9 +8,9 @@ use crate::memory::with_scratch_f32;
 use crate::simd::{Kernel, Simd, dispatch, isa};
 use std::ops::Range;
 
-/// y[i] = table[ids[i] - first] where the table has that row, else 0: shards of a vocabulary add up to the whole.
+/// `y[i] = table[ids[i] - first]` where the table has that row, else 0: shards of a vocabulary add up to the whole.
 ///
-/// table: [v, c], rows first..first + v of the vocabulary; ids: [t]; y: [t, c]. Panics on other lengths.
+/// table: `[v, c]`, rows first..first + v of the vocabulary; ids: `[t]`; y: `[t, c]`. Panics on other lengths.
 pub fn embedding(table: Slice, ids: &[u32], first: usize, y: SliceMut) {
     let c = y.len().checked_div(ids.len()).unwrap_or(0);
     assert_eq!(y.len(), ids.len() * c, "y is not [{}, c]", ids.len());
@@ -72,7 +72,7 @@ impl Kernel for Pick<'_> {
     }
 }
 
-/// dtable[ids[i] - first] (+)= dy[i] where the table has that row: each row is one chain over its tokens, ascending.
+/// `dtable[ids[i] - first] (+)= dy[i]` where the table has that row: each row is one chain over its tokens, ascending.
 ///
 /// dy: [t, c]; dtable: [v, c]; rows without a token become 0 under `Accum::Replace`. Panics on other lengths.
 pub fn embedding_backward(dy: Slice, ids: &[u32], first: usize, dtable: &mut [f32], accum: Accum) {

@@ -17,7 +17,7 @@ use std::ops::Range;
 
 /// y = (x - mean) rstd weight + bias per row, with mean = sum x / c, rstd = 1 / sqrt(sum (x - mean)^2 / c + eps).
 ///
-/// x, y: [r, c]; weight, bias: [c], taken for 1 and 0 if absent; mean, rstd: [r], written. Panics on other lengths.
+/// x, y: `[r, c]`; weight, bias: `[c]`, taken for 1 and 0 if absent; mean, rstd: `[r]`, written. Panics on other lengths.
 pub fn layer_norm(
     x: Slice,
     weight: Option<Slice>,
@@ -33,7 +33,7 @@ pub fn layer_norm(
 
 /// y = x rstd weight per row, with rstd = 1 / sqrt(sum x^2 / c + eps).
 ///
-/// x, y: [r, c]; weight: [c], taken for 1 if absent; rstd: [r], written. Panics on other lengths.
+/// x, y: `[r, c]`; weight: `[c]`, taken for 1 if absent; rstd: `[r]`, written. Panics on other lengths.
 pub fn rms_norm(x: Slice, weight: Option<Slice>, eps: f32, y: SliceMut, rstd: &mut [f32]) {
     forward(x, weight, None, eps, y, None, rstd);
 }

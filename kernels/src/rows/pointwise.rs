@@ -32,25 +32,23 @@ pub(crate) fn pointwise<F: Pointwise<N, M>, const N: usize, const M: usize>(
     for_rows(n, 1, out, |range, y| {
         let x = x.map(|x| part(x, range.clone()));
         let y = y.map(|y| y.data);
-        dispatch(isa, Blocks { f, x, y });
+        dispatch(isa, (f, x, y));
     });
 }
 
-struct Blocks<'a, F, const N: usize, const M: usize> {
-    f: F,
-    x: [Slice<'a>; N],
-    y: [SliceMut<'a>; M],
-}
-
-impl<F: Pointwise<N, M>, const N: usize, const M: usize> Kernel for Blocks<'_, F, N, M> {
+/// The function comes first: its module is the tuple's to the compiler, which puts the code there.
+impl<F: Pointwise<N, M>, const N: usize, const M: usize> Kernel
+    for (F, [Slice<'_>; N], [SliceMut<'_>; M])
+{
     type Output = ();
 
     #[inline(always)]
-    fn call<S: Simd>(mut self, s: S) {
-        if let Some((x, y)) = all_bf16(self.x, &mut self.y) {
-            return straight(s, self.f, x, y);
+    fn call<S: Simd>(self, s: S) {
+        let (f, from, mut to) = self;
+        if let Some((x, y)) = all_bf16(from, &mut to) {
+            return straight(s, f, x, y);
         }
-        let n = self.y[0].len();
+        let n = to[0].len();
         let mut read = [[0f32; BLOCK]; N];
         let mut write = [[0f32; BLOCK]; M];
         // Loops with `while`, not iterators or closures: these would be compiled apart from the instruction set, and
@@ -64,32 +62,32 @@ impl<F: Pointwise<N, M>, const N: usize, const M: usize> Kernel for Blocks<'_, F
             let [mut inputs, mut outputs] = [&mut read[..], &mut write[..]];
             let mut i = 0;
             while i < N {
-                let to;
-                (to, inputs) = inputs.split_first_mut().expect("one for each input");
-                x[i] = widen(s, self.x[i], start..end, to);
+                let near;
+                (near, inputs) = inputs.split_first_mut().expect("one for each input");
+                x[i] = widen(s, from[i], start..end, near);
                 i += 1;
             }
-            let mut rest = &mut self.y[..];
+            let mut rest = &mut to[..];
             i = 0;
             while i < M {
-                let (to, out);
-                (to, outputs) = outputs.split_first_mut().expect("one for each output");
+                let (near, out);
+                (near, outputs) = outputs.split_first_mut().expect("one for each output");
                 (out, rest) = rest.split_first_mut().expect("M outputs");
                 if let SliceMut::F32(out) = out {
                     y[i] = &mut out[start..end];
                 } else {
-                    y[i] = &mut to[..len];
+                    y[i] = &mut near[..len];
                     if F::IN_PLACE {
                         widen_into(s, part(shared(out), start..end), y[i]);
                     }
                 }
                 i += 1;
             }
-            straight(s, self.f, x, y);
+            straight(s, f, x, y);
             i = 0;
             while i < M {
-                if !matches!(self.y[i], SliceMut::F32(_)) {
-                    narrow_into(s, &write[i][..len], part_mut(&mut self.y[i], start..end));
+                if !matches!(to[i], SliceMut::F32(_)) {
+                    narrow_into(s, &write[i][..len], part_mut(&mut to[i], start..end));
                 }
                 i += 1;
             }

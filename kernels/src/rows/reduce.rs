@@ -13,7 +13,7 @@ use std::ops::Range;
 /// Elements of a block of [`sum`] and [`sum_of_squares`].
 const BLOCK: usize = 4096;
 
-/// out[j] (+)= sum over rows i, ascending, of x[i, j]: one chain a column, which `Accum::Add` resumes.
+/// `out[j] (+)=` sum over rows i, ascending, of `x[i, j]`: one chain a column, which `Accum::Add` resumes.
 ///
 /// x: [r, c] with c = out.len(). Panics unless c divides x's length.
 pub fn column_sum(x: Slice, out: &mut [f32], accum: Accum) {
@@ -82,7 +82,7 @@ impl<'a> Run<&'a mut [f32]> for ColumnSum<'_> {
     }
 }
 
-/// y[i, j] = x[i, j] + bias[j]. x, y: [r, c]; bias: [c]. Panics on other lengths.
+/// `y[i, j] = x[i, j] + bias[j]`. x, y: `[r, c]`; bias: `[c]`. Panics on other lengths.
 pub fn add_bias(x: Slice, bias: Slice, y: SliceMut) {
     let c = bias.len();
     let rows = x.len().checked_div(c).unwrap_or(0);

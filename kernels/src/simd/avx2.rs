@@ -48,6 +48,23 @@ fn narrow_bf16(v: __m256) -> __m128i {
     })
 }
 
+/// The function that a kernel is compiled into: a method of the kernel, not a function of this file, since the compiler puts
+/// it into the object code of the kernel's module, so that an edit compiles no other module's kernels again.
+trait Compiled: Kernel + Sized {
+    /// Runs the kernel.
+    ///
+    /// # Safety
+    /// This CPU has the features of `s`, whose token proves them.
+    unsafe fn compiled(self, s: Avx2) -> Self::Output;
+}
+
+impl<K: Kernel> Compiled for K {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn compiled(self, s: Avx2) -> K::Output {
+        self.call(s)
+    }
+}
+
 impl Simd for Avx2 {
     type V = __m256;
     type M = __m256;
@@ -55,12 +72,8 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "avx2,fma,f16c")]
-        fn compiled<K: Kernel>(s: Avx2, kernel: K) -> K::Output {
-            kernel.call(s)
-        }
         // SAFETY: the token proves the features.
-        unsafe { compiled(self, kernel) }
+        unsafe { Compiled::compiled(kernel, self) }
     }
     #[inline(always)]
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {

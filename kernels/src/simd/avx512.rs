@@ -113,6 +113,23 @@ fn first(n: usize) -> __mmask16 {
     ((1u32 << n.min(16)) - 1) as __mmask16
 }
 
+/// The function that a kernel is compiled into: a method of the kernel, not a function of this file, since the compiler puts
+/// it into the object code of the kernel's module, so that an edit compiles no other module's kernels again.
+trait Compiled: Kernel + Sized {
+    /// Runs the kernel.
+    ///
+    /// # Safety
+    /// This CPU has the features of `s`, whose token proves them.
+    unsafe fn compiled(self, s: Avx512) -> Self::Output;
+}
+
+impl<K: Kernel> Compiled for K {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    unsafe fn compiled(self, s: Avx512) -> K::Output {
+        self.call(s)
+    }
+}
+
 impl Simd for Avx512 {
     type V = __m512;
     type M = __mmask16;
@@ -121,12 +138,8 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-        fn compiled<K: Kernel>(s: Avx512, kernel: K) -> K::Output {
-            kernel.call(s)
-        }
         // SAFETY: the token proves the features.
-        unsafe { compiled(self, kernel) }
+        unsafe { Compiled::compiled(kernel, self) }
     }
     #[inline(always)]
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {

@@ -67,6 +67,23 @@ fn scale(a: f32, n: f32) -> f32 {
     }
 }
 
+/// As on the other sets, a method of the kernel, whose module's object code it so belongs to.
+trait Compiled: Kernel + Sized {
+    /// Runs the kernel.
+    ///
+    /// # Safety
+    /// This CPU has AVX2, FMA and F16C if it is an x86.
+    unsafe fn compiled<S: Simd>(self, s: S) -> Self::Output;
+}
+
+impl<K: Kernel> Compiled for K {
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
+    #[inline(never)]
+    unsafe fn compiled<S: Simd>(self, s: S) -> K::Output {
+        self.call(s)
+    }
+}
+
 impl<const N: usize, const ROWS: usize, const VECTORS: usize> Simd for Emulated<N, ROWS, VECTORS> {
     type V = [f32; N];
     type M = [bool; N];
@@ -74,16 +91,8 @@ impl<const N: usize, const ROWS: usize, const VECTORS: usize> Simd for Emulated<
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma,f16c"))]
-        #[inline(never)]
-        fn compiled<S: Simd, K: Kernel>(s: S, kernel: K) -> K::Output {
-            kernel.call(s)
-        }
         // SAFETY: the token proves the features, of x86.
-        #[allow(unused_unsafe)]
-        unsafe {
-            compiled(self, kernel)
-        }
+        unsafe { Compiled::compiled(kernel, self) }
     }
     #[inline(always)]
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {

@@ -38,6 +38,23 @@ fn narrow_bf16(v: float32x4_t) -> uint16x4_t {
     })
 }
 
+/// The function that a kernel is compiled into: a method of the kernel, not a function of this file, since the compiler puts
+/// it into the object code of the kernel's module, so that an edit compiles no other module's kernels again.
+trait Compiled: Kernel + Sized {
+    /// Runs the kernel.
+    ///
+    /// # Safety
+    /// This CPU has the features of `s`, whose token proves them.
+    unsafe fn compiled(self, s: Neon) -> Self::Output;
+}
+
+impl<K: Kernel> Compiled for K {
+    #[target_feature(enable = "neon")]
+    unsafe fn compiled(self, s: Neon) -> K::Output {
+        self.call(s)
+    }
+}
+
 impl Simd for Neon {
     type V = float32x4_t;
     type M = uint32x4_t;
@@ -45,12 +62,8 @@ impl Simd for Neon {
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        #[target_feature(enable = "neon")]
-        fn compiled<K: Kernel>(s: Neon, kernel: K) -> K::Output {
-            kernel.call(s)
-        }
         // SAFETY: the token proves the feature.
-        unsafe { compiled(self, kernel) }
+        unsafe { Compiled::compiled(kernel, self) }
     }
     #[inline(always)]
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {

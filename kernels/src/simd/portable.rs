@@ -28,6 +28,20 @@ fn pow2(n: i32) -> f32 {
     f32::from_bits(((n + 127) as u32) << 23)
 }
 
+/// A function of its own as on the other sets: where all of them flowed together, compiling took a minute. A method of the
+/// kernel, whose module's object code it so belongs to.
+trait Compiled: Kernel + Sized {
+    /// Runs the kernel.
+    fn compiled(self) -> Self::Output;
+}
+
+impl<K: Kernel> Compiled for K {
+    #[inline(never)]
+    fn compiled(self) -> K::Output {
+        self.call(Portable)
+    }
+}
+
 impl Simd for Portable {
     type V = [f32; N];
     type M = [bool; N];
@@ -35,12 +49,7 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        // A function of its own as on the other sets: where all of them flowed together, compiling took a minute.
-        #[inline(never)]
-        fn compiled<K: Kernel>(kernel: K) -> K::Output {
-            kernel.call(Portable)
-        }
-        compiled(kernel)
+        Compiled::compiled(kernel)
     }
     #[inline(always)]
     fn tiled<K: TileKernel>(self, kernel: K) -> K::Output {
