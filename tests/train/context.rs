@@ -229,6 +229,6 @@ fn evaluation_and_checkpoints_do_not_depend_on_it() {
     let mesh = Mesh::parse("cp=4").expect("a mesh");
     let reports = crate::tiny::reports(&part, &world(&mesh)).expect("a run that goes on");
     assert_close(&step_losses(&reports), &want[3..], 1e-5, "after");
-    let ghost = World::ghost(&Mesh::parse("cp=512").expect("a mesh"));
+    let ghost = World::ghost(&Mesh::parse("cp=64").expect("a mesh"));
     assert!(with(training(llama(), ROWS, 1), RING).trace(&ghost).is_ok());
 }
