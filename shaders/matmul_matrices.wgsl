@@ -47,9 +47,12 @@ fn tile(group: vec3<u32>, subgroup: u32) {
 #end
 #end
     }
+    // Named before they are stored: naga's SPIR-V writer panics on a matrix or a stride that the call itself reads from memory.
+    let c_stride = numbers.n;
 #unroll i DOWN
 #unroll j ACROSS
-    coopStoreT(sum@i_@j, &data_c[c@i_@j], numbers.n);
+    let done@i_@j = sum@i_@j;
+    coopStoreT(done@i_@j, &data_c[c@i_@j], c_stride);
 #end
 #end
 }

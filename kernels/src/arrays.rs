@@ -294,17 +294,18 @@ pub fn softmax<T: Float, D: Dimension>(x: &ArrayBase<impl Data<Elem = T>, D>) ->
     by_rows(x, |x, y| rows::softmax(x, c, y))
 }
 
-/// `y = x/2 (1 + erf(x / sqrt 2))` (Hendrycks and Gimpel 2016).
+/// `y = x/2 (1 + erf(x / sqrt 2))` (Hendrycks and Gimpel 2016), within `2^-22 |x|`: for large negative x, where the function tends
+/// to 0, this is an absolute error. 0 at minus infinity.
 pub fn gelu<T: Float, D: Dimension>(x: &ArrayBase<impl Data<Elem = T>, D>) -> Array<T, D> {
     by_rows(x, |x, y| rows::activation(Activation::GeluErf, x, y))
 }
 
-/// `y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`, GPT-2's form of [`gelu`].
+/// `y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`, GPT-2's form of [`gelu`], within the same bound.
 pub fn gelu_tanh<T: Float, D: Dimension>(x: &ArrayBase<impl Data<Elem = T>, D>) -> Array<T, D> {
     by_rows(x, |x, y| rows::activation(Activation::GeluTanh, x, y))
 }
 
-/// `y = x / (1 + e^-x)` (Elfwing et al. 2017).
+/// `y = x / (1 + e^-x)` (Elfwing et al. 2017). 0 at minus infinity, and below -87.
 pub fn silu<T: Float, D: Dimension>(x: &ArrayBase<impl Data<Elem = T>, D>) -> Array<T, D> {
     by_rows(x, |x, y| rows::activation(Activation::Silu, x, y))
 }

@@ -308,18 +308,21 @@ const GELU_TANH_SLOPE: OddRational<8, 7> = OddRational {
 };
 
 impl Activation {
-    /// The function's value, lane by lane. Called in a loop, the choice is made outside it by the compiler.
+    /// The function's value, lane by lane. Called in a loop, the choice is made outside it by the compiler. The GELUs are within
+    /// 2^-22 |x| and the rounding of the result: far below 0, where they tend to 0, that is an absolute error, not a relative one.
     #[inline(always)]
     pub(crate) fn apply<S: Simd>(self, s: S, x: S::V) -> S::V {
-        let half = s.mul(x, s.splat(0.5));
+        // The limit at minus infinity is 0, not 0 times infinity: the least finite number stands for it. A NaN stays.
+        let above = s.max(s.splat(-f32::MAX), x);
+        let half = s.mul(above, s.splat(0.5));
         match self {
-            Activation::GeluTanh => s.fma(x, GELU_TANH.at(s, x), half),
-            Activation::GeluErf => s.fma(x, GELU_ERF.at(s, x), half),
+            Activation::GeluTanh => s.fma(above, GELU_TANH.at(s, x), half),
+            Activation::GeluErf => s.fma(above, GELU_ERF.at(s, x), half),
             Activation::Relu2 => {
                 let positive = s.max(s.zero(), x);
                 s.mul(positive, positive)
             }
-            Activation::Silu => s.mul(x, sigmoid(s, x)),
+            Activation::Silu => s.mul(above, sigmoid(s, x)),
         }
     }
 
@@ -335,7 +338,9 @@ impl Activation {
                 s.add(r, r)
             }
             Activation::Silu => {
+                // The limits at both infinities are 0 and 1, which the largest finite numbers have.
                 let p = sigmoid(s, x);
+                let x = clamp(s, x, -f32::MAX, f32::MAX);
                 s.fma(s.mul(x, p), s.sub(s.splat(1.0), p), p)
             }
         }

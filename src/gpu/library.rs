@@ -10,7 +10,6 @@ macro_rules! kernels {
         };)*
 
         /// All of them.
-        #[cfg(test)]
         pub(crate) const ALL: &[Kernel] = &[$($constant),*];
     };
 }

@@ -3,13 +3,14 @@
 //! One generation of cards was seen elsewhere to lose sums that cross a loop: the first use on a device multiplies small whole
 //! numbers, whose sums are exact, and a device that is wrong by anything multiplies as if it had none.
 //!
-//! No device that lists any was at hand when this was written. naga holds the shaders valid and writes those of 8 by 8 as Metal's
-//! language; nothing more is known of them: neither that they are right on a card, nor how fast they are.
+//! Those of 8 by 8 ran on Mesa 26's software adapter, which lists f16 (`.ci/mesa26`); every form is written as SPIR-V, those of 8 by 8 as
+//! Metal's language too (tests/shaders). No card was at hand when this was written.
 
 use super::chip::Chip;
 use super::launch::{Launch, Operand};
 use super::library as k;
 use super::products::Matrix;
+use super::shader::Bound;
 use crate::dtype::{DType, Element};
 use half::f16;
 
@@ -47,6 +48,9 @@ pub(super) const FORMS: [Form; 3] = [
     },
 ];
 
+/// Constants of the kernel.
+const CONSTANTS: [&str; 6] = ["SIDE", "LOADS", "DOWN", "ACROSS", "A_COLUMNS", "B_COLUMNS"];
+
 impl Form {
     /// Rows and columns of sums of a group of four subgroups.
     fn covers(&self) -> usize {
@@ -79,6 +83,28 @@ impl Form {
     }
 }
 
+impl Form {
+    /// What stands in an operand's slot.
+    pub(super) fn bound(&self) -> Bound {
+        match self.operands {
+            DType::F16 => Bound::Halves,
+            dtype => Bound::Own(dtype),
+        }
+    }
+
+    /// The kernel's constant of this name, for operands whose columns, not rows, are consecutive in memory where it says 1.
+    pub(super) fn constant(&self, name: &str, columns: [u32; 2]) -> u32 {
+        match name {
+            "SIDE" => self.side as u32,
+            "LOADS" => self.loads_sums() as u32,
+            "DOWN" | "ACROSS" => HELD as u32,
+            "A_COLUMNS" => columns[0],
+            "B_COLUMNS" => columns[1],
+            other => panic!("no constant {other} is known here"),
+        }
+    }
+}
+
 /// sums = a b, in f32.
 pub(super) fn product(
     form: Form,
@@ -94,7 +120,7 @@ pub(super) fn product(
         super::fill(0.0, None, sums.clone());
     }
     let covers = form.covers();
-    Launch::new(&k::MATMUL_MATRICES)
+    let launch = Launch::new(&k::MATMUL_MATRICES)
         .number("m", m)
         .number("n", n)
         .number("k", k)
@@ -104,13 +130,13 @@ pub(super) fn product(
         .number("b_batch", b.batch)
         .operand("a", a.data)
         .operand("b", b.data)
-        .operand("c", sums)
-        .constant("SIDE", form.side as u32)
-        .constant("LOADS", form.loads_sums() as u32)
-        .constant("DOWN", HELD as u32)
-        .constant("ACROSS", HELD as u32)
-        .constant("A_COLUMNS", a_columns as u32)
-        .constant("B_COLUMNS", b_columns as u32)
+        .operand("c", sums);
+    let columns = [a_columns as u32, b_columns as u32];
+    CONSTANTS
+        .iter()
+        .fold(launch, |launch, name| {
+            launch.constant(name, form.constant(name, columns))
+        })
         .run_tiles(4 * subgroup, [n / covers, m / covers, batch]);
 }
 

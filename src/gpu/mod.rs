@@ -5,7 +5,7 @@
 //! | `adapter`, `device` | what this machine has; pipelines; failures |
 //! | `chip` | memory, and the commands recorded until somebody asks for a value |
 //! | `download`, `upload`, `clock` | copies to the host beside what the program does next, and back; when they ran |
-//! | `shader`, `template`, `library` | WGSL sources by element type; this crate's own |
+//! | `shader`, `template`, `library`, `sources` | WGSL sources by element type; this crate's own; all of them, for tests |
 //! | `launch`, `watch` | running a kernel, a user's own too; how long it took |
 //! | `tiles`, `written`, `tune`, `choices` | how products are cut up, by kind of adapter, and how they were |
 //! | `kept` | compiled pipelines on disk |
@@ -34,6 +34,8 @@ mod optimizer;
 mod products;
 mod rows;
 mod shader;
+#[doc(hidden)]
+pub mod sources;
 mod template;
 #[cfg(test)]
 mod tests;

@@ -256,6 +256,8 @@ impl Band<'_> {
                         3 => self.columns::<S, T, P, 8, 3>(s, rows, j),
                         _ => self.columns::<S, T, P, 6, 4>(s, rows, j),
                     }
+                } else if const { S::ROW_BY_ROW } {
+                    self.columns::<S, T, P, 2, 1>(s, rows, j)
                 } else if const { S::LANES == 8 } {
                     self.columns::<S, T, P, 6, 2>(s, rows, j)
                 } else {
@@ -278,14 +280,13 @@ impl Band<'_> {
     ) -> usize {
         let mut i = 0;
         while i < rows {
-            // As even as can be: few rows wait for their own sums.
             let left = rows - i;
-            let next = left.div_ceil(left.div_ceil(R));
-            // A constant condition keeps the compiler from generating blocks beyond R.
+            // A constant condition keeps the compiler from generating blocks beyond R. Not every number of rows has a block of
+            // its own: with all of them the compiler spent a third of its time here.
             macro_rules! of_rows {
                 ($($r:literal)*) => {
                     $(if const { $r <= R } {
-                        if next == $r {
+                        if $r <= left {
                             // SAFETY: i + r <= rows.
                             unsafe { self.block::<S, T, P, $r, V>(s, i, j) }
                             i += $r;
@@ -294,7 +295,7 @@ impl Band<'_> {
                     })*
                 };
             }
-            of_rows!(16 15 14 13 12 11 10 9 8 7 6 5 4 3 2 1);
+            of_rows!(16 8 6 4 2 1);
         }
         V * S::LANES
     }

@@ -129,8 +129,12 @@ fn some_rows<S: Simd, const R: usize, const V: usize, const WHOLE: bool>(
         }
         return;
     }
-    // Constant strides free registers. A constant condition, because each version is compiled for every instruction set.
-    if const { WHOLE && !(S::HAS_TILE_LOOP && V * S::LANES == 32) } {
+    // Constant conditions, because each version is compiled for every instruction set.
+    if const { S::ROW_BY_ROW || (S::HAS_TILE_LOOP && V * S::LANES == 32) } {
+        return tile.row_by_row(s);
+    }
+    // Constant strides free registers.
+    if const { WHOLE } {
         if packed && a.k_stride == R {
             return s.run(PackedChains(tile));
         }
@@ -157,6 +161,32 @@ struct Chains<const R: usize, const V: usize> {
     b: Columns,
     from: Option<Sums>,
     to: To,
+}
+
+impl<const R: usize, const V: usize> Chains<R, V> {
+    /// One row after another, where this is no way that has to be fast.
+    #[inline(always)]
+    fn row_by_row<S: Simd>(self, s: S) {
+        for i in 0..R {
+            let row = |sums: Sums| Sums {
+                data: sums.data.wrapping_add(i * sums.row_stride),
+                ..sums
+            };
+            s.run(Chains::<1, V> {
+                k: self.k,
+                a: Rows {
+                    data: self.a.data.wrapping_add(i * self.a.row_stride),
+                    ..self.a
+                },
+                b: self.b,
+                from: self.from.map(row),
+                to: To {
+                    data: self.to.data.wrapping_add(i * self.to.row_bytes),
+                    ..self.to
+                },
+            });
+        }
+    }
 }
 
 impl<const R: usize, const V: usize> Kernel for Chains<R, V> {

@@ -162,16 +162,19 @@ impl Region<'_> {
         let most = STREAM_SUMS / m;
         let width = self.cols.len().min(most);
         let (sums, panel) = scratch.split_at_mut(m * width);
-        let y = Sums {
-            data: sums.as_mut_ptr(),
-            row_stride: width,
-        };
         for cols in pieces(self.cols.clone(), most) {
             let (at, shape) = ((self.batch, self.rows.start, cols.start), (m, cols.len()));
-            match p.accum {
-                Accum::Replace => sums.fill(0.0),
+            if p.accum == Accum::Replace {
+                sums.fill(0.0);
+            }
+            // Taken after the slice's own last use, which would end what a pointer from before may do.
+            let y = Sums {
+                data: sums.as_mut_ptr(),
+                row_stride: width,
+            };
+            if p.accum == Accum::Add {
                 // SAFETY: rows and columns of this region of C; the scratch holds m rows of `width`.
-                Accum::Add => unsafe { widen_output(s, &p.c, at, shape, y) },
+                unsafe { widen_output(s, &p.c, at, shape, y) }
             }
             for depth in depths(p.k, KC) {
                 for (i, line) in panel.chunks_mut(depth.len().max(1)).enumerate().take(m) {
@@ -197,6 +200,26 @@ impl Region<'_> {
                 let b = p.b.at(self.batch, depth.start, cols.start).cast::<T>();
                 // SAFETY: `panel` holds m rows of this depth, B these rows and columns, `sums` m rows of `width`.
                 unsafe {
+                    if const { S::ROW_BY_ROW } {
+                        for i in 0..m {
+                            let a = Rows {
+                                data: a.data.add(i * a.row_stride),
+                                ..a
+                            };
+                            let y = Sums {
+                                data: y.data.add(i * y.row_stride),
+                                ..y
+                            };
+                            if p.b.col_stride != 1 {
+                                let b = (b, p.b.col_stride);
+                                stream_columns::<S, T, 1, ODD_FIRST>(s, shape, a, b, y);
+                            } else {
+                                let b = (b, p.b.row_stride);
+                                stream::<S, T, 1, 2, ODD_FIRST>(s, shape, a, b, y);
+                            }
+                        }
+                        continue;
+                    }
                     if p.b.col_stride != 1 {
                         let b = (b, p.b.col_stride);
                         match m {

@@ -2,7 +2,7 @@
 //!
 //! Both are one kernel: RMS norm is layer norm that takes the mean for 0 and has no bias. The variance is the mean of
 //! squared differences from the mean (two passes over a row that sits in the first cache), because the difference of mean
-//! square and squared mean loses all digits when the mean is large.
+//! square and squared mean loses all digits when the mean is large. Rows at the ends of f32 are scaled by a power of two first.
 
 mod backward;
 
@@ -108,7 +108,7 @@ fn forward(
         bias,
     };
     let out = (Out { data: y, width: c }, mean, rstd);
-    over_rows(&kernel, rows, c, 4 * c, out);
+    over_rows(&kernel, rows, c, 5 * c, out);
 }
 
 struct Forward<'a> {
@@ -133,27 +133,24 @@ impl<'a> Run<ForwardOut<'a>> for Forward<'_> {
         let c = self.c;
         let (weight, rest) = scratch.split_at_mut(c);
         let (bias, rest) = rest.split_at_mut(c);
-        let (wide, narrow) = rest.split_at_mut(c);
+        let (wide, rest) = rest.split_at_mut(c);
+        let (narrow, near) = rest.split_at_mut(c);
         let weight = parameter(s, self.weight, 1.0, weight);
         let bias = parameter(s, self.bias, 0.0, bias);
         let shifted = self.bias.is_some();
         for (i, row) in range.enumerate() {
             let x = widen(s, self.x, row * c..(row + 1) * c, wide);
-            let mut mean = 0.0;
-            if let Some(means) = &mut means {
-                let [sum] = sums(
-                    s,
-                    [x],
-                    #[inline(always)]
-                    |[x], [sum]| [s.add(sum, x)],
-                );
-                mean = sum / c as f32;
-                means[i] = mean;
+            let (mean, variance) = moments(s, x, means.is_some());
+            let v = variance + self.eps;
+            let (mut x, mut row_of) = (x, Row::plain(mean, v));
+            if !(SMALLEST..f32::INFINITY).contains(&v) {
+                (x, row_of) = self.far(s, x, means.is_some(), near);
             }
-            let m = s.splat(mean);
-            let rstd = 1.0 / (squares(s, x, mean) / c as f32 + self.eps).sqrt();
-            rstds[i] = rstd;
-            let r = s.splat(rstd);
+            if let Some(means) = &mut means {
+                means[i] = row_of.mean;
+            }
+            rstds[i] = row_of.rstd;
+            let (m, r) = (s.splat(row_of.subtract), s.splat(row_of.factor));
             written(
                 s,
                 &mut y.data,
@@ -185,22 +182,101 @@ impl<'a> Run<ForwardOut<'a>> for Forward<'_> {
     }
 }
 
-/// The sum of (x - m)^2. Missing elements of a ragged group stand for m, hence add nothing.
+/// What a row's results are made with: y = (x - subtract) factor weight + bias.
+struct Row {
+    mean: f32,
+    rstd: f32,
+    subtract: f32,
+    factor: f32,
+}
+
+impl Row {
+    #[inline(always)]
+    fn plain(mean: f32, v: f32) -> Self {
+        let rstd = 1.0 / v.sqrt();
+        Row {
+            mean,
+            rstd,
+            subtract: mean,
+            factor: rstd,
+        }
+    }
+}
+
+/// Below this the sum of squares may have lost digits to subnormal numbers.
+const SMALLEST: f32 = f32::from_bits((127 - 100) << 23);
+
+impl Forward<'_> {
+    /// A row whose squares leave the range of f32 (elements beyond 1e18, or below 1e-15 with eps as small): multiplied by the
+    /// power of two, into `near`, that brings its greatest element to about 1.
+    #[inline(never)]
+    fn far<'a, S: Simd>(
+        &self,
+        s: S,
+        x: &[f32],
+        centred: bool,
+        near: &'a mut [f32],
+    ) -> (&'a [f32], Row) {
+        let greatest = x.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
+        let exponent = ((greatest.to_bits() >> 23) as i32 - 127).clamp(-126, 127);
+        let scale = f64::from_bits(((1023 - exponent) as u64) << 52);
+        for (near, x) in near.iter_mut().zip(x) {
+            *near = x * scale as f32;
+        }
+        let (mean, variance) = moments(s, near, centred);
+        // eps times the square of the scale may be beyond f32.
+        let root = (f64::from(variance) + f64::from(self.eps) * scale * scale).sqrt();
+        let row = Row {
+            mean: (f64::from(mean) / scale) as f32,
+            rstd: (scale / root) as f32,
+            subtract: mean,
+            factor: (1.0 / root) as f32,
+        };
+        (near, row)
+    }
+}
+
+/// Mean (0 unless `centred`) and variance around it of a row.
+///
+/// The first mean is off by a rounding of its sum, which is much where the elements lie far from 0 and near each other: the mean of
+/// the differences from it, summed beside their squares, is added to it.
 #[inline(always)]
-fn squares<S: Simd>(s: S, x: &[f32], mean: f32) -> f32 {
+fn moments<S: Simd>(s: S, x: &[f32], centred: bool) -> (f32, f32) {
+    let c = x.len() as f32;
+    if !centred {
+        let [squares] = sums(
+            s,
+            [x],
+            #[inline(always)]
+            |[x], [sum]| [s.fma(x, x, sum)],
+        );
+        return (0.0, squares / c);
+    }
+    let [sum] = sums(
+        s,
+        [x],
+        #[inline(always)]
+        |[x], [sum]| [s.add(sum, x)],
+    );
+    let mean = sum / c;
     let m = s.splat(mean);
-    let [lanes] = fold(
+    // Missing elements of a ragged group stand for the mean, hence add nothing.
+    let [rest, squares] = fold(
         s,
         [x],
         [mean],
-        [0.0],
+        [0.0; 2],
         #[inline(always)]
-        |[x], [sum]| {
+        |[x], [sum, squares]| {
             let d = s.sub(x, m);
-            [s.fma(d, d, sum)]
+            [s.add(sum, d), s.fma(d, d, squares)]
         },
-    );
-    tree_sum(lanes)
+    )
+    .map(tree_sum);
+    let variance = (squares - rest * (rest / c)) / c;
+    // A NaN stays.
+    let variance = if variance < 0.0 { 0.0 } else { variance };
+    (mean + rest / c, variance)
 }
 
 /// A parameter in f32: where it lies, or in `to`.

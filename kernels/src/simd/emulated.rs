@@ -88,6 +88,8 @@ impl<const N: usize, const ROWS: usize, const VECTORS: usize> Simd for Emulated<
     type V = [f32; N];
     type M = [bool; N];
     const LANES: usize = N;
+    // So that the tests run this way too.
+    const ROW_BY_ROW: bool = true;
 
     #[inline(always)]
     fn run<K: Kernel>(self, kernel: K) -> K::Output {

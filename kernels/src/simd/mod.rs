@@ -143,6 +143,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     const LANES: usize;
     /// Whether [`Simd::tile_loop`] does anything.
     const HAS_TILE_LOOP: bool = false;
+    /// Whether products go row by row: where speed does not matter, and a loop for each number of rows is only code to compile.
+    const ROW_BY_ROW: bool = false;
 
     /// Calls `kernel` compiled for this instruction set.
     fn run<K: Kernel>(self, kernel: K) -> K::Output;

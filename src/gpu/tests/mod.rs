@@ -1,4 +1,3 @@
-//! Sources are valid on every device, with no device at hand; and what fails on one is told.
+//! What fails on a device is told.
 
 mod failures;
-mod sources;
