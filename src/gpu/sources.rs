@@ -91,6 +91,9 @@ fn of_matrices(kernel: &Kernel) -> Vec<Variant> {
 /// Each operand as the first result, and indices in place of floats where the body only moves elements.
 fn moved(kernel: &Kernel) -> Vec<Variant> {
     let face = interface(kernel);
+    if face.entry == Entry::Matrices {
+        return Vec::new();
+    }
     let result = face.slots.iter().position(|s| s.written).expect("a result");
     let with = |bound| Variant {
         bound,
@@ -101,7 +104,7 @@ fn moved(kernel: &Kernel) -> Vec<Variant> {
     let mut all = Vec::new();
     for (i, slot) in face.slots.iter().enumerate().filter(|(_, s)| !s.written) {
         let other = slot.dtype == Some(DType::U32) || slot.dtype != face.slots[result].dtype;
-        if other || face.entry == Entry::Matrices {
+        if other {
             continue;
         }
         let own = |s: &Slot| Bound::Own(s.dtype.unwrap_or(DType::F32));
@@ -170,6 +173,7 @@ fn constants(kernel: &Kernel) -> Vec<Vec<u32>> {
         "WG_X" | "WG_Y" => [4, 8],
         "DEPTH" => [4, 8],
         "LANES" => [4, 8],
+        "DOWN" | "ACROSS" => [1, 4],
         "D" => [1, 64],
         other => panic!("no values of the constant {other} are known here"),
     };
