@@ -11,6 +11,7 @@
 use super::forward::{load, load_transposed};
 use super::heads::OutRows;
 use super::mask::{SCORES, SIDE, Sight, Tile};
+use super::seen::{Seen, finite};
 use super::tile::{BAND, LINE, Left, Part, Product, Start, padded, pitch};
 use super::{Fold, Geometry, Heads, Inputs, Unit};
 use crate::dtype::DType;
@@ -170,6 +171,8 @@ struct QuerySide<'a> {
     lse: [f32; SIDE],
     /// D = sum of dout o.
     d: [f32; SIDE],
+    /// Queries and output gradients are.
+    finite: bool,
 }
 
 impl Kernel for Run<'_> {
@@ -207,6 +210,7 @@ impl Kernel for Run<'_> {
             ds: take(SIDE * SCORES),
             lse: [0.0; SIDE],
             d: [0.0; SIDE],
+            finite: true,
         };
         let (row, other) = (take(LINE * d), take(d));
         work(s, &pass, keys, key_side, query_side, row, other);
@@ -262,11 +266,21 @@ fn work<S: Simd>(
                 &side.v[part.clone()],
             );
             let (m, n) = (keys.len(), padded(d));
+            let seen = |weights| Seen {
+                g,
+                tile,
+                keys: &keys,
+                weights,
+            };
             if pass.dkv.is_some() {
                 for (a, b, c) in [
                     (&*tile_side.p, &*tile_side.dout, &mut side.dv[part.clone()]),
                     (&*tile_side.ds, &*tile_side.q, &mut side.dk[part.clone()]),
                 ] {
+                    if sight == Sight::Some && !tile_side.finite {
+                        seen(a).of_keys(d, (b, line), (c, line));
+                        continue;
+                    }
                     let a = Left {
                         data: a,
                         pitch: SCORES,
@@ -293,6 +307,11 @@ fn work<S: Simd>(
                     transposed: true,
                 };
                 let (b, c) = (&side.k[part], &mut *tile_side.dq);
+                let reach = ends[ends.len() - 1];
+                if sight == Sight::Some && !finite(s, reach, padded(d), (b, line)) {
+                    seen(tile_side.ds).of_rows(d, (b, line), (c, line), None);
+                    continue;
+                }
                 s.run(Product {
                     m: tile.rows,
                     n,
@@ -383,6 +402,10 @@ impl QuerySide<'_> {
             };
         }
         self.dq[..tile.rows * line].fill(0.0);
+        self.finite = [&*self.q, &*self.dout].into_iter().all(
+            #[inline(always)]
+            |x| finite(s, tile.rows, padded(d), (x, line)),
+        );
     }
 
     /// P and dS of one block, both [keys, rows].
@@ -475,7 +498,18 @@ impl Kernel for Step<'_> {
         }
         if self.sight == Sight::Some {
             self.tile.hide(s, self.g, &self.keys, self.p);
+            self.weights::<S, true>(s, n, columns);
+        } else {
+            self.weights::<S, false>(s, n, columns);
         }
+    }
+}
+
+impl Step<'_> {
+    /// The exponentials, and what follows from them; where pairs are `HIDDEN` by minus infinity both are 0, whatever dP and lse are.
+    #[inline(always)]
+    fn weights<S: Simd, const HIDDEN: bool>(self, s: S, n: usize, columns: usize) {
+        let least = s.splat(f32::MIN);
         for at in (0..columns).step_by(S::LANES) {
             let lse = s.load(&self.lse[at..]);
             let d = if self.fold.cap.is_some() {
@@ -486,10 +520,19 @@ impl Kernel for Step<'_> {
             let n = n.min(self.ends[at / BAND]);
             let rows = self.p.chunks_exact_mut(SCORES);
             for (p, ds) in rows.zip(self.ds.chunks_exact_mut(SCORES)).take(n) {
-                let x = exp2_normal(s, s.sub(s.load(&p[at..]), lse));
-                s.store(&mut p[at..], x);
-                let dp = s.load(&ds[at..]);
-                s.store(&mut ds[at..], s.mul(x, s.sub(dp, d)));
+                let score = s.load(&p[at..]);
+                let x = exp2_normal(s, s.sub(score, lse));
+                let dx = s.mul(x, s.sub(s.load(&ds[at..]), d));
+                let hidden = s.lt(score, least);
+                let shown = |x| {
+                    if HIDDEN {
+                        s.select(hidden, s.zero(), x)
+                    } else {
+                        x
+                    }
+                };
+                s.store(&mut p[at..], shown(x));
+                s.store(&mut ds[at..], shown(dx));
             }
         }
     }

@@ -9,6 +9,7 @@
 use super::heads::OutRows;
 use super::mask::{SCORES, SIDE, Sight, Tile};
 use super::online::{Online, Step, Sums, log_sum_exp};
+use super::seen::{Seen, finite};
 use super::tile::{Columns, LINE, Left, Part, Powers, Product, Start, padded, pitch};
 use super::{Fold, Geometry, Heads, Inputs, Unit};
 use crate::dtype::{Slice, SliceMut};
@@ -226,6 +227,17 @@ impl Query<'_> {
         } else {
             Start::Resume
         };
+        let sees_all = sight == Sight::All;
+        if !sees_all && !finite(s, ends[ends.len() - 1], padded(d), (v.data, v.pitch)) {
+            let seen = Seen {
+                g,
+                tile,
+                keys,
+                weights: scores,
+            };
+            let factors = moved.then_some(&self.online.rescale[..]);
+            return seen.of_rows(d, (v.data, v.pitch), (self.o, pitch(d)), factors);
+        }
         s.run(Product {
             m: tile.rows,
             n: padded(d),

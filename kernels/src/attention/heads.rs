@@ -14,11 +14,16 @@ fn check_inside(what: &str, len: usize, strides: [usize; 3], shape: [usize; 3], 
     if shape.contains(&0) {
         return;
     }
-    let last: usize = shape.iter().zip(strides).map(|(n, s)| (n - 1) * s).sum();
+    // Raw writes rely on this, so no sum may wrap around.
+    let end = shape.iter().zip(strides).try_fold(d, |end, (n, s)| {
+        (n - 1)
+            .checked_mul(s)
+            .and_then(|last| end.checked_add(last))
+    });
     assert!(
-        last + d <= len,
+        end.is_some_and(|end| end <= len),
         "{what}: {shape:?} rows of {d} with strides {strides:?} need {} elements, there are {len}",
-        last + d
+        end.map_or("more than 2^64".into(), |end| end.to_string())
     );
 }
 

@@ -111,6 +111,15 @@ impl Tile {
         if all { Sight::All } else { Sight::Some }
     }
 
+    /// Whether row r sees a key.
+    pub(super) fn sees(&self, g: &Geometry, r: usize, key: usize) -> bool {
+        let t = self.token(g, r).0;
+        let same = |(queries, keys): (&[u32], &[u32])| {
+            queries[self.batch * g.queries + t] == keys[self.batch * g.keys + key]
+        };
+        g.visible(t).contains(&key) && g.documents.is_none_or(same)
+    }
+
     /// Writes minus infinity to the scores [keys, rows] of hidden pairs.
     #[inline(always)]
     pub(super) fn hide<S: Simd>(

@@ -18,6 +18,7 @@ mod merge;
 #[cfg(target_arch = "x86_64")]
 mod narrow;
 mod online;
+mod seen;
 mod split;
 #[cfg(test)]
 mod tests;

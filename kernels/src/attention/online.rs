@@ -176,11 +176,13 @@ impl Step<'_> {
         for row in &mut self.scores.as_chunks_mut::<SCORES>().0[..n] {
             for (v, (&base, sum)) in bases.iter().zip(&mut sums).enumerate() {
                 let x = &mut row[at + v * S::LANES..];
-                let p = if NEAR {
-                    exp2_above(s, s.load(x), base)
-                } else {
-                    exp2_normal(s, s.sub(s.load(x), base))
-                };
+                let score = s.load(x);
+                let mut p = exp2_above(s, score, base);
+                if !NEAR {
+                    // Row by row: another row's maximum changes no bit of this one.
+                    let near = s.le(s.abs(base), s.splat(LIMIT));
+                    p = s.select(near, p, exp2_normal(s, s.sub(score, base)));
+                }
                 s.store(x, p);
                 *sum = s.add(*sum, p);
             }

@@ -2,6 +2,7 @@
 //! machine, with one thread and two.
 
 mod accuracy;
+mod hidden;
 
 use super::*;
 use crate::dtype::DType;

@@ -9,6 +9,7 @@
 
 use super::super::backward::{Arguments, Pass, Run, scaled};
 use super::super::mask::{SCORES, SIDE, Sight, Tile};
+use super::super::seen::finite_row;
 use super::super::tile::padded;
 use super::super::{Geometry, Heads};
 use super::{
@@ -58,6 +59,8 @@ struct QuerySide<'a> {
     lse: [f32; SIDE],
     /// D = sum of dout o.
     d: [f32; SIDE],
+    /// Queries and output gradients are.
+    finite: bool,
 }
 
 /// What stands between the products of a tile and a block.
@@ -105,6 +108,7 @@ impl OnTiles for OnUnit<'_> {
             dq: take(width * SIDE),
             lse: [0.0; SIDE],
             d: [0.0; SIDE],
+            finite: true,
         };
         let mut between = Between {
             scores: take(SIDE * SCORES),
@@ -270,6 +274,15 @@ impl QuerySide<'_> {
                 |r| row_of(g, x, tile, r),
             );
         }
+        self.finite = (0..tile.rows).all(
+            #[inline(always)]
+            |r| {
+                [args.q, args.dout].into_iter().all(
+                    #[inline(always)]
+                    |x| row_of(g, x, tile, r).is_none_or(finite_row),
+                )
+            },
+        );
         (self.lse, self.d) = ([f32::INFINITY; SIDE], [0.0; SIDE]);
         for r in 0..tile.rows {
             let (token, h) = tile.token(g, r);
@@ -329,51 +342,71 @@ impl QuerySide<'_> {
         }
         if sight == Sight::Some {
             tile.hide(s, g, &keys, between.scores);
+            self.probabilities::<true>(s, t, g, bands, n, ends, between);
+        } else {
+            self.probabilities::<false>(s, t, g, bands, n, ends, between);
         }
-        self.probabilities(s, t, g, bands, n, ends, between);
+        let args = pass.arguments;
+        let of_keys = |a: &[f32], right: &[f32], c: &mut [f32]| {
+            Product {
+                m: tiles(n, SIDE16),
+                n: across,
+                k: tiles(tile.rows, DEEP),
+                a,
+                a_pitch: DEPTH,
+                b: right,
+                b_pitch: across,
+                c,
+                c_pitch: width,
+                fresh: false,
+                part: Part::Queries(ends),
+            }
+            .run(t);
+        };
         if pass.dkv.is_some() {
-            for (a, right, c) in [
-                (&*between.p, &*self.dout, &mut *side.dv),
-                (&*between.ds, &*self.q, &mut *side.dk),
+            for (a, right, x, c) in [
+                (&*between.p, &*self.dout, args.dout, &mut *side.dv),
+                (&*between.ds, &*self.q, args.q, &mut *side.dk),
             ] {
-                Product {
-                    m: tiles(n, SIDE16),
-                    n: across,
-                    k: tiles(tile.rows, DEEP),
-                    a,
-                    a_pitch: DEPTH,
-                    b: right,
-                    b_pitch: across,
-                    c: &mut c[b * SIDE * width..],
-                    c_pitch: width,
-                    fresh: false,
-                    part: Part::Queries(ends),
+                let c = &mut c[b * SIDE * width..];
+                if sight == Sight::Some && !self.finite {
+                    let c = &mut c[..SIDE * width];
+                    seen_by_keys(s, t, g, tile, &keys, x, c, |right, c| of_keys(a, right, c));
+                } else {
+                    of_keys(a, right, c);
                 }
-                .run(t);
             }
         }
         if pass.dq.is_some() {
-            Product {
-                m: across,
-                n: bands,
-                k: tiles(n, DEEP),
-                a: &side.kt[b * across * DEPTH * TILE..],
-                a_pitch: DEPTH,
-                b: between.ds_pairs,
-                b_pitch: BANDS,
-                c: self.dq,
-                c_pitch: SIDE,
-                fresh: false,
-                part: Part::Keys(ends),
+            let of_rows = |kt: &[f32], c: &mut [f32]| {
+                Product {
+                    m: across,
+                    n: bands,
+                    k: tiles(n, DEEP),
+                    a: kt,
+                    a_pitch: DEPTH,
+                    b: between.ds_pairs,
+                    b_pitch: BANDS,
+                    c,
+                    c_pitch: SIDE,
+                    fresh: false,
+                    part: Part::Keys(ends),
+                }
+                .run(t);
+            };
+            let key = |key| row(args.k, tile.batch, tile.kv_head, key, g.head_dim);
+            if sight == Sight::Some && !keys.clone().all(|k| finite_row(key(k))) {
+                seen_by_rows(s, t, g, tile, &keys, args.k, self.dq, of_rows);
+            } else {
+                of_rows(&side.kt[b * across * DEPTH * TILE..], self.dq);
             }
-            .run(t);
         }
     }
 
-    /// From scores and dP to P and dS = P (dP - D). What no query of a band sees is 0.
+    /// From scores and dP to P and dS = P (dP - D). What no query of a band sees is 0, and so is what is `HIDDEN` by minus infinity.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    fn probabilities(
+    fn probabilities<const HIDDEN: bool>(
         &self,
         s: Avx512,
         t: Tiles,
@@ -401,10 +434,10 @@ impl QuerySide<'_> {
             });
             for pair in 0..tiles(n, DEEP) * SIDE16 {
                 let j = 2 * pair;
-                let (p00, ds00) = column[0].cell(s, scores, dp, j);
-                let (p01, ds01) = column[1].cell(s, scores, dp, j);
-                let (p10, ds10) = column[0].cell(s, scores, dp, j + 1);
-                let (p11, ds11) = column[1].cell(s, scores, dp, j + 1);
+                let (p00, ds00) = column[0].cell::<HIDDEN>(s, scores, dp, j);
+                let (p01, ds01) = column[1].cell::<HIDDEN>(s, scores, dp, j);
+                let (p10, ds10) = column[0].cell::<HIDDEN>(s, scores, dp, j + 1);
+                let (p11, ds11) = column[1].cell::<HIDDEN>(s, scores, dp, j + 1);
                 let at = ((j / SIDE16) * DEPTH + k) * TILE + j % SIDE16 * SIDE16;
                 s.store(&mut between.p[at..], t.row(p00, p01));
                 s.store(&mut between.p[at + SIDE16..], t.row(p10, p11));
@@ -414,6 +447,64 @@ impl QuerySide<'_> {
                 s.store(&mut between.ds_pairs[at..], t.pairs(ds00, ds10));
                 s.store(&mut between.ds_pairs[at + TILE..], t.pairs(ds01, ds11));
             }
+        }
+    }
+}
+
+/// A product into rows of keys, `c`, where rows of x are not finite that some keys do not see: for each key by itself, with those left out.
+#[inline(never)]
+#[allow(clippy::too_many_arguments)]
+fn seen_by_keys(
+    s: Avx512,
+    t: Tiles,
+    g: &Geometry,
+    tile: Tile,
+    keys: &Range<usize>,
+    x: Heads,
+    c: &mut [f32],
+    product: impl Fn(&[f32], &mut [f32]),
+) {
+    let across = tiles(g.head_dim, SIDE16);
+    let width = across * SIDE16;
+    let (mut operand, mut one) = (vec![0.0; DEPTH * across * TILE], c.to_vec());
+    let before = c.to_vec();
+    for (j, key) in keys.clone().enumerate() {
+        right(s, t, tile.rows, across, &mut operand, |r| {
+            let seen = r < tile.rows && tile.sees(g, r, key);
+            seen.then(|| row_of(g, x, tile, r)).flatten()
+        });
+        one.copy_from_slice(&before);
+        product(&operand, &mut one);
+        c[j * width..][..width].copy_from_slice(&one[j * width..][..width]);
+    }
+}
+
+/// A product into columns of query rows, `c`, where keys are not finite that some rows do not see: for each row by itself.
+#[inline(never)]
+#[allow(clippy::too_many_arguments)]
+fn seen_by_rows(
+    s: Avx512,
+    t: Tiles,
+    g: &Geometry,
+    tile: Tile,
+    keys: &Range<usize>,
+    k: Heads,
+    c: &mut [f32],
+    product: impl Fn(&[f32], &mut [f32]),
+) {
+    let across = tiles(g.head_dim, SIDE16);
+    let (mut operand, mut one) = (vec![0.0; across * DEPTH * TILE], c.to_vec());
+    let before = c.to_vec();
+    for r in 0..tile.rows {
+        left_transposed(s, t, keys.len(), across, DEPTH, &mut operand, |j| {
+            let key = keys.start + j;
+            let seen = j < keys.len() && tile.sees(g, r, key);
+            seen.then(|| row(k, tile.batch, tile.kv_head, key, g.head_dim))
+        });
+        one.copy_from_slice(&before);
+        product(&operand, &mut one);
+        for (c, one) in c.chunks_exact_mut(SIDE).zip(one.chunks_exact(SIDE)) {
+            c[r] = one[r];
         }
     }
 }
@@ -432,7 +523,7 @@ struct Column {
 impl Column {
     /// P and dS of key j; 0 from `end` on.
     #[inline(always)]
-    fn cell(
+    fn cell<const HIDDEN: bool>(
         self,
         s: Avx512,
         scores: &[[f32; SCORES]],
@@ -445,7 +536,13 @@ impl Column {
         let score = s.load(&scores[j][self.at..]);
         let p = exp2_coarse(s, s.fma(score, self.scale, self.less));
         let dp = s.load(&dp[j][self.at..]);
-        (p, s.mul(p, s.sub(dp, self.d)))
+        let ds = s.mul(p, s.sub(dp, self.d));
+        if HIDDEN {
+            let hidden = s.lt(score, s.splat(f32::MIN));
+            let zero = s.zero();
+            return (s.select(hidden, zero, p), s.select(hidden, zero, ds));
+        }
+        (p, ds)
     }
 }
 

@@ -18,6 +18,7 @@
 use super::super::forward::{Forward, Sink, TILES, ask, part as share, partial};
 use super::super::mask::{SCORES, SIDE, Sight, Tile};
 use super::super::online::{Online, log_sum_exp, maximum};
+use super::super::seen::finite_row;
 use super::super::tile::padded;
 use super::super::{Geometry, Inputs};
 use super::{
@@ -150,7 +151,8 @@ impl OnTiles for OnUnit<'_> {
             let next = keys.end..(keys.end + SIDE).min(g.keys);
             // A tile's values follow the next tile's scores: the unit multiplies while exponentials are computed, and
             // nothing that was just stored is loaded.
-            let mut waiting: Option<(&mut Query, Ends)> = None;
+            let mut waiting: Option<(&mut Query, Ends, bool)> = None;
+            let mut whole = None;
             for (i, query) in queries.iter_mut().flatten().enumerate() {
                 ask(s, [k, v], any, share(&next, i, task.tiles.len()), d);
                 let sight = sees(query);
@@ -159,18 +161,35 @@ impl OnTiles for OnUnit<'_> {
                 }
                 let ends = query.tile.ends(g, &keys);
                 query.scores(t, d, &keys, &ends, block_side.k, scores);
-                if let Some((query, ends)) = waiting.take() {
-                    query.values(t, d, &keys, &ends, block_side.v, before);
+                if let Some((query, ends, apart)) = waiting.take() {
+                    match apart {
+                        true => query.seen_values(s, t, task.inputs, &keys, &ends, before),
+                        false => query.values(t, d, &keys, &ends, block_side.v, before),
+                    }
                 }
+                let mut apart = false;
                 if sight == Sight::Some {
                     query.tile.hide(s, g, &keys, scores);
+                    // What is hidden and not finite may not meet a weight of 0.
+                    apart = !*whole.get_or_insert_with(
+                        #[inline(always)]
+                        || {
+                            keys.clone().all(
+                                #[inline(always)]
+                                |key| finite_row(row(v, any.batch, any.kv_head, key, d)),
+                            )
+                        },
+                    );
                 }
                 query.exponentials(s, t, log2_scale(g), &ends, scores, p);
                 std::mem::swap(&mut p, &mut before);
-                waiting = Some((query, ends));
+                waiting = Some((query, ends, apart));
             }
-            if let Some((query, ends)) = waiting {
-                query.values(t, d, &keys, &ends, block_side.v, before);
+            if let Some((query, ends, apart)) = waiting {
+                match apart {
+                    true => query.seen_values(s, t, task.inputs, &keys, &ends, before),
+                    false => query.values(t, d, &keys, &ends, block_side.v, before),
+                }
             }
         }
         let mut sink = task.sink;
@@ -234,6 +253,37 @@ impl Query<'_> {
             part: Part::Keys(ends),
         }
         .run(t);
+    }
+
+    /// [`Query::values`] where hidden ones are not finite: for each query row by itself, with what it does not see left out.
+    #[inline(never)]
+    fn seen_values(
+        &mut self,
+        s: Avx512,
+        t: Tiles,
+        inputs: Inputs,
+        keys: &Range<usize>,
+        ends: &Ends,
+        p: &[f32],
+    ) {
+        let (g, tile, d) = (inputs.g, self.tile, inputs.g.head_dim);
+        let across = tiles(d, SIDE16);
+        let before = self.o.to_vec();
+        let mut all = before.clone();
+        let mut v = vec![0.0; across * DEPTH * TILE];
+        for r in 0..tile.rows {
+            left_transposed(s, t, keys.len(), across, DEPTH, &mut v, |j| {
+                let key = keys.start + j;
+                let seen = j < keys.len() && tile.sees(g, r, key);
+                seen.then(|| row(inputs.v, tile.batch, tile.kv_head, key, d))
+            });
+            self.o.copy_from_slice(&before);
+            self.values(t, d, keys, ends, &v, p);
+            for c in 0..d {
+                all[c * SIDE + r] = self.o[c * SIDE + r];
+            }
+        }
+        self.o.copy_from_slice(&all);
     }
 
     /// From scores to exponentials, a right operand.
