@@ -324,6 +324,10 @@ fn in_memory<'a, T: Float, D: Dimension>(
 
 /// All elements, in the order in which they lie in memory.
 fn elements<'a, T: Float, D: Dimension>(x: &'a CowArray<'_, T, D>) -> Slice<'a> {
+    if x.is_empty() {
+        // Whatever its strides are.
+        return Slice::of_bytes(bytemuck::cast_slice::<T, u8>(&[]), T::DTYPE);
+    }
     let all = x
         .as_slice_memory_order()
         .expect("in_memory copies what is not dense");

@@ -3,7 +3,7 @@
 use super::*;
 use crate::reference::{self, assert_within, gamma, normals, product_bound, rounding};
 use half::{bf16, f16};
-use ndarray::{ArrayD, Axis, IxDyn, s};
+use ndarray::{Array1, ArrayD, Axis, IxDyn, s};
 
 fn array<T: Float, D: Dimension>(name: &str, shape: D) -> Array<T, D> {
     let values = normals(name, shape.size());
@@ -243,4 +243,64 @@ fn products_that_do_not_fit_are_refused() {
 fn vectors_that_do_not_fit_are_refused() {
     let x: Array2<f32> = array("x", Ix2(2, 3));
     rms_norm(&x, &array("w", Ix1(2)), 1e-5);
+}
+
+/// Views without elements, of any strides: the obvious result, of the obvious shape.
+#[test]
+fn arrays_without_elements() {
+    fn one<T: Float>() {
+        let a: Array2<T> = array("a", Ix2(4, 6));
+        let none: Array1<T> = array("none", Ix1(0));
+        let vector: Array1<T> = array("w", Ix1(6));
+        let zero = T::from_f32(0.0);
+        for turned in [false, true] {
+            let view = |x: &Array2<T>| {
+                if turned {
+                    x.t().as_standard_layout().reversed_axes().to_owned()
+                } else {
+                    x.clone()
+                }
+            };
+            let a = view(&a);
+            let (narrow, few) = (a.slice(s![.., ..0]), a.slice(s![..0, ..]));
+            for (y, shape) in [
+                (softmax(&narrow), (4, 0)),
+                (gelu(&narrow), (4, 0)),
+                (gelu_tanh(&few), (0, 6)),
+                (silu(&narrow), (4, 0)),
+                (rms_norm(&narrow, &none, 1e-5), (4, 0)),
+                (layer_norm(&few, &vector, &vector, 1e-5), (0, 6)),
+                (layer_norm(&narrow, &none, &none, 1e-5), (4, 0)),
+                (softmax(&few), (0, 6)),
+                (matmul(&few, &a.t()), (0, 4)),
+                (matmul(&a, &few.t()), (4, 0)),
+            ] {
+                assert_eq!(y.dim(), shape);
+            }
+            // A sum of nothing is 0.
+            let c = matmul(&narrow, &narrow.t());
+            assert!(c.dim() == (4, 4) && c.iter().all(|x| *x == zero));
+        }
+        for (batch, heads, queries, keys) in
+            [(0, 2, 3, 3), (1, 2, 0, 3), (1, 2, 3, 0), (1, 0, 3, 3)]
+        {
+            let q: Array4<T> = array("q", Ix4(batch, heads, queries, 8));
+            let k: Array4<T> = array("k", Ix4(batch, 2, keys, 8));
+            for mask in [Mask::Full, Mask::Causal, Mask::Window(2)] {
+                let (o, lse) = attention_with_lse(&q, &k, &k, mask);
+                assert!(o.dim() == q.dim() && o.iter().all(|x| *x == zero));
+                assert!(lse.iter().all(|x| *x == f32::NEG_INFINITY));
+                let [dq, dk, dv] = attention_backward([&q, &k, &k], mask, (&o, &lse), &o);
+                assert_eq!((dq.dim(), dk.dim(), dv.dim()), (q.dim(), k.dim(), k.dim()));
+            }
+        }
+        let b: Array3<T> = array("b", Ix3(0, 3, 4));
+        assert_eq!(
+            matmul_batched(&b, &b.view().permuted_axes([0, 2, 1])).dim(),
+            (0, 3, 3)
+        );
+    }
+    one::<f32>();
+    one::<bf16>();
+    one::<f16>();
 }

@@ -45,3 +45,5 @@ pub use softmax::{softmax, softmax_backward};
 pub(crate) mod tests;
 #[cfg(test)]
 mod tests_losses;
+#[cfg(test)]
+mod tests_special;

@@ -206,6 +206,9 @@ impl Row {
 /// Below this the sum of squares may have lost digits to subnormal numbers.
 const SMALLEST: f32 = f32::from_bits((127 - 100) << 23);
 
+/// Its inverse is the greatest f32.
+const SMALLEST_ROOT: f64 = 1.0 / f32::MAX as f64;
+
 impl Forward<'_> {
     /// A row whose squares leave the range of f32 (elements beyond 1e18, or below 1e-15 with eps as small): multiplied by the
     /// power of two, into `near`, that brings its greatest element to about 1.
@@ -230,7 +233,12 @@ impl Forward<'_> {
             mean: (f64::from(mean) / scale) as f32,
             rstd: (scale / root) as f32,
             subtract: mean,
-            factor: (1.0 / root) as f32,
+            // Finite, so that a row without deviation gives 0. A NaN stays.
+            factor: if root < SMALLEST_ROOT {
+                f32::MAX
+            } else {
+                (1.0 / root) as f32
+            },
         };
         (near, row)
     }
