@@ -39,8 +39,12 @@ impl Bench {
         self.dir.path().join(name)
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_supernode"));
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        self.by(Command::new(env!("CARGO_BIN_EXE_supernode")), arguments)
+    }
+
+    /// A training run by a program that runs what follows its own arguments.
+    pub(crate) fn by(&self, mut command: Command, arguments: &[&str]) -> Command {
         command
             .current_dir(self.dir.path())
             .args(["train"])
@@ -273,50 +277,6 @@ fn a_checkpoint_is_never_overwritten_by_accident() {
 }
 
 #[cfg(unix)]
-#[test]
-fn an_interrupt_finishes_the_step_saves_and_ends_and_the_run_goes_on_from_there() {
-    use std::io::{BufRead, BufReader};
-    let bench = Bench::new();
-    let long = [
-        "--text",
-        "text",
-        "--json",
-        "--steps",
-        "400",
-        "--checkpoint",
-        "saved",
-    ];
-    let mut child = bench
-        .command(&long)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("starts");
-    let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
-    for _ in 0..5 {
-        lines.next().expect("a step").expect("a line");
-    }
-    let kill = Command::new("kill")
-        .args(["-INT", &child.id().to_string()])
-        .status();
-    assert!(kill.expect("kill runs").success());
-    let rest: Vec<Value> = lines
-        .map(|l| serde_json::from_str(&l.expect("a line")).expect("JSON"))
-        .collect();
-    assert!(child.wait().expect("ends").success());
-    let done = rest.last().expect("the last line");
-    let steps = done["steps"].as_u64().expect("steps");
-    assert!(done["stopped"] == true && steps < 400, "{done}");
-    let resumed = bench.json(&["--steps", "400", "--checkpoint", "saved", "--resume"]);
-    assert_eq!(resumed[0]["step"].as_u64(), Some(steps + 1));
-    let whole = losses(&bench.json(&["--steps", "400"]));
-    assert_eq!(
-        &whole[steps as usize..],
-        losses(&resumed),
-        "resumed after step {steps}"
-    );
-}
-
 /// The one file of weights in a checkpoint's directory.
 fn weights(dir: &Path) -> PathBuf {
     let files = std::fs::read_dir(dir)

@@ -17,6 +17,8 @@ mod house;
 #[cfg(feature = "cli")]
 mod machines_command;
 #[cfg(feature = "cli")]
+mod manners;
+#[cfg(feature = "cli")]
 mod shares_command;
 mod tiny;
 mod watchdog;

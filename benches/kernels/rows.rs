@@ -315,6 +315,7 @@ fn pointwise(all: &mut Vec<Made>) {
             p: 0.1,
             name: "drop".to_string(),
             order: Default::default(),
+            rows_before: 0,
         };
         (op, vec![matrix(o)])
     });

@@ -4,8 +4,7 @@
 //! the time of every op. So the curves have in them what a step has: threads that wake, caches that are cold, chips that share cores.
 //! `--compare` prices the trace of a model that was not among them, the one of the example `train_step`, and runs it.
 
-use super::output::Output;
-use super::progress::print_text;
+use super::output::{Output, print_text, tell};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -159,7 +158,7 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
     let mut timed: Vec<Vec<Timed>> = TIMED.iter().map(|_| vec![]).collect();
     let mut compared = vec![];
     for round in 0..RUNS {
-        eprint!("\rmeasuring: round {} of {RUNS}   ", round + 1);
+        tell(&format!("measuring: round {} of {RUNS}", round + 1));
         for (model, runs) in TIMED.into_iter().zip(&mut timed) {
             runs.push(run_once(a, model, &mesh)?);
         }
@@ -167,7 +166,6 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
             compared.push(run_once(a, COMPARED, &mesh)?);
         }
     }
-    eprintln!();
     let kept: Vec<Timed> = timed.into_iter().flat_map(middle).collect();
     let gaps = kept.iter().map(|t| measured_gap(&t.trace, t.seconds));
     let gap = gaps.sum::<f64>() / kept.len() as f64;

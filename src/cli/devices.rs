@@ -1,6 +1,6 @@
 //! `supernode devices`.
 
-use super::progress::print_text;
+use super::output::print_text;
 use serde_json::json;
 use supernode::Result;
 

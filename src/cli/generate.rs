@@ -1,6 +1,7 @@
 //! `supernode generate`: a trained model continues texts, on any mesh.
 
 use super::chips::Chips;
+use super::output::{print_text, tell};
 use serde_json::json;
 use std::path::PathBuf;
 use supernode::mesh::Mesh;
@@ -113,14 +114,14 @@ impl Arguments {
                     "prompt": vocabulary.decode(prompt), "text": text, "tokens": tokens,
                     "new_tokens": more, "prefill_ms": done.prefill_ms, "decode_ms": done.decode_ms,
                 });
-                println!("{line}");
+                print_text(&format!("{line}\n"));
             } else {
-                println!("{text}");
+                print_text(&format!("{text}\n"));
             }
         }
         let read: usize = prompts.iter().map(Vec::len).sum();
         let later = (more.saturating_sub(1) * texts) as f64;
-        eprintln!(
+        tell(&format!(
             "{read} tokens read in {:.1} ms, {} drawn{}; a cache of {} bytes per chip",
             done.prefill_ms,
             more * texts,
@@ -129,6 +130,6 @@ impl Arguments {
                 false => String::new(),
             },
             done.cached_bytes
-        );
+        ));
     }
 }

@@ -1,6 +1,6 @@
 //! `supernode machines`.
 
-use super::progress::print_text;
+use super::output::print_text;
 use serde_json::{Map, Value, json};
 use supernode::Result;
 use supernode::cluster::{Machine, Sheet};

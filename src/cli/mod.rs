@@ -15,6 +15,7 @@ mod plan;
 mod preset;
 mod progress;
 mod shares;
+mod signals;
 mod text;
 mod train;
 
@@ -62,23 +63,31 @@ enum Command {
     Machines(machines::Arguments),
 }
 
-/// Runs the command. Status 0 if it did what was asked, 1 if not, 2 if the arguments cannot be understood.
+/// A training run that a signal stopped after it had saved.
+const STOPPED: u8 = 3;
+
+/// Runs the command. Status 0 if it did what was asked, 1 if not, 2 if the arguments cannot be understood, 3 if a training run was
+/// stopped by a signal before its end.
 pub(crate) fn run() -> ExitCode {
     keep_panics_of_chips_for_the_error();
+    let done = |()| ExitCode::SUCCESS;
     let result = match Arguments::parse().command {
-        Command::Train(arguments) => train::run(&arguments),
-        Command::Generate(arguments) => generate::run(&arguments),
-        Command::Bench(arguments) => bench::run(&arguments),
-        Command::Devices(arguments) => devices::run(&arguments),
-        Command::Forecast(arguments) => forecast::run(&arguments),
-        Command::Plan(arguments) => plan::run(&arguments),
-        Command::Calibrate(arguments) => calibrate::run(&arguments),
-        Command::Machines(arguments) => machines::run(&arguments),
+        Command::Train(arguments) => train::run(&arguments).map(|outcome| match outcome {
+            train::Outcome::Done => ExitCode::SUCCESS,
+            train::Outcome::Stopped => ExitCode::from(STOPPED),
+        }),
+        Command::Generate(arguments) => generate::run(&arguments).map(done),
+        Command::Bench(arguments) => bench::run(&arguments).map(done),
+        Command::Devices(arguments) => devices::run(&arguments).map(done),
+        Command::Forecast(arguments) => forecast::run(&arguments).map(done),
+        Command::Plan(arguments) => plan::run(&arguments).map(done),
+        Command::Calibrate(arguments) => calibrate::run(&arguments).map(done),
+        Command::Machines(arguments) => machines::run(&arguments).map(done),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
+    match result.and_then(|status| output::check_printed().map(|()| status)) {
+        Ok(status) => status,
         Err(error) => {
-            eprintln!("supernode: {error}");
+            output::tell(&format!("supernode: {error}"));
             ExitCode::FAILURE
         }
     }

@@ -1,8 +1,10 @@
-//! A file that a command writes at its end, after minutes of measuring: whether it can is known at the beginning.
+//! Where results and words go: standard output, standard error, and a file that a command writes at its end, after minutes of
+//! measuring: whether it can is known at the beginning.
 
 use std::fs::OpenOptions;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use supernode::{Error, ErrorKind, Result};
 
 /// A path that can be written. What is there stays until [`Output::write`]; without that, nothing is left of a new file.
@@ -40,6 +42,40 @@ impl Drop for Output {
             let _ = std::fs::remove_file(&self.path);
         }
     }
+}
+
+/// The first failure of standard output, told when the command ends: what runs for hours goes on and saves.
+static FAILURE: Mutex<Option<io::Error>> = Mutex::new(None);
+
+/// Prints results and flushes. Whoever closed the pipe has read enough; any other failure is an error of [`check_printed`].
+pub(super) fn print_text(text: &str) {
+    let mut out = io::stdout().lock();
+    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    match written {
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
+            let mut failure = FAILURE.lock().unwrap_or_else(PoisonError::into_inner);
+            failure.get_or_insert(e);
+        }
+        _ => {}
+    }
+}
+
+/// # Errors
+/// [`ErrorKind::Io`] if results could not be printed.
+pub(super) fn check_printed() -> Result<()> {
+    let failure = FAILURE.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*failure {
+        None => Ok(()),
+        Some(e) => {
+            let what = format!("cannot write standard output: {e}; the results are incomplete");
+            Err(Error::new(ErrorKind::Io, what))
+        }
+    }
+}
+
+/// A line on standard error. Words that nobody can read are no reason to stop.
+pub(super) fn tell(line: &str) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
 fn unwritten(path: &Path, why: &io::Error) -> Error {

@@ -1,7 +1,7 @@
 //! `supernode plan`.
 
 use super::forecast::{Model, On};
-use super::progress::print_text;
+use super::output::print_text;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

@@ -1,9 +1,10 @@
 //! What a run says while it goes on, and at its end.
 
+use super::output::{print_text, tell};
 use super::shares::{Chosen, Why, with_commas};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::sync::{Mutex, PoisonError};
 use supernode::model::Config;
 use supernode::spmd::Run;
@@ -101,7 +102,7 @@ impl Progress {
     fn say(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.println(line),
-            None => eprintln!("{line}"),
+            None => tell(line),
         }
     }
 
@@ -149,7 +150,7 @@ impl Progress {
                         bar.set_message(message);
                     }
                     None if step % LINE_EVERY == 0 || *step == 1 => {
-                        eprintln!("step {step}: {message}")
+                        tell(&format!("step {step}: {message}"))
                     }
                     None => {}
                 }
@@ -182,8 +183,8 @@ impl Progress {
         }
     }
 
-    /// The last words on a run that succeeded.
-    pub(super) fn done(&self, run: &Run<Finished>) {
+    /// The last words on a run that succeeded. True if it was stopped before its end.
+    pub(super) fn done(&self, run: &Run<Finished>) -> bool {
         let seen = self.lock();
         let finished = &run.outputs()[0];
         if !finished.sample.is_empty() {
@@ -217,6 +218,7 @@ impl Progress {
                 rate.map_or("no".to_string(), |r| format!("{r:.0}")),
             ));
         }
+        seen.stopped
     }
 }
 
@@ -283,10 +285,4 @@ fn median(values: &[f64]) -> Option<f64> {
 /// Prints one object on a line. Whoever closed the pipe has read enough.
 fn print_line(value: &Value) {
     print_text(&format!("{value}\n"));
-}
-
-/// Prints and flushes. Whoever closed the pipe has read enough.
-pub(super) fn print_text(text: &str) {
-    let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }

@@ -5,10 +5,9 @@ use super::chips::Chips;
 use super::preset::{Preset, Recipe};
 use super::progress::Progress;
 use super::shares::Wish;
+use super::signals::stop_when_asked;
 use super::text::Source;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use supernode::mesh::Mesh;
 use supernode::model::{Config, ContextMethod, Transformer};
 use supernode::pipeline::Schedule;
@@ -171,8 +170,16 @@ enum ContextWord {
     Usp,
 }
 
+/// How a training run ended.
+pub(super) enum Outcome {
+    /// All that was asked is done.
+    Done,
+    /// A signal stopped it; `--resume` goes on.
+    Stopped,
+}
+
 /// Runs the command.
-pub(super) fn run(a: &Arguments) -> Result<()> {
+pub(super) fn run(a: &Arguments) -> Result<Outcome> {
     let mesh = a
         .mesh
         .as_deref()
@@ -189,10 +196,11 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
     let mesh = &chosen.mesh;
     training.check(mesh)?;
     if a.ghost {
-        return a.ghost(mesh, &training, device);
+        a.ghost(mesh, &training, device)?;
+        return Ok(Outcome::Done);
     }
     let world = a.chips.world(mesh, device, a.seed)?;
-    let stop = stop_on_interrupt()?;
+    let stop = stop_when_asked()?;
     let progress = Progress::new(&training, a.json);
     progress.begin(&training, &chosen, world.threads_per_chip());
     let run = training.run(&world, &|report| progress.tell(report), &stop);
@@ -201,8 +209,10 @@ pub(super) fn run(a: &Arguments) -> Result<()> {
     if let Some(path) = &a.trace {
         run.trace().save(path)?;
     }
-    progress.done(&run);
-    Ok(())
+    match progress.done(&run) {
+        true => Ok(Outcome::Stopped),
+        false => Ok(Outcome::Done),
+    }
 }
 
 impl Arguments {
@@ -363,19 +373,4 @@ impl Arguments {
         super::progress::print_ghost(&trace, training.model.config(), self.json);
         Ok(())
     }
-}
-
-/// The first Ctrl-C sets the flag, the second ends the process.
-fn stop_on_interrupt() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    let asked = move || {
-        if flag.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
-        }
-        eprintln!("supernode: finishing the step; press Ctrl-C again to end at once");
-    };
-    ctrlc::set_handler(asked)
-        .map_err(|e| Error::new(ErrorKind::Io, format!("cannot listen for Ctrl-C: {e}")))?;
-    Ok(stop)
 }

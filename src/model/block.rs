@@ -110,6 +110,7 @@ impl Transformer {
                     p,
                     name: format!("{name}@{draw}"),
                     order: self.order_of(chip, x),
+                    rows_before: self.rows_before,
                 },
                 &[x],
             ),

@@ -70,6 +70,8 @@ pub struct Transformer {
     sequence_parallel: bool,
     collective_matmul: bool,
     draw: Option<u64>,
+    /// Sequences of the step in earlier forwards.
+    rows_before: usize,
     context_method: Option<ContextMethod>,
     past: Option<Past>,
     documents: Option<Documents>,
@@ -100,6 +102,7 @@ impl Transformer {
             sequence_parallel: false,
             collective_matmul: false,
             draw: None,
+            rows_before: 0,
             context_method: None,
             past: None,
             documents: None,
@@ -141,12 +144,20 @@ impl Transformer {
     }
 
     /// The same model with dropout on, and with what balances a mixture's experts: the balance loss joins the backward, and
-    /// loads are counted. Each forward of a run has its own `draw`, which decides what is left out.
+    /// loads are counted. Each step of a run has its own `draw`, which with an element's place in the step's batch decides what is left
+    /// out ([`Transformer::with_rows_before`]).
     pub fn training(&self, draw: u64) -> Self {
         Transformer {
             draw: Some(draw),
             ..self.clone()
         }
+    }
+
+    /// How many of the step's sequences earlier forwards had, micro-batch by micro-batch: so that dropout leaves out the same
+    /// elements however the batch is cut.
+    pub fn with_rows_before(mut self, rows: usize) -> Self {
+        self.rows_before = rows;
+        self
     }
 
     /// What share of a step's sequences one forward has, so that balance losses count as if all were one batch; 1 unless said.

@@ -14,9 +14,9 @@ use crate::tensor::{Tensor, TensorType};
 
 /// `y = x / (1 - p)` with probability `1 - p`, else 0 (Srivastava et al. 2014).
 ///
-/// Which elements stay is a function of the run's seed, the name, and the element's index in the whole tensor, tokens in the
-/// order of the text (see [`Stream`]): chips and the backward agree without sending or storing a mask. Give every use its own name, with the step
-/// in it. Backward: the same function of dy.
+/// Which elements stay is a function of the run's seed, the name, and the element's index in the whole of a step, tokens in the
+/// order of the text (see [`Stream`]): chips, micro-batches and the backward agree without sending or storing a mask. Give every use its
+/// own name, with the step in it. Backward: the same function of dy.
 #[derive(Clone, Debug)]
 pub struct Dropout {
     /// Probability of leaving an element out, in 0..1.
@@ -25,13 +25,22 @@ pub struct Dropout {
     pub name: String,
     /// In which order tokens, axis 1, are kept.
     pub order: TokenOrder,
+    /// Elements along axis 0 that stand before the tensor's in the whole: those of earlier micro-batches of a step.
+    pub rows_before: usize,
 }
 
 impl Dropout {
+    /// Elements of the whole before the tensor's.
+    fn before(&self, site: &Site) -> u64 {
+        let row: usize = site.inputs[0].global.iter().skip(1).product();
+        self.rows_before as u64 * row as u64
+    }
+
     fn apply(&self, site: &Site, x: Slice, y: SliceMut) {
         let stream = Stream::new(site.seed, &self.name);
         let (run, start) = site.inputs[0].runs_in(&self.order);
-        rows::dropout(x, y, self.p, stream, run, start);
+        let before = self.before(site);
+        rows::dropout(x, y, self.p, stream, run, |r| before + start(r));
     }
 }
 
@@ -40,7 +49,8 @@ impl Dropout {
     fn apply_gpu(&self, site: &Site, x: gpu::Operand, y: gpu::Operand) {
         let stream = Stream::new(site.seed, &self.name);
         let (run, start) = site.inputs[0].runs_in(&self.order);
-        gpu::dropout(x, y, self.p, stream, run, start);
+        let before = self.before(site);
+        gpu::dropout(x, y, self.p, stream, run, |r| before + start(r));
     }
 }
 

@@ -309,9 +309,10 @@ impl Stage<'_> {
         let (chip, batches) = (self.chip, &self.training.batches);
         let model = match self.at {
             At::Step(step) => {
-                let draw = step * self.plan.micros() as u64 + micro as u64;
                 let share = self.stages.rows as f32 / batches.rows() as f32;
-                self.training.model.training(draw).with_share(share)
+                let model = self.training.model.training(step);
+                let before = micro * self.stages.rows;
+                model.with_share(share).with_rows_before(before)
             }
             At::Validation(_) => self.training.model.clone(),
         };

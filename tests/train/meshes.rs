@@ -177,6 +177,14 @@ fn dropout_is_the_same_on_every_mesh() {
                 &format!("{name} with dropout on {mesh}"),
             );
         }
+        // Micro-batches and pipelines cut the batch, not what is left out.
+        for (mesh, micro_batch) in [("single", 1), ("single", 4), ("pp=2", 2), ("dp=2,pp=2", 1)] {
+            let mut cut = training.clone();
+            cut.options.micro_batch = Some(micro_batch);
+            let what = format!("{name} with dropout on {mesh}, {micro_batch} at a time");
+            let mesh = Mesh::parse(mesh).expect("a mesh");
+            assert_close(&losses(&cut, &world(&mesh)), &single, 1e-5, &what);
+        }
         // A block that is computed again drops the same elements again.
         training.model = training.model.with_recompute(true);
         let again = losses(&training, &world(&Mesh::single()));

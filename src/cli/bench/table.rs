@@ -2,7 +2,7 @@
 
 use super::cases::Case;
 use super::measure::Measured;
-use crate::cli::progress::print_text;
+use crate::cli::output::print_text;
 
 const NAME: usize = 46;
 

@@ -1,8 +1,7 @@
 //! `supernode bench --backend gpu --tune FILE`: how products are best cut up on an adapter.
 
 use super::input;
-use crate::cli::output::Output;
-use crate::cli::progress::print_text;
+use crate::cli::output::{Output, print_text};
 use std::path::Path;
 use supernode::Result;
 use supernode::mesh::Mesh;

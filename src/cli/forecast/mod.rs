@@ -6,7 +6,7 @@ mod print;
 
 pub(super) use model::{Model, On};
 
-use super::progress::print_text;
+use super::output::print_text;
 use supernode::cluster::Machine;
 use supernode::forecast::{AXES, ContextParallel, Phase, Pipeline, Recompute, Setting};
 use supernode::mesh::Mesh;

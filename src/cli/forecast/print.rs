@@ -1,6 +1,6 @@
 //! A forecast as JSON and as text.
 
-use crate::cli::progress::print_text;
+use crate::cli::output::print_text;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use supernode::Result;

@@ -200,10 +200,14 @@ pub(super) fn dropout_belongs_to_the_whole_tensors_elements() {
                 p: 0.25,
                 name: "after attention".into(),
                 order: Default::default(),
+                // As a micro-batch behind others of three rows.
+                rows_before: 3,
             };
             let stream = Stream::new(5, "after attention");
+            let before = 3 * shape[1..].iter().product::<usize>() as u64;
             let kept = |n: usize| -> Vec<bool> {
-                (0..n as u64).map(|i| stream.uniform(i) >= 0.25).collect()
+                let drawn = |i| stream.uniform(before + i) >= 0.25;
+                (0..n as u64).map(drawn).collect()
             };
             let drop = |x: &[f64]| rounded(reference::dropout(0.25, &kept(x.len()), x), 2);
             Case::new(&op, vec![Array::normal("x", shape, dtype)]).check(
@@ -217,6 +221,7 @@ pub(super) fn dropout_belongs_to_the_whole_tensors_elements() {
             p: 1.0,
             name: String::new(),
             order: Default::default(),
+            rows_before: 0,
         }
         .infer(&[])
         .is_err()
