@@ -131,7 +131,6 @@ impl Chip {
     }
 
     /// A chip on a device that nobody else has.
-    #[cfg(test)]
     pub(crate) fn open_alone(index: usize) -> Result<Self> {
         let device = adapter::open_anew(index)?;
         let tiles = Chosen::of(&device)?;

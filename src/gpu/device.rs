@@ -1,10 +1,11 @@
 //! An open adapter: its pipelines, each compiled once, and the first thing that went wrong on it.
 
 use super::adapter::Adapter;
-use super::chip::Chip;
 use super::kept::Kept;
+use super::library::MATMUL_MATRICES;
 use super::matrices::{self, FORMS, Form};
 use super::shader::{self, Kernel, Variant, interface};
+use super::trial;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::HashMap;
@@ -96,7 +97,7 @@ impl Device {
     }
 
     /// Invocations of a subgroup, where cooperative matrices of this form may be used: the first time this multiplies.
-    pub(super) fn matrices(&self, chip: &Chip, form: &Form) -> Option<u32> {
+    pub(super) fn matrices(&self, form: &Form) -> Option<u32> {
         let features = self.device.features();
         let halves = form.operands != DType::F16 || features.contains(wgpu::Features::SHADER_F16);
         if !is_listed(&self.about, form) || !features.contains(MATRICES) || !halves {
@@ -104,8 +105,12 @@ impl Device {
         }
         let subgroup = self.subgroup_of_matrices()?;
         let number = FORMS.iter().position(|f| f == form)?;
-        let right =
-            self.matrices[number].get_or_init(|| matrices::are_right(*form, chip, subgroup));
+        let right = self.matrices[number].get_or_init(|| {
+            let shader = format!("{} for {}", MATMUL_MATRICES.name, form.listed);
+            trial::passes(&self.about, &shader, |chip| {
+                matrices::are_right(*form, chip, subgroup)
+            })
+        });
         right.then_some(subgroup)
     }
 

@@ -65,7 +65,8 @@ impl Kept {
     }
 }
 
-fn folder() -> Option<PathBuf> {
+/// The user's cache folder for this crate.
+pub(super) fn folder() -> Option<PathBuf> {
     let named = |name: &str| {
         std::env::var_os(name)
             .filter(|v| !v.is_empty())

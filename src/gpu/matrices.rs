@@ -53,7 +53,7 @@ const CONSTANTS: [&str; 6] = ["SIDE", "LOADS", "DOWN", "ACROSS", "A_COLUMNS", "B
 
 impl Form {
     /// Rows and columns of sums of a group of four subgroups.
-    fn covers(&self) -> usize {
+    pub(super) fn covers(&self) -> usize {
         2 * HELD * self.side
     }
 

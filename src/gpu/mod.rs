@@ -8,7 +8,7 @@
 //! | `shader`, `template`, `library`, `sources` | WGSL sources by element type; this crate's own; all of them, for tests |
 //! | `launch`, `watch` | running a kernel, a user's own too; how long it took |
 //! | `tiles`, `written`, `tune`, `choices` | how products are cut up, by kind of adapter, and how they were |
-//! | `kept` | compiled pipelines on disk |
+//! | `kept`, `trial` | compiled pipelines on disk; the first use of a kernel that a driver may not survive |
 //! | `limits` | what a device could do at best |
 //! | `elementwise`, `moves`, `rows`, `products`, `matrices`, `attention`, `mixture`, `optimizer` | what ops call |
 //!
@@ -40,6 +40,7 @@ mod template;
 #[cfg(test)]
 mod tests;
 mod tiles;
+mod trial;
 mod tune;
 mod upload;
 mod watch;

@@ -73,7 +73,7 @@ pub(crate) fn matmul(
     let mut forms = matrices::FORMS.iter();
     let usable = forms.find_map(|form| {
         let fits = form.fits([m, n, k], &a, &b);
-        let subgroup = fits.then(|| chip.device().matrices(&chip, form)).flatten();
+        let subgroup = fits.then(|| chip.device().matrices(form)).flatten();
         subgroup.map(|subgroup| (*form, subgroup))
     });
     if let Some((form, subgroup)) = usable {

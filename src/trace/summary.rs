@@ -12,8 +12,8 @@ pub struct OpTotal {
     pub op: Arc<str>,
     /// Calls.
     pub calls: u64,
-    /// Floating-point operations.
-    pub flops: u64,
+    /// Floating-point operations: a step of a large model has more than 64 bits count.
+    pub flops: u128,
     /// Bytes read and written on the chip.
     pub bytes: u64,
     /// Nanoseconds; 0 in a ghost.
@@ -66,8 +66,8 @@ impl ChipTrace {
             });
             let total = &mut self.collectives[at];
             total.calls += 1;
-            total.bytes += traffic.bytes;
-            total.floor_bytes += traffic.floor_bytes;
+            total.bytes = total.bytes.saturating_add(traffic.bytes);
+            total.floor_bytes = total.floor_bytes.saturating_add(traffic.floor_bytes);
             if event.stream == super::Stream::Communication {
                 total.overlapped_bytes += traffic.bytes;
             }
@@ -87,16 +87,16 @@ impl ChipTrace {
             });
             let total = &mut self.ops[at];
             total.calls += 1;
-            total.flops += event.flops;
-            total.bytes += event.bytes;
-            total.duration_ns += duration_ns;
+            total.flops += u128::from(event.flops);
+            total.bytes = total.bytes.saturating_add(event.bytes);
+            total.duration_ns = total.duration_ns.saturating_add(duration_ns);
         }
     }
 }
 
 /// `1234567` as `1.23 M`: three digits and a decimal prefix.
-pub(crate) fn short(n: u64) -> String {
-    let mut value = n as f64;
+pub(crate) fn short(n: impl Into<u128>) -> String {
+    let mut value = n.into() as f64;
     for prefix in ["", "k", "M", "G", "T", "P", "E"] {
         if value < 999.5 || prefix == "E" {
             let digits = if prefix.is_empty() || value >= 99.95 {
@@ -221,7 +221,7 @@ mod tests {
     #[test]
     fn short_numbers_have_three_digits() {
         let cases = [
-            (0, "0 "),
+            (0u64, "0 "),
             (999, "999 "),
             (1000, "1.00 k"),
             (12_345, "12.3 k"),

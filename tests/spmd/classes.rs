@@ -119,7 +119,7 @@ fn gpt3_traces_in_under_a_second() {
     );
     // 6 flops per parameter and token, an eighth of a sequence's on a chip; attention's products and the embedding's
     // absence about cancel within a tenth.
-    let flops: u64 = chip.ops.iter().map(|o| o.flops).sum();
+    let flops: u128 = chip.ops.iter().map(|o| o.flops).sum();
     let want = 6.0 * parameters as f64 * 2048.0 / 8.0;
     assert!(
         (0.95..1.15).contains(&(flops as f64 / want)),

@@ -112,7 +112,7 @@ fn sent(trace: &Trace, axis: &str) -> (u64, u64) {
 }
 
 /// Floating-point operations of products.
-fn products(trace: &Trace) -> u64 {
+fn products(trace: &Trace) -> u128 {
     let mut ops = trace.chip(0).ops.iter();
     ops.find(|o| &*o.op == "matmul").expect("products").flops
 }

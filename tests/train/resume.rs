@@ -221,9 +221,7 @@ fn a_loss_that_is_not_a_number_without_a_checkpoint_says_so() {
     let error = refused(&wild, &Mesh::single());
     assert_eq!(error.kind(), ErrorKind::NotFinite);
     assert!(
-        error
-            .to_string()
-            .contains("the gradient norm of step 4 is NaN")
+        error.to_string().contains("the loss of step 2 is NaN")
             && error.to_string().contains("no checkpoint was written"),
         "{error}"
     );

@@ -1,3 +1,4 @@
 //! What fails on a device is told.
 
 mod failures;
+mod matrices;
