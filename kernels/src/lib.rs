@@ -41,6 +41,8 @@ pub mod random;
 pub mod reference;
 mod rows;
 mod simd;
+#[cfg(test)]
+mod soundness;
 
 pub use arrays::{
     Mask, attention, attention_at, attention_backward, attention_with_lse, gelu, gelu_tanh,

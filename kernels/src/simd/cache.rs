@@ -20,7 +20,8 @@ pub(crate) fn ahead_of_reads() -> usize {
 }
 
 /// From the leaf that Intel (4) or AMD (0x8000_001d) describes caches in, in one format (Intel's manual, volume 2A, CPUID).
-#[cfg(target_arch = "x86_64")]
+// Miri runs no such instruction.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 fn found() -> Option<usize> {
     use core::arch::x86_64::{__cpuid, __cpuid_count};
     // Unsafe only in older compilers.
@@ -50,12 +51,12 @@ fn found() -> Option<usize> {
     None
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(any(not(target_arch = "x86_64"), miri))]
 fn found() -> Option<usize> {
     None
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 pub(super) fn is_intel() -> bool {
     // Unsafe only in older compilers.
     #[allow(unused_unsafe)]
@@ -65,7 +66,7 @@ pub(super) fn is_intel() -> bool {
     name.as_flattened() == b"GenuineIntel"
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(any(not(target_arch = "x86_64"), miri))]
 pub(super) fn is_intel() -> bool {
     false
 }
