@@ -58,7 +58,7 @@
 //!     v                                                                                    |
 //!   cpu            private: SIMD, memory, matmul, attention, rows   <----------------------+
 //!
-//!   the floor, values and tables, used by all: mesh, placement, collective, pipeline, trace, random, dtype, error
+//!   the floor, values and tables, used by all: mesh, placement, collective, pipeline, trace, random, dtype, files, error
 //!   cluster        machines as data: chips, systems, stacks
 //!   report         pages: timelines, bars and curves as HTML
 //!   reference      the textbook in f64: the oracle of tests, to be read
@@ -106,6 +106,8 @@
 pub mod cluster;
 pub mod collective;
 pub mod error;
+#[doc(hidden)]
+pub mod files;
 pub mod forecast;
 #[cfg(feature = "gpu")]
 pub mod gpu;

@@ -149,3 +149,81 @@ fn a_closed_pipe_ends_quietly() {
     let out = child.wait_with_output().expect("ends");
     assert!(out.status.success() && out.stderr.is_empty(), "{out:?}");
 }
+
+#[test]
+fn the_environments_number_of_threads_is_honoured_or_refused() {
+    let bench = Bench::new();
+    for (threads, says) in [
+        ("1", "1 thread(s) each"),
+        ("0", "RAYON_NUM_THREADS=0"),
+        ("many", "RAYON_NUM_THREADS=many"),
+    ] {
+        let mut run = bench.command(&["--text", "text", "--steps", "1"]);
+        let out = run
+            .env("RAYON_NUM_THREADS", threads)
+            .output()
+            .expect("runs");
+        let error = String::from_utf8_lossy(&out.stderr);
+        assert!(error.contains(says), "{threads}: {error}");
+        assert_eq!(out.status.success(), threads == "1", "{error}");
+    }
+}
+
+#[test]
+fn a_large_vocabulary_wants_a_stated_width() {
+    let bench = Bench::new();
+    let tokens = ["--tokens", "text", "--vocab", "100000", "--steps", "1"];
+    bench.fails(&tokens, &["--vocab 100000", "65536", "--token-width u32"]);
+}
+
+/// Sizes that no machine has are refused with a sentence, at once.
+#[test]
+fn absurd_sizes_are_refused() {
+    let bench = Bench::new();
+    let huge = "4611686018427387904";
+    for flag in [
+        "--layers",
+        "--hidden",
+        "--vocab",
+        "--batch",
+        "--context",
+        "--ffn",
+        "--heads",
+    ] {
+        for size in ["1000000007", huge, "18446744073709551615"] {
+            // These are possible: a dry run allocates nothing.
+            if size == "1000000007" && ["--vocab", "--batch"].contains(&flag) {
+                continue;
+            }
+            bench.fails(&["--ghost", flag, size], &[size]);
+        }
+    }
+    bench.fails(
+        &["--text", "text", "--threads", "10000"],
+        &["--threads 10000", "1024"],
+    );
+    let forecast = "forecast --machine dgx-a100 --model gpt3-175b --mesh tp=8,pp=8 --global-batch 64 --virtual-stages";
+    let experts = "plan --machine cloudmatrix-384 --model gpt3-175b --experts 1000000007";
+    for (command, says) in [
+        (format!("{forecast} {huge}"), "pieces of work"),
+        (format!("{forecast} 1000000007"), "pieces of work"),
+        (experts.to_string(), "1000000007"),
+    ] {
+        let began = std::time::Instant::now();
+        let out = Command::new(env!("CARGO_BIN_EXE_supernode"))
+            .args(command.split(' '))
+            .output()
+            .expect("runs");
+        let error = String::from_utf8_lossy(&out.stderr);
+        assert!(
+            !out.status.success() && error.contains(says),
+            "{command}: {error}"
+        );
+        assert!(!error.contains("panicked"), "{command}: {error}");
+        assert!(
+            began.elapsed().as_secs() < 20,
+            "{command} took {:?}",
+            began.elapsed()
+        );
+    }
+}

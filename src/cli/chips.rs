@@ -18,6 +18,9 @@ pub(super) struct Chips {
     memory_budget: Option<u64>,
 }
 
+/// Of a chip; making more takes longer than any step.
+const MOST_THREADS: usize = 1024;
+
 impl Chips {
     /// The world of a mesh of such chips.
     pub(super) fn world(&self, mesh: &Mesh, device: Device, seed: u64) -> Result<Threads> {
@@ -30,6 +33,10 @@ impl Chips {
                     ErrorKind::Input,
                     "--threads 0: a chip needs at least one thread",
                 ));
+            }
+            if threads > MOST_THREADS {
+                let why = format!("--threads {threads}: a chip has at most {MOST_THREADS} threads");
+                return Err(Error::new(ErrorKind::Input, why));
             }
             world = world.with_threads(threads);
         }

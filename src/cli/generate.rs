@@ -4,6 +4,7 @@ use super::chips::Chips;
 use super::output::{print_text, tell};
 use serde_json::json;
 use std::path::PathBuf;
+use supernode::files;
 use supernode::mesh::Mesh;
 use supernode::spmd::Device;
 use supernode::train::data::{Sampler, Vocabulary};
@@ -95,7 +96,7 @@ impl Arguments {
     fn prompts(&self, vocabulary: &Vocabulary) -> Result<Vec<Vec<u32>>> {
         let mut texts = self.prompt.clone();
         for path in &self.prompt_file {
-            let text = std::fs::read_to_string(path).map_err(|e| {
+            let text = files::read_text(path, files::DESCRIPTION).map_err(|e| {
                 let what = format!("cannot read the prompt {}: {e}", path.display());
                 Error::new(ErrorKind::Io, what)
             })?;

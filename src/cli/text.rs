@@ -17,14 +17,9 @@ pub(super) struct Source {
     /// Already tokenised text: little-endian numbers without a header
     #[arg(long, value_name = "FILE.bin")]
     tokens: Option<PathBuf>,
-    /// Width of the numbers in --tokens
-    #[arg(
-        long,
-        default_value = "u16",
-        value_name = "u16|u32",
-        requires = "tokens"
-    )]
-    token_width: Width,
+    /// Width of the numbers in --tokens [default: u16]
+    #[arg(long, value_name = "u16|u32", requires = "tokens")]
+    token_width: Option<Width>,
 }
 
 impl Source {
@@ -45,7 +40,18 @@ impl Source {
                 };
                 Tokens::read_text(path, alphabet)?
             }
-            (None, Some(path)) => Tokens::read_binary(path, self.token_width, vocab)?,
+            (None, Some(path)) => {
+                // Sixteen bits cannot hold such a vocabulary's numbers.
+                let wide = vocab.filter(|v| *v > 1 << 16);
+                if let (None, Some(vocab)) = (self.token_width, wide) {
+                    let why = format!(
+                        "--vocab {vocab} is more than the 65536 numbers of u16: give the width that {} was written with, --token-width u32 or u16",
+                        path.display()
+                    );
+                    return Err(Error::new(ErrorKind::Input, why));
+                }
+                Tokens::read_binary(path, self.token_width.unwrap_or(Width::U16), vocab)?
+            }
             (None, None) if ghost => {
                 let blank = vec![b' '; 2 * context + 2];
                 Tokens::from_text(&blank, Alphabet::Bytes, "blanks")?

@@ -9,7 +9,7 @@ use super::signals::stop_when_asked;
 use super::text::Source;
 use std::path::PathBuf;
 use supernode::mesh::Mesh;
-use supernode::model::{Config, ContextMethod, Transformer};
+use supernode::model::{Config, ContextMethod, MOST_CONTEXT, Transformer};
 use supernode::pipeline::Schedule;
 use supernode::spmd::{BUCKET_BYTES, Device, Zero};
 use supernode::train::data::{Batches, Split, TRAIN_SHARE, Tokens};
@@ -220,6 +220,10 @@ impl Arguments {
         let recipe = self.preset.recipe();
         let context = self.context.unwrap_or(recipe.config.context);
         let vocab = self.vocab.or(recipe.vocab);
+        if context > MOST_CONTEXT {
+            let why = format!("--context {context}: at most {MOST_CONTEXT} tokens are possible");
+            return Err(Error::new(ErrorKind::Input, why));
+        }
         let tokens = self.source.read(vocab, self.ghost, context)?;
         let config = self.config(&recipe, vocab, &tokens, context)?;
         config.check(mesh)?;

@@ -229,10 +229,7 @@ impl Machine {
     /// # Errors
     /// [`ErrorKind::Input`] with the names that there are, or with file, line and field; [`ErrorKind::Io`] for a file.
     pub fn named(name: &str) -> Result<Machine> {
-        let (name, grade) = match name.rsplit_once(':') {
-            Some((name, grade)) => (name, Some(grade)),
-            None => (name, None),
-        };
+        let (name, grade) = split_grade(name);
         // A chip's name means the system that it is sold in.
         let name = HOMES
             .iter()
@@ -288,10 +285,8 @@ impl Machine {
     /// # Errors
     /// As [`Machine::named`].
     pub fn chip_named(name: &str) -> Result<Sheet> {
-        match name.split_once(':') {
-            Some((name, grade)) => read("chip", name, &CHIPS, &CHIP, Some(grade)),
-            None => read("chip", name, &CHIPS, &CHIP, None),
-        }
+        let (name, grade) = split_grade(name);
+        read("chip", name, &CHIPS, &CHIP, grade)
     }
 
     /// Chips of the system as it is sold.
@@ -415,6 +410,14 @@ fn word<'a>(sheet: &'a Sheet, field: &str) -> &'a str {
         .expect("the reader checked that it is there")
 }
 
+/// A name, and the grade behind its last colon. A path may hold colons: what ends in `.toml` has no grade.
+fn split_grade(name: &str) -> (&str, Option<&str>) {
+    match name.rsplit_once(':') {
+        Some((name, grade)) if !grade.ends_with(".toml") => (name, Some(grade)),
+        _ => (name, None),
+    }
+}
+
 fn read(
     what: &str,
     name: &str,
@@ -423,9 +426,10 @@ fn read(
     grade: Option<&str>,
 ) -> Result<Sheet> {
     if name.ends_with(".toml") {
-        let text = std::fs::read_to_string(name).map_err(|e| {
-            Error::new(ErrorKind::Io, format!("cannot read the {what} {name}: {e}"))
-        })?;
+        let text =
+            crate::files::read_text(name.as_ref(), crate::files::DESCRIPTION).map_err(|e| {
+                Error::new(ErrorKind::Io, format!("cannot read the {what} {name}: {e}"))
+            })?;
         return Sheet::read(name, name, &text, fields, grade);
     }
     match shelf.iter().find(|(known, _)| *known == name) {

@@ -186,3 +186,12 @@ fn values_that_no_machine_has_are_refused() {
         machine.set(field, right).unwrap();
     }
 }
+
+#[test]
+fn a_path_may_hold_a_colon_and_a_grade_follows_it() {
+    let why = |name: &str| Machine::named(name).expect_err("no such file").to_string();
+    let plain = why("/no:where/m.toml");
+    assert!(plain.contains("the system /no:where/m.toml:"), "{plain}");
+    let graded = why("/no:where/m.toml:800");
+    assert!(graded.contains("the system /no:where/m.toml:"), "{graded}");
+}

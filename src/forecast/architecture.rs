@@ -321,8 +321,19 @@ impl Architecture {
         if let Some((name, _)) = sizes.iter().find(|(_, n)| *n == 0) {
             return wrong(format!("the model has 0 {name}; it needs at least 1"));
         }
-        if let Some((name, n)) = sizes.iter().find(|(_, n)| *n > 1 << 32) {
-            return wrong(format!("{n} {name} are more than any model has"));
+        let experts = self.mixture.map_or(1, |m| m.experts);
+        for (name, n) in sizes.into_iter().chain([("experts", experts)]) {
+            // Layers and experts are priced one by one.
+            let most = if ["layers", "experts"].contains(&name) {
+                1 << 16
+            } else {
+                1 << 32
+            };
+            if n > most {
+                return wrong(format!(
+                    "{n} {name} are more than any model has; at most {most} are priced"
+                ));
+            }
         }
         if self.predicted > self.layers {
             return wrong(format!(

@@ -264,7 +264,8 @@ impl Chosen {
             );
             Error::new(ErrorKind::Input, what)
         };
-        let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
+        let text = crate::files::read_text(path, crate::files::DESCRIPTION)
+            .map_err(|e| wrong(e.to_string()))?;
         let table = Table::read(&text).map_err(wrong)?;
         Ok(Chosen {
             tiles: Arc::new(table.class(class).clone()),

@@ -98,6 +98,9 @@ pub struct Config {
     pub mixture: Option<Mixture>,
 }
 
+/// Tokens of a context at most.
+pub const MOST_CONTEXT: usize = 1 << 26;
+
 impl Config {
     /// GPT-2's architecture (Radford et al. 2019): learned positions, LayerNorm, GELU by tanh, biases, tied embeddings.
     pub fn gpt2(layers: usize, hidden: usize, heads: usize, vocab: usize, context: usize) -> Self {
@@ -255,6 +258,35 @@ impl Config {
         ];
         if let Some((name, _)) = sizes.iter().find(|(_, n)| *n == 0) {
             return input(format!("the model has 0 {name}; it needs at least 1"));
+        }
+        // What counts in 64 bits, token numbers in 32, and what a trace lists block by block.
+        let experts = self.mixture.as_ref().map_or(1, |m| m.experts);
+        let most = [
+            1 << 16,
+            1 << 24,
+            1 << 16,
+            1 << 16,
+            1 << 26,
+            u32::MAX as usize,
+            MOST_CONTEXT,
+        ];
+        let sizes = sizes.into_iter().zip(most);
+        for ((name, n), most) in sizes.chain([(("experts", experts), 1 << 16)]) {
+            if n > most {
+                return input(format!(
+                    "the model has {n} {name}; at most {most} are possible"
+                ));
+            }
+        }
+        let [layers, hidden, ffn, vocab] =
+            [self.layers, self.hidden, self.ffn, self.vocab].map(|x| x as f64);
+        let parameters =
+            layers * hidden * (4.0 * hidden + 3.0 * ffn * experts as f64) + vocab * hidden;
+        if parameters > 1e18 {
+            return input(format!(
+                "the model has about {parameters:.1e} parameters, {layers} layers of {hidden} hidden, {ffn} ffn and {experts} experts; \
+                 1e18 at most are counted"
+            ));
         }
         if !self.hidden.is_multiple_of(self.heads) {
             return input(format!(

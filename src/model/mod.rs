@@ -44,7 +44,7 @@ mod linear;
 mod mixture;
 
 pub(crate) use config::nearest_divisor;
-pub use config::{Config, FeedForward, Norm, Positions};
+pub use config::{Config, FeedForward, MOST_CONTEXT, Norm, Positions};
 pub use context::ContextMethod;
 pub use decode::{Part, Past};
 pub use documents::Documents;

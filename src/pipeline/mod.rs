@@ -157,6 +157,9 @@ pub struct Plan {
     micros: usize,
 }
 
+/// Chunks of all stages times micro-batches, at most.
+const MOST_PIECES: usize = 1 << 24;
+
 impl Plan {
     /// A plan.
     ///
@@ -172,6 +175,16 @@ impl Plan {
             if n == 0 {
                 return wrong(format!("a pipeline has at least 1 of its {what}, not 0"));
             }
+        }
+        // Schedules are lists, of so many pieces and a few more.
+        let pieces = stages
+            .checked_mul(chunks)
+            .and_then(|n| n.checked_mul(micros));
+        if pieces.is_none_or(|n| n > MOST_PIECES) {
+            return wrong(format!(
+                "{stages} stages of {chunks} chunks for {micros} micro-batches are more than the {MOST_PIECES} pieces of work that a \
+                 schedule lists"
+            ));
         }
         match schedule {
             Schedule::GPipe | Schedule::ZbH1 if chunks > 1 => wrong(format!(

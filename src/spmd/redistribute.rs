@@ -399,8 +399,17 @@ impl Chip {
     }
 
     /// Waits until every chip along `axis` is here.
+    ///
+    /// # Panics
+    /// If the mesh has no such axis: nobody would be waited for.
     #[track_caller]
     pub fn barrier(&self, axis: &str) {
+        let mesh = self.mesh();
+        assert!(
+            mesh.axis(axis).is_some(),
+            "barrier over '{axis}', which is no axis of the mesh {mesh} (called at {})",
+            Location::caller()
+        );
         let empty = self.allocate(&TensorType::new([0], crate::DType::F32));
         self.whole_group(&empty, axis, Kind::Barrier, Location::caller());
     }

@@ -73,7 +73,7 @@ impl Threads {
         Ok(Threads {
             mesh: Arc::new(mesh.clone()),
             device,
-            threads: (cores() / chips).max(1),
+            threads: (cores()? / chips).max(1),
             seed: 0,
             algorithm: Algorithm::Tree,
             budget: None,
@@ -213,7 +213,7 @@ impl Threads {
     /// How many programs may compute at a time. One that drives another device leaves the cores to others by itself.
     fn at_once(&self) -> usize {
         if self.device.is_cpu() {
-            (cores() / self.threads).max(1)
+            (machine() / self.threads).max(1)
         } else {
             self.mesh.chips()
         }
@@ -282,9 +282,35 @@ impl Threads {
     }
 }
 
-fn cores() -> usize {
+/// Cores that are shared out: `RAYON_NUM_THREADS` in the environment, else what the system tells.
+///
+/// # Errors
+/// [`ErrorKind::Input`] if the variable holds no number of threads.
+fn cores() -> Result<usize> {
+    let told = std::env::var_os(THREADS).filter(|told| !told.is_empty());
+    let Some(told) = told else {
+        return Ok(machine());
+    };
+    let number = told.to_str().and_then(|told| told.parse().ok());
+    number
+        .filter(|n| (1..=MOST_THREADS).contains(n))
+        .ok_or_else(|| {
+            let why = format!(
+                "{THREADS}={} in the environment is no number of threads from 1 to {MOST_THREADS}",
+                told.to_string_lossy()
+            );
+            Error::new(ErrorKind::Input, why)
+        })
+}
+
+/// Cores that the system tells.
+fn machine() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
+
+/// The variable that users of rayon set.
+const THREADS: &str = "RAYON_NUM_THREADS";
+const MOST_THREADS: usize = 1024;
 
 struct End<T> {
     output: T,

@@ -5,10 +5,11 @@
 
 use super::Trace;
 use crate::error::{Error, ErrorKind, Result};
+use crate::files;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Write};
+use std::io::{BufWriter, Write};
 use std::path::Path;
 
 const VERSION: u32 = 1;
@@ -58,7 +59,7 @@ impl Trace {
     /// [`ErrorKind::Io`] if the file cannot be read, [`ErrorKind::Input`] if it holds no trace of this version.
     pub fn load(path: &Path) -> Result<Trace> {
         let at = path.display();
-        let file = File::open(path)
+        let bytes = files::read(path, u64::MAX)
             .map_err(|e| Error::new(ErrorKind::Io, format!("cannot read the trace {at}: {e}")))?;
         let broken = |why: String| {
             Error::new(
@@ -66,8 +67,7 @@ impl Trace {
                 format!("{at} is no trace of this crate: {why}"),
             )
         };
-        let read: Read =
-            serde_json::from_reader(BufReader::new(file)).map_err(|e| broken(e.to_string()))?;
+        let read: Read = serde_json::from_slice(&bytes).map_err(|e| broken(e.to_string()))?;
         match (read.version, read.supernode) {
             (Some(VERSION), Some(trace)) => Ok(trace),
             (Some(v), _) if v != VERSION => {

@@ -19,7 +19,6 @@ pub mod data;
 mod evaluate;
 mod generate;
 mod layout;
-mod mapped;
 mod optimizer;
 mod persist;
 pub mod schedule;

@@ -422,6 +422,18 @@ fn an_error_of_the_program_keeps_its_kind() {
 }
 
 #[test]
+fn a_barrier_over_no_axis_is_refused() {
+    let parts = [
+        "barrier over 'nope'",
+        "no axis of the mesh tp=2",
+        "diagnosis.rs",
+    ];
+    fails(world("tp=2"), ErrorKind::Chip, &parts, |chip| {
+        chip.barrier("nope");
+    });
+}
+
+#[test]
 fn the_first_failure_is_the_one_that_is_told() {
     let sentence = fails(
         world("tp=4"),

@@ -143,7 +143,10 @@ impl Cases {
             let read = std::io::stdin().read_to_string(&mut text);
             ("standard input".to_string(), read.map(|_| text))
         } else {
-            (path.display().to_string(), std::fs::read_to_string(path))
+            (
+                path.display().to_string(),
+                supernode::files::read_text(path, supernode::files::DESCRIPTION),
+            )
         };
         let text =
             text.map_err(|e| Error::new(ErrorKind::Io, format!("cannot read {name}: {e}")))?;

@@ -4,6 +4,7 @@ mod json;
 
 use super::architecture::{Architecture, Latent, Mixture};
 use crate::error::{Error, ErrorKind, Result};
+use crate::files;
 
 /// Name, layers, hidden, heads of Megatron's models: Narayanan et al. 2021 (arXiv:2104.04473), table 1, and 22B of Korthikanti et
 /// al. 2022 (arXiv:2205.05198). GPT-2's architecture, 51200 tokens of vocabulary, context 2048.
@@ -129,7 +130,7 @@ fn gpt(layers: usize, hidden: usize, heads: usize) -> Architecture {
 /// [`ErrorKind::Io`] for a file that cannot be read.
 pub fn named(name: &str) -> Result<Architecture> {
     if name.ends_with(".json") {
-        let text = std::fs::read_to_string(name)
+        let text = files::read_text(name.as_ref(), files::DESCRIPTION)
             .map_err(|e| Error::new(ErrorKind::Io, format!("cannot read the model {name}: {e}")))?;
         return json::read(&text).map_err(|e| e.within(name));
     }

@@ -4,8 +4,7 @@ use super::State;
 use super::manifest::{Absent, Described, FILE, Manifest};
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
-use crate::train::mapped;
-use memmap2::Mmap;
+use crate::files;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata};
 use std::collections::BTreeMap;
@@ -13,13 +12,13 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-/// A checkpoint whose every byte was verified. Its tensors are read where the file is mapped.
+/// A checkpoint whose every byte was verified. Its tensors are read where the file lies in memory.
 #[derive(Debug)]
 pub struct Loaded {
     /// What was saved beside the tensors.
     pub state: State,
     weights: PathBuf,
-    map: Mmap,
+    bytes: Vec<u8>,
     tensors: BTreeMap<String, Tensor>,
     asked: Mutex<std::collections::BTreeSet<String>>,
 }
@@ -43,8 +42,7 @@ pub fn peek(dir: &Path) -> Result<Option<State>> {
 
 /// Reads the checkpoint in `dir`: verifies `checkpoint.json`, then length and CRC-32 of the weights, then their header.
 ///
-/// The weights stay mapped while the [`Loaded`] lives and must not be changed in place meanwhile ([`save`](super::save)
-/// never does).
+/// The weights are read whole and stay in memory while the [`Loaded`] lives.
 pub fn load(dir: &Path) -> Result<Loaded> {
     let manifest = match Manifest::read(dir) {
         Ok(manifest) => manifest,
@@ -57,8 +55,8 @@ pub fn load(dir: &Path) -> Result<Loaded> {
         Err(Absent::Newer(e) | Absent::Broken(e)) => return Err(e),
     };
     let path = dir.join(&manifest.weights.file);
-    let map = map_weights(&path, &manifest)?;
-    let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| {
+    let bytes = read_weights(&path, &manifest)?;
+    let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| {
         let path = path.display();
         damage(format!("the header of the weights {path} is invalid: {e}"))
     })?;
@@ -67,14 +65,14 @@ pub fn load(dir: &Path) -> Result<Loaded> {
     Ok(Loaded {
         state: manifest.state,
         weights: path,
-        map,
+        bytes,
         tensors,
         asked: Mutex::default(),
     })
 }
 
-/// Maps the weights, of the length and CRC-32 that the manifest says.
-fn map_weights(path: &Path, manifest: &Manifest) -> Result<Mmap> {
+/// Reads the weights, of the length and CRC-32 that the manifest says.
+fn read_weights(path: &Path, manifest: &Manifest) -> Result<Vec<u8>> {
     let said = &manifest.weights;
     let shown = path.display();
     let unreadable = |e: std::io::Error| {
@@ -97,15 +95,15 @@ fn map_weights(path: &Path, manifest: &Manifest) -> Result<Mmap> {
             said.bytes
         )));
     }
-    let map = mapped::map(path).map_err(unreadable)?;
-    let computed = crc32fast::hash(&map);
+    let bytes = files::read(path, said.bytes).map_err(unreadable)?;
+    let computed = crc32fast::hash(&bytes);
     if computed != said.crc32 {
         return Err(damage(format!(
             "the weights {shown} are damaged: their CRC-32 is {computed:08x}, {FILE} says {:08x}; restore them from a copy",
             said.crc32
         )));
     }
-    Ok(map)
+    Ok(bytes)
 }
 
 /// Where each tensor lies in the file, after comparing header and manifest. `start` is where the data begin.
@@ -174,7 +172,7 @@ impl Loaded {
         }
         let mut asked = self.asked.lock().unwrap_or_else(|e| e.into_inner());
         asked.insert(name.to_owned());
-        Ok(&self.map[tensor.bytes.clone()])
+        Ok(&self.bytes[tensor.bytes.clone()])
     }
 
     /// An error if the checkpoint holds a tensor that was never asked for with [`expect`](Self::expect).

@@ -11,6 +11,7 @@
 use super::State;
 use crate::dtype::DType;
 use crate::error::{Error, ErrorKind, Result};
+use crate::files;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::path::Path;
@@ -70,7 +71,7 @@ impl Manifest {
     /// Reads `DIR/checkpoint.json`.
     pub(super) fn read(dir: &Path) -> Result<Self, Absent> {
         let path = dir.join(FILE);
-        match std::fs::read(&path) {
+        match files::read(&path, files::DESCRIPTION) {
             Ok(bytes) => Manifest::from_bytes(&bytes, &path),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Err(Absent::Missing),
             Err(e) => Err(Absent::Broken(Error::new(

@@ -43,6 +43,9 @@ impl Split {
     }
 }
 
+/// Tokens of a step at most.
+const MOST_TOKENS: usize = 1 << 40;
+
 /// Rows of `context` tokens, b of them per step, and the windows that cover the validation split.
 ///
 /// Row `r` of step `s` starts at a token drawn uniformly from the training split, from the seed's stream "batch" at index
@@ -82,6 +85,11 @@ impl Batches {
         if context == 0 || rows == 0 {
             return input(format!(
                 "a batch of {rows} rows of {context} tokens has nothing to learn; both must be at least 1"
+            ));
+        }
+        if rows.checked_mul(context).is_none_or(|n| n > MOST_TOKENS) {
+            return input(format!(
+                "a batch of {rows} rows of {context} tokens is more than the {MOST_TOKENS} tokens that a step may have"
             ));
         }
         let need = context + 1;

@@ -1,14 +1,13 @@
-//! All tokens of a text, held in memory or mapped from a file of token numbers.
+//! All tokens of a text or of a file of token numbers, in memory.
 //!
-//! Tokens stay as wide as they came (1, 2 or 4 bytes) and are widened to u32 where a batch is filled: a mapped file is
-//! never copied, and a text by bytes takes its own size. Every token is checked once, on opening, so that no kernel meets
+//! Tokens stay as wide as they came (1, 2 or 4 bytes) and are widened to u32 where a batch is filled: a file takes
+//! its own size, and so does a text by bytes. Every token is checked once, on opening, so that no kernel meets
 //! an index outside the embedding.
 
 use super::batches::IGNORED;
 use super::vocabulary::Vocabulary;
 use crate::error::{Error, ErrorKind, Result};
-use crate::train::mapped;
-use memmap2::Mmap;
+use crate::files;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::path::Path;
@@ -69,17 +68,12 @@ impl FromStr for Width {
     }
 }
 
-enum Store {
-    Held(Vec<u8>),
-    Mapped(Mmap),
-}
-
 /// The tokens of a text, all below the length of its vocabulary.
 pub struct Tokens {
     origin: String,
     vocabulary: Vocabulary,
     width: Width,
-    store: Store,
+    bytes: Vec<u8>,
     fingerprint: u32,
 }
 
@@ -108,19 +102,19 @@ impl Tokens {
             origin: origin.to_owned(),
             vocabulary,
             width,
-            store: Store::Held(bytes),
+            bytes,
             fingerprint: crc32fast::hash(text),
         })
     }
 
     /// The tokens of the text in the file at `path`, which is read whole.
     pub fn read_text(path: &Path, alphabet: Alphabet) -> Result<Self> {
-        let text = std::fs::read(path).map_err(|e| unreadable(path, e))?;
+        let text = files::read(path, u64::MAX).map_err(|e| unreadable(path, e))?;
         Tokens::from_text(&text, alphabet, &path.display().to_string())
     }
 
-    /// The token numbers in the file at `path`, little endian, each `width` wide (nanoGPT's are [`Width::U16`]), mapped
-    /// without a copy. The file must not change while the tokens live.
+    /// The token numbers in the file at `path`, little endian, each `width` wide (nanoGPT's are [`Width::U16`]), read
+    /// whole.
     ///
     /// `vocabulary` is the number of tokens of the tokenizer; without it, the largest number in the file plus one. Every
     /// number is checked against it. An error if the file is missing, empty, no whole number of tokens, holds a number
@@ -131,28 +125,28 @@ impl Tokens {
         if file.is_file() && file.len() == 0 {
             return Err(empty(&origin));
         }
-        let map = mapped::map(path).map_err(|e| unreadable(path, e))?;
-        if map.len() % width.bytes() != 0 {
+        let bytes = files::read(path, u64::MAX).map_err(|e| unreadable(path, e))?;
+        if bytes.len() % width.bytes() != 0 {
             return Err(input(format!(
                 "{origin} holds {} bytes, which is no multiple of the {} bytes of a {width} token; it is cut short or of another width",
-                map.len(),
+                bytes.len(),
                 width.bytes()
             )));
         }
-        let largest = check_numbers(&map, width, vocabulary, &origin)?;
+        let largest = check_numbers(&bytes, width, vocabulary, &origin)?;
         let size = vocabulary.unwrap_or(largest as usize + 1);
         Ok(Tokens {
             origin,
             vocabulary: Vocabulary::Numbers { size },
             width,
-            fingerprint: crc32fast::hash(&map),
-            store: Store::Mapped(map),
+            fingerprint: crc32fast::hash(&bytes),
+            bytes,
         })
     }
 
     /// Number of tokens.
     pub fn len(&self) -> usize {
-        self.bytes().len() / self.width.bytes()
+        self.bytes.len() / self.width.bytes()
     }
 
     /// True without any token; never so for tokens that were read.
@@ -185,16 +179,9 @@ impl Tokens {
             self.origin
         );
         let width = self.width.bytes();
-        let bytes = &self.bytes()[start * width..end * width];
+        let bytes = &self.bytes[start * width..end * width];
         for (token, from) in into.iter_mut().zip(numbers(bytes, self.width)) {
             *token = from;
-        }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        match &self.store {
-            Store::Held(bytes) => bytes,
-            Store::Mapped(map) => map,
         }
     }
 }
@@ -240,13 +227,12 @@ fn check_numbers(
     vocabulary: Option<usize>,
     origin: &str,
 ) -> Result<u32> {
-    let mut largest = 0;
-    let mut odd = 0;
+    let (mut largest, mut odd) = (0, 0);
     // Whole chunks first, without a branch per token; the index is looked for only when something is wrong.
     for chunk in bytes.chunks(1 << 16) {
         for (i, token) in numbers(chunk, width).enumerate() {
             largest = largest.max(token);
-            odd |= if i % 2 == 1 { token } else { 0 };
+            odd = if i % 2 == 1 { token.max(odd) } else { odd };
         }
     }
     // A token that is IGNORED as a label would silently not be learned.
@@ -261,15 +247,21 @@ fn check_numbers(
             token.expect("an index found above"),
         )));
     }
-    // Read at half its width, a file of small numbers is every second time 0: it would train, on nonsense.
+    // Read at half its width, a file's every second number is its upper half: 0, or 1 and 2 too up to a vocabulary of 196,608. It
+    // would train, on nonsense.
     const TELLING: usize = 64;
-    if odd == 0 && largest > 0 && width != Width::U32 && bytes.len() / width.bytes() >= TELLING {
+    let upper = if width == Width::U16 { 2 } else { 0 };
+    if odd <= upper
+        && largest > upper
+        && width != Width::U32
+        && bytes.len() / width.bytes() >= TELLING
+    {
         let wider = match width {
             Width::U8 => Width::U16,
             Width::U16 | Width::U32 => Width::U32,
         };
         return Err(input(format!(
-            "every second token of {origin}, read as {width}, is 0: it looks like a file of {wider} tokens; read it as {wider}"
+            "every second token of {origin}, read as {width}, is at most {odd}: it looks like a file of {wider} tokens; read it as {wider}"
         )));
     }
     Ok(largest)
@@ -475,6 +467,14 @@ mod tests {
             &["every second token", "read it as u32"],
         );
         assert!(Tokens::read_binary(&path, Width::U32, Some(50_257)).is_ok());
+        // Of a larger vocabulary the upper halves are 0, 1 and 2.
+        let numbers: Vec<u32> = (0..100).map(|i| i * 1_500 + 3).collect();
+        let (_dir, path) = file(&u32s(&numbers));
+        refused(
+            Tokens::read_binary(&path, Width::U16, None),
+            ErrorKind::Input,
+            &["every second token", "at most 2", "read it as u32"],
+        );
     }
 
     #[test]
