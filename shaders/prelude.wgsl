@@ -144,6 +144,11 @@ const SILU: u32 = 3u;
 const IDENTITY: u32 = 4u;
 
 fn activate(f: u32, x: f32) -> f32 {
+    // Far out they are their limits; a NaN goes on.
+    if (f == GELU_TANH || f == GELU_ERF || f == SILU) {
+        if (x < -1e4) { return 0.0; }
+        if (x > 1e4) { return x; }
+    }
     if (f == GELU_TANH) {
         let inner = fma((x * x) * x, 0.035677407, x * 0.7978846);
         return fma(x * 0.5, hyperbolic_tangent(inner), x * 0.5);
@@ -159,6 +164,10 @@ fn activate(f: u32, x: f32) -> f32 {
 
 // f'(x).
 fn slope(f: u32, x: f32) -> f32 {
+    if (f == GELU_TANH || f == GELU_ERF || f == SILU) {
+        if (x < -1e4) { return 0.0; }
+        if (x > 1e4) { return 1.0; }
+    }
     if (f == GELU_TANH) {
         // (1 + tanh u) / 2 = sigmoid(2 u), without the cancellation for negative u.
         let p = sigmoid((1.5957692 * x) * fma(0.044715, x * x, 1.0));

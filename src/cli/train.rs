@@ -311,7 +311,8 @@ impl Arguments {
         let heads = self.heads.unwrap_or(base.heads);
         let hidden = self.hidden.unwrap_or(base.hidden);
         // Unless given, what depends on another number keeps its proportion to it.
-        let scaled = |part: usize, whole: usize, now: usize| (part * now).div_ceil(whole).max(1);
+        let scaled =
+            |part: usize, whole: usize, now: usize| part.saturating_mul(now).div_ceil(whole).max(1);
         let ffn = match hidden == base.hidden {
             true => base.ffn,
             false => scaled(base.ffn, base.hidden, hidden),

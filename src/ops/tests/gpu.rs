@@ -1,7 +1,7 @@
 //! The same tables on a graphics processor: same cases, same bounds.
 
 use super::harness::{on_gpu, on_gpu_as};
-use super::{attention, elementwise, loss, matmul, mixture, norms, optimizer, shapes};
+use super::{attention, elementwise, loss, matmul, mixture, norms, optimizer, shapes, special};
 use crate::gpu::Class;
 
 /// Tests of the same name that run on the first graphics processor.
@@ -70,6 +70,9 @@ the_same! {
     norms::layer_norm,
     norms::rms_norm_over_rows_and_heads,
     norms::softmax,
+    special::activations_have_their_limits,
+    special::norms_cover_the_whole_range,
+    special::softmax_of_ends,
     optimizer::adamw_follows_the_textbook,
     optimizer::sgd_follows_the_textbook,
     optimizer::a_factor_that_is_not_finite_changes_nothing,

@@ -11,3 +11,4 @@ mod mixture;
 mod norms;
 mod optimizer;
 mod shapes;
+mod special;
