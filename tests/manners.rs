@@ -203,7 +203,7 @@ fn absurd_sizes_are_refused() {
         &["--threads 10000", "1024"],
     );
     let forecast = "forecast --machine dgx-a100 --model gpt3-175b --mesh tp=8,pp=8 --global-batch 64 --virtual-stages";
-    let experts = "plan --machine cloudmatrix-384 --model gpt3-175b --experts 1000000007";
+    let experts = "plan --machine cloudmatrix-384 --model gpt3-175b --tokens-per-batch 16M --experts 1000000007";
     for (command, says) in [
         (format!("{forecast} {huge}"), "pieces of work"),
         (format!("{forecast} 1000000007"), "pieces of work"),
